@@ -1,0 +1,147 @@
+"""Prepared data as training batches: whole volumes, patches, and slices in any plane, from memory-mapped .npy files.
+
+A batch is a function of (seed, rank, step) alone, so a resumed run goes on with the very next batch, and N processes together
+see the batch that one process would see. Array axes are (D, H, W) = (left-right, posterior-anterior, inferior-superior).
+"""
+import csv
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+# ---------------------------------------------------------------- the index
+
+def read_index(data_dir, modalities, split=None):
+    """Rows of subjects.tsv of one split (None: all) that hold at least one of the modalities, and dataset.json as a dict.
+
+    A row is a session: dict of the columns, file names under the modalities ('' where missing). SystemExit with one line if
+    the folder is not prepared data, a modality is missing everywhere, a subject is in two splits, or no session is left.
+    """
+    def refuse(reason): raise SystemExit(f'{data_dir}: {reason}')
+    try:
+        with open(os.path.join(data_dir, 'dataset.json')) as f: dataset = json.load(f)
+        with open(os.path.join(data_dir, 'subjects.tsv'), newline='') as f: rows = list(csv.DictReader(f, delimiter='\t'))
+    except OSError as e:
+        refuse(f'no prepared data there ({os.path.basename(e.filename)}: {e.strerror}); make some with '
+               f'python prepare.py --source=phantom --out_dir={data_dir}')
+    except json.JSONDecodeError: refuse('dataset.json is not JSON; run prepare.py again')
+    split_of = {}
+    for row in rows:
+        if split_of.setdefault(row['subject'], row['split']) != row['split']:
+            refuse(f"subject {row['subject']} is in two splits ({split_of[row['subject']]} and {row['split']}); fix subjects.tsv")
+    for modality in modalities:
+        if not any(row.get(modality) for row in rows):
+            has = [m for m in dataset.get('modalities', []) if any(row.get(m) for row in rows)]
+            refuse(f"no volume of modality {modality}; it has {', '.join(has) or 'none'}")
+    rows = [row for row in rows if split in (None, row['split']) and any(row.get(m) for m in modalities)]
+    if not rows: refuse(f"no session of {', '.join(modalities)} in split '{split}'")
+    return rows, dataset
+
+def random(*key):
+    """A generator that is a function of its key, a few integers."""
+    return np.random.default_rng(key)
+
+@lru_cache(8)
+def shuffled(n, seed, epoch):
+    return random(seed, 0, epoch).permutation(n)
+
+def draw(n, place, seed):
+    """The element of range(n) at a place of an endless sequence of shuffled epochs."""
+    epoch, position = divmod(place, n)
+    return int(shuffled(n, seed, epoch)[position])
+
+class Sessions:
+    """The sessions of one split, as batches. modalities: those wanted, in the model's order; a session may lack some.
+
+    data_dir, split: as read_index. shape: (D,H,W) of every volume. n: number of sessions.
+    """
+    def __init__(self, data_dir, modalities, split):
+        self.data_dir, self.modalities = data_dir, tuple(modalities)
+        self.rows, dataset = read_index(data_dir, modalities, split)
+        self.shape = tuple(dataset['shape'])
+        self.n = len(self.rows)
+        self.scans = [(i, m) for i, row in enumerate(self.rows) for m, name in enumerate(self.modalities) if row.get(name)]
+
+    def present(self, i):
+        """Modality indices that session i has."""
+        return [m for m, name in enumerate(self.modalities) if self.rows[i].get(name)]
+
+    def volume(self, i, m):
+        """Memory-mapped (D,H,W) array of session i, modality index m. SystemExit with one line if the file is not usable."""
+        path = os.path.join(self.data_dir, self.rows[i][self.modalities[m]])
+        try: array = np.load(path, mmap_mode='r')
+        except (OSError, ValueError) as e: raise SystemExit(f'{path}: unreadable ({e}); delete it and run prepare.py again')
+        if array.shape != self.shape: raise SystemExit(f'{path}: shape {array.shape}, dataset.json says {self.shape}')
+        return array
+
+    def volumes(self, batch_size, seed, rank, world, step, patch=()):
+        """Batch of sessions, every modality that each has, whole or as patches at one random place per session.
+
+        batch_size: sessions per process. patch: (D,H,W), at most the volume's size per axis; () for whole volumes.
+        returns dict: x (B,1,D,H,W) float32; modality (B,) int64; session (B,) int64, row of the index;
+            pairs (P,2) int64, every ordered pair (source, target) of rows of one session;
+            share, pair_share: this process's part of the joined batch's volumes and pairs, 1.0 when all have the same
+        """
+        places = step * batch_size * world + np.arange(batch_size * world)  # of the joined batch
+        chosen = [draw(self.n, int(p), seed) for p in places]
+        counts = np.array([len(self.present(i)) for i in chosen]).reshape(world, batch_size)
+        mine = slice(rank * batch_size, (rank + 1) * batch_size)
+        size = tuple(min(p, n) for p, n in zip(patch or self.shape, self.shape))
+        x, modality, session, pairs = [], [], [], []
+        for place, i in zip(places[mine], chosen[mine]):
+            start = [int(s) for s in random(seed, 1, int(place)).integers(0, np.subtract(self.shape, size) + 1)]
+            crop = tuple(slice(s, s + n) for s, n in zip(start, size))
+            first = len(x)
+            for m in self.present(i):
+                x.append(np.asarray(self.volume(i, m)[crop], np.float32))
+                modality.append(m)
+                session.append(i)
+            rows = range(first, len(x))
+            pairs += [(a, b) for a in rows for b in rows if a != b]
+        counts, pair_counts = counts.sum(1), (counts * (counts - 1)).sum(1)  # per process
+        return dict(x=torch.from_numpy(np.stack(x))[:, None], modality=torch.tensor(modality), session=torch.tensor(session),
+                    pairs=torch.tensor(pairs, dtype=torch.int64).view(-1, 2), share=world * counts[rank] / counts.sum(),
+                    pair_share=world * pair_counts[rank] / max(pair_counts.sum(), 1))
+
+    def slices(self, batch_size, seed, rank, world, step, min_brain=0.02, per_volume=8):
+        """Batch of slices of one plane, the plane drawn per step; slices with less than min_brain of brain are left out.
+
+        batch_size: slices per process, from batch_size / per_volume volumes, since a sagittal or axial slice touches the
+        whole file. returns dict: x (B,1,D,H,W) float32 with one axis of length 1; modality (B,) int64; share 1.0
+        """
+        axis = int(random(seed, 2, step).integers(3))
+        per_volume = min(per_volume, batch_size)
+        x, modality = [], []
+        for k in range(-(-batch_size // per_volume)):
+            place = (step * world + rank) * -(-batch_size // per_volume) + k
+            rng = random(seed, 3, place)
+            i, m = self.scans[draw(len(self.scans), place, seed)]
+            for _ in range(100):
+                volume, full = np.moveaxis(self.volume(i, m), axis, 0), []
+                for j in rng.permutation(len(volume)):
+                    if np.count_nonzero(volume[j]) >= min_brain * volume[j].size: full.append(volume[j])
+                    if len(full) == per_volume: break
+                if full: break
+                i, m = self.scans[rng.integers(len(self.scans))]
+            else: raise SystemExit(f'{self.data_dir}: no slice with {min_brain:.0%} brain in 100 volumes; is the background exactly 0?')
+            full = (full * per_volume)[:per_volume]  # a volume with fewer brain slices gives some twice
+            x += [np.expand_dims(np.asarray(s, np.float32), axis) for s in full]
+            modality += [m] * per_volume
+        return dict(x=torch.from_numpy(np.stack(x[:batch_size]))[:, None], modality=torch.tensor(modality[:batch_size]), share=1.0)
+
+def prefetch(make_batch, steps, device, ahead=2):
+    """Yield make_batch(step) for each step, with its tensors on `device`, prepared by a thread while the model computes."""
+    pin = device.startswith('cuda')
+    def ready(step):
+        batch = make_batch(step)
+        return {k: v.pin_memory() if pin and isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    steps, waiting = iter(steps), []
+    with ThreadPoolExecutor(1) as pool:
+        while True:
+            while len(waiting) < ahead and (step := next(steps, None)) is not None: waiting.append(pool.submit(ready, step))
+            if not waiting: return
+            batch = waiting.pop(0).result()
+            yield {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}

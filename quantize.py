@@ -1,0 +1,106 @@
+"""Vector quantisation with an exponential-moving-average codebook: the discrete half of NeuroQuant."""
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+def sum_over_ranks(x):
+    """x summed over the processes, in place; x itself when alone."""
+    if dist.is_initialized(): dist.all_reduce(x)
+    return x
+
+def gather_over_ranks(x):
+    """(N, C) of every process -> (sum of the N's, C), in rank order. The N's may differ."""
+    if not dist.is_initialized(): return x
+    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64)  # on the host: reading it does not wait for the GPU
+    sizes[dist.get_rank()] = len(x)
+    sizes = sum_over_ranks(sizes).tolist()
+    parts = [x.new_empty(max(sizes), x.shape[1]) for _ in sizes]
+    dist.all_gather(parts, F.pad(x, (0, 0, 0, max(sizes) - len(x))))  # all_gather wants equal shapes
+    return torch.cat([p[:n] for p, n in zip(parts, sizes)])
+
+class VectorQuantizer(nn.Module):
+    """Nearest-code quantiser, van den Oord et al. 2017, codebook by EMA (their appendix A.1); NeuroQuant eq. 5-7.
+
+    num_codes K, dim C. decay: of the EMA. eps: Laplace smoothing of the code counts.
+    revive: a code used less than this fraction of the mean use is replaced by a random encoder vector of the batch. A new
+    codebook is all dead, so the first batches fill it with encoder vectors: data-driven start and revival are one rule.
+    Any number of processes has the codebook of one process on the joined batch, if all draw from equally seeded generators.
+
+    Buffers: codebook (K, C); cluster_size (K,), EMA of how many vectors chose each code; embed_sum (K, C), of their sum.
+    Departs: eq. 7's codebook term has no gradient to give here, since the EMA does its work; only commitment is returned.
+    """
+    def __init__(self, num_codes, dim, decay=0.99, eps=1e-5, revive=0.1):
+        super().__init__()
+        if num_codes < 2 or dim < 1: raise ValueError(f'a codebook needs at least 2 codes of 1 channel, got {num_codes} x {dim}')
+        self.num_codes, self.dim, self.decay, self.eps, self.revive = num_codes, dim, decay, eps, revive
+        self.register_buffer('codebook', torch.zeros(num_codes, dim))
+        self.register_buffer('cluster_size', torch.zeros(num_codes))
+        self.register_buffer('embed_sum', torch.zeros(num_codes, dim))
+
+    def forward(self, z, update=True):
+        """z: (B, C, *grid), any float type; distances, EMA and loss are in float32.
+
+        returns z_q (B, C, *grid) float32, straight-through: its gradient reaches z unchanged
+                indices (B, *grid) int64 in [0, K)
+                commit: mean squared distance to the chosen code per latent element, unweighted; gradient to z alone
+        The codebook is written only in training mode with update=True. Raises ValueError for another channel count.
+        """
+        if z.shape[1] != self.dim: raise ValueError(f'quantiser has codes of {self.dim} channels, z has {z.shape[1]}')
+        with torch.autocast(z.device.type, enabled=False):  # float32: squared distances cancel in bf16
+            z = z.float()
+            flat = z.movedim(1, -1).reshape(-1, self.dim)  # (N, C)
+            if self.training and update: self.revive_dead(flat.detach())
+            indices = self.nearest(flat.detach())
+            if self.training and update: self.update_codes(flat.detach(), indices)
+            indices = indices.view(z.shape[0], *z.shape[2:])
+            z_q = self.lookup(indices)
+            commit = F.mse_loss(z, z_q)
+            return z + (z_q - z).detach(), indices, commit
+
+    def nearest_indices(self, z):
+        """z (B, C, *grid) -> indices (B, *grid); nothing is written."""
+        with torch.autocast(z.device.type, enabled=False):
+            flat = z.float().movedim(1, -1).reshape(-1, self.dim)
+            return self.nearest(flat).view(z.shape[0], *z.shape[2:])
+
+    def nearest(self, flat):
+        """(N, C) -> (N,) index of the code at the smallest Euclidean distance, NeuroQuant eq. 6."""
+        distance = self.codebook.square().sum(1) - 2 * flat @ self.codebook.T  # |z|^2 is the same for every code
+        return distance.argmin(1)
+
+    def lookup(self, indices):
+        """indices (B, *grid) -> z_q (B, C, *grid)."""
+        return F.embedding(indices, self.codebook).movedim(-1, 1)
+
+    @torch.no_grad()
+    def revive_dead(self, flat):
+        """Give each dead code a vector of the joined batch, no vector twice, at the mean use, so that it lives a while."""
+        flat = gather_over_ranks(flat)
+        dead = self.cluster_size <= self.revive * self.cluster_size.mean()
+        order = torch.randperm(len(flat), device=flat.device)[:self.num_codes]
+        turn = dead.cumsum(0) - 1  # the n-th dead code takes the n-th vector
+        dead &= turn < len(order)
+        vector = flat[order[turn.clamp(0, len(order) - 1)]]
+        mean_use = len(flat) / self.num_codes
+        self.codebook.copy_(torch.where(dead[:, None], vector, self.codebook))
+        self.embed_sum.copy_(torch.where(dead[:, None], vector * mean_use, self.embed_sum))
+        self.cluster_size.copy_(torch.where(dead, mean_use, self.cluster_size))
+
+    @torch.no_grad()
+    def update_codes(self, flat, indices):
+        """One EMA step of counts and sums over every process; a code moves to the smoothed mean of its vectors."""
+        new = flat.new_zeros(self.num_codes, self.dim + 1)
+        new.index_add_(0, indices, F.pad(flat, (0, 1), value=1.0))  # the last column counts
+        new = sum_over_ranks(new)
+        self.embed_sum.lerp_(new[:, :-1], 1 - self.decay)
+        self.cluster_size.lerp_(new[:, -1], 1 - self.decay)
+        total = self.cluster_size.sum()
+        smoothed = (self.cluster_size + self.eps) / (total + self.num_codes * self.eps) * total
+        alive = self.cluster_size > self.eps  # a code not yet started stays where it is
+        self.codebook.copy_(torch.where(alive[:, None], self.embed_sum / smoothed[:, None].clamp(min=self.eps), self.codebook))
+
+    def perplexity(self):
+        """exp(entropy) of the EMA code use: K when uniform, 1 when one code is left. A 0-d tensor."""
+        p = self.cluster_size / self.cluster_size.sum().clamp(min=self.eps)
+        return torch.exp(-torch.xlogy(p, p).sum())

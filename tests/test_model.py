@@ -1,0 +1,193 @@
+"""NeuroQuant's parts against torch's own, plane by plane, and its promises about shape, start and state."""
+import pytest
+import torch
+import torch.nn as nn
+
+from model import AxialAttention, Conv, NeuroQuant, NeuroQuantConfig, double, from_checkpoint, halve, model_args, step_flops
+
+TINY = dict(widths=(16, 16, 16, 16), anat_dim=8, mod_dim=4, modality_dim=4, num_codes=16)
+
+def tiny(**kwargs):
+    torch.manual_seed(0)
+    return NeuroQuant(NeuroQuantConfig(**TINY | kwargs))
+
+def with_random_projection(attention):
+    nn.init.normal_(attention.proj.weight, std=0.1)
+    nn.init.normal_(attention.proj.bias, std=0.1)
+    return attention
+
+# ---------------------------------------------------------------- attention
+
+@pytest.mark.parametrize('axis', [0, 1, 2])
+@pytest.mark.parametrize('channels', [24, 64])
+def test_axial_attention_equals_torch_multihead_on_the_reshaped_tensor(axis, channels):
+    torch.manual_seed(0)
+    ours = with_random_projection(AxialAttention(channels, axis))
+    theirs = nn.MultiheadAttention(channels, ours.n_head, batch_first=True)
+    theirs.in_proj_weight.data, theirs.in_proj_bias.data = ours.qkv.weight.data, ours.qkv.bias.data
+    theirs.out_proj.weight.data, theirs.out_proj.bias.data = ours.proj.weight.data, ours.proj.bias.data
+    x = torch.randn(2, channels, 4, 6, 5)
+    rows = x.movedim(1, -1).movedim(1 + axis, 3)
+    lines = ours.norm(rows.reshape(-1, x.shape[2 + axis], channels))
+    expected = theirs(lines, lines, lines)[0].view(rows.shape).movedim(3, 1 + axis).movedim(-1, 1)
+    torch.testing.assert_close(ours(x), x + expected, atol=1e-5, rtol=1e-5)
+
+def test_axial_attention_sees_one_line_and_three_see_everything():
+    torch.manual_seed(0)
+    stack = [with_random_projection(AxialAttention(16, axis)).double() for axis in range(3)]
+    x = torch.randn(1, 16, 4, 5, 6, dtype=torch.float64)
+    y = x.clone()
+    y[0, :, 1, 2, 3] += torch.randn(16)
+    one = (stack[1](x) != stack[1](y)).any(1)[0]
+    assert one[1, :, 3].all() and one.sum() == 5
+    for attention in stack: x, y = attention(x), attention(y)
+    assert (x != y).any(1).all()
+
+def test_attention_starts_as_the_identity_and_skips_the_missing_axis():
+    x = torch.randn(2, 16, 4, 1, 6)
+    assert torch.equal(AxialAttention(16, 0)(x), x)
+    assert with_random_projection(AxialAttention(16, 1))(x) is x
+
+# ---------------------------------------------------------------- slices are constant stacks
+
+@pytest.mark.parametrize('axis', [0, 1, 2])
+@pytest.mark.parametrize('stride', [1, 2])
+def test_2d_conv_equals_3d_conv_on_a_stack_constant_along_the_missing_axis(axis, stride):
+    torch.manual_seed(0)
+    conv = Conv(3, 5, 3, stride=stride, padding=1)
+    size = [8, 10, 12]
+    size[axis] = 1
+    x = torch.randn(2, 3, *size)
+    stack = x.expand(*[n if a != 2 + axis else 8 for a, n in enumerate(x.shape)])
+    inner = conv(stack).select(2 + axis, 2)
+    torch.testing.assert_close(conv(x).squeeze(2 + axis), inner, atol=1e-4, rtol=1e-4)
+
+@pytest.mark.parametrize('axis', [0, 1, 2])
+def test_halve_and_double_leave_the_missing_axis_alone(axis):
+    size = [4, 6, 8]
+    size[axis] = 1
+    x = torch.rand(1, 2, *size)
+    stack = x.expand(*[n if a != 2 + axis else 4 for a, n in enumerate(x.shape)])
+    torch.testing.assert_close(halve(x).squeeze(2 + axis), halve(stack).select(2 + axis, 1))
+    torch.testing.assert_close(double(x).squeeze(2 + axis), double(stack).select(2 + axis, 2))
+
+@pytest.mark.parametrize('axis', [0, 1, 2])
+def test_a_slice_goes_through_and_leaves_codebook_and_means_alone(axis):
+    model = tiny().train()
+    model(torch.rand(2, 1, 32, 32, 32), torch.tensor([0, 1]))
+    before = {k: v.clone() for k, v in model.named_buffers()}
+    size = [32, 48, 64]
+    size[axis] = 1
+    out = model(torch.rand(2, 1, *size), 'T1w')
+    assert out['x_hat'].shape == (2, 1, *size)
+    assert out['indices'].shape == (2, *[max(1, n // 16) for n in size])
+    assert all(torch.equal(v, before[k]) for k, v in model.named_buffers())
+
+# ---------------------------------------------------------------- FiLM
+
+def test_film_is_the_identity_at_the_start_bit_for_bit():
+    model = tiny().eval()
+    z_q = torch.randn(2, 8, 2, 3, 2)
+    film = model.film(torch.randn(2, 4, 2, 3, 2), torch.tensor([0, 1]))
+    assert [g.shape[1] for g, _ in film] == list(model.decoder.channels)
+    assert torch.equal(model.decode(z_q, film), model.decode(z_q, []))
+
+def test_film_depends_on_the_mean_of_z_mod_and_on_the_modality():
+    model = tiny().eval()
+    for mlp in model.film_mlp.mlps: nn.init.normal_(mlp[-1].weight, std=0.1)
+    z_mod = torch.randn(1, 4, 2, 3, 2)
+    shuffled = z_mod.flatten(2)[:, :, torch.randperm(12)].view_as(z_mod)
+    same = [torch.allclose(a, b, atol=1e-6) for (a, _), (b, _) in zip(model.film(z_mod, 0), model.film(shuffled, 0))]
+    other = [torch.allclose(a, b, atol=1e-6) for (a, _), (b, _) in zip(model.film(z_mod, 0), model.film(z_mod, 1))]
+    assert all(same) and not any(other)
+
+def test_cross_reconstruction_is_source_anatomy_under_target_film():
+    model = tiny()
+    for mlp in model.film_mlp.mlps: nn.init.normal_(mlp[-1].weight, std=0.1)
+    x, modality = torch.rand(2, 1, 32, 32, 32), torch.tensor([0, 1])
+    model.train()(x, modality)
+    model.eval()
+    out = model(x, modality, torch.tensor([[0, 1], [1, 0]]))
+    film = model.film(out['z_mod'], modality)
+    for row, (source, target) in enumerate(((0, 1), (1, 0))):
+        expected = model.decode(out['z_q'][source:source + 1], [(g[target:target + 1], b[target:target + 1]) for g, b in film])
+        torch.testing.assert_close(out['x_cross'][row:row + 1], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out['x_hat'], model.reconstruct(x, modality), atol=1e-5, rtol=1e-5)
+
+# ---------------------------------------------------------------- the whole
+
+def test_paper_config_at_full_size_has_972_tokens_and_a_cheap_tail():
+    """Shapes and cost on weightless tensors: 972 indices, at most 1.1 TFLOP forward, the full-size tail at most half of it."""
+    with torch.device('meta'): model = NeuroQuant(NeuroQuantConfig()).eval()
+    x = torch.empty(1, 1, 144, 192, 144, device='meta')
+    z_anat, z_mod = model.encode(x)
+    assert z_anat.shape == (1, 64, 9, 12, 9) and z_mod.shape == (1, 32, 9, 12, 9)
+    assert model.encoder.blocks[-1].down.out_channels == 256
+    encode, decode = step_flops(model, (144, 192, 144))
+    assert encode + decode < 1.1e12
+    voxels, (c, half) = 144 * 192 * 144, (32, 16)
+    tail = 2 * 27 * voxels * (c * half + half * half + half)
+    assert tail < (encode + decode) / 2
+    assert model.bits_per_volume((144, 192, 144)) == 972 * 12
+
+def test_tokens_and_back_equal_the_forward_pass_under_mean_style():
+    model = tiny().train()
+    x = torch.rand(2, 1, 32, 48, 32)
+    model(x, torch.tensor([0, 1]))
+    model.eval()
+    tokens = model.tokens(x)
+    assert tokens.shape == (2, 2, 3, 2) and torch.equal(tokens, model(x, torch.tensor([0, 1]))['indices'])
+    torch.testing.assert_close(model.from_tokens(tokens, 'T2w'), model.translate(x, 'T1w', 'T2w'))
+
+def test_running_mean_of_the_modality_code_is_the_mean_of_what_was_seen():
+    model = tiny().train()
+    x, modality = torch.rand(3, 1, 32, 32, 32), torch.tensor([0, 1, 0])
+    pooled = model(x, modality)['z_mod'].mean((2, 3, 4)).detach()
+    torch.testing.assert_close(model.mod_sum / model.mod_weight[:, None], torch.stack([(pooled[0] + pooled[2]) / 2, pooled[1]]))
+
+def test_translation_to_a_modality_never_seen_is_refused():
+    model = tiny(modalities=('T1w', 'T2w', 'FLAIR')).train()
+    x = torch.rand(2, 1, 32, 32, 32)
+    model(x, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match='FLAIR'): model.translate(x, 'T1w', 'FLAIR')
+    with pytest.raises(ValueError, match="'PD'.*T1w, T2w, FLAIR"): model.translate(x, 'T1w', 'PD')
+
+@pytest.mark.parametrize('switch, names', [('attention', ['qkv', 'proj']), ('film', ['film_mlp', 'mod_head', 'mod_sum'])])
+def test_ablation_switches_remove_their_parts_from_the_state_dict(switch, names):
+    full, ablated = (list(tiny(**{switch: on}).state_dict()) for on in (True, False))
+    assert all(any(n in k for k in full) for n in names)
+    assert not any(n in k for k in ablated for n in names)
+
+def test_plain_vq_vae_without_film_still_runs():
+    model = tiny(film=False).train()
+    out = model(torch.rand(1, 1, 32, 32, 32), 'T1w')
+    assert out['z_mod'].shape[1] == 0 and out['x_hat'].shape == (1, 1, 32, 32, 32)
+    assert model.style_bits() == 0
+
+@pytest.mark.parametrize('size, word', [((32, 40, 32), '40'), ((16, 32, 32), '16'), ((1, 1, 32), '1, 1')])
+def test_sizes_that_do_not_divide_are_refused_with_the_size(size, word):
+    with pytest.raises(ValueError, match=word): tiny().encode(torch.rand(1, 1, *size))
+
+def test_gradient_checkpointing_changes_nothing_but_memory():
+    x, modality, gradients = torch.rand(2, 1, 32, 32, 32), torch.tensor([0, 1]), []
+    for on in (False, True):
+        model = tiny().train()
+        model.decoder.checkpointing = on
+        torch.manual_seed(1)
+        model(x, modality)['x_hat'].square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*gradients): torch.testing.assert_close(a, b)
+
+def test_every_parameter_gets_a_gradient_from_the_whole_objective():
+    model = tiny().train()
+    for p in model.parameters(): nn.init.normal_(p, std=0.1)
+    out = model(torch.rand(2, 1, 32, 32, 32), torch.tensor([0, 1]), torch.tensor([[0, 1], [1, 0]]))
+    (out['x_hat'].square().mean() + out['x_cross'].square().mean() + out['commit']).backward()
+    assert [k for k, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+def test_a_checkpoint_builds_the_same_model():
+    model = tiny().train()
+    x = torch.rand(2, 1, 32, 32, 32)
+    model(x, torch.tensor([0, 1]))
+    twin = from_checkpoint({'model_args': model_args(model), 'model': model.state_dict(), 'ema': None})
+    assert torch.equal(twin.reconstruct(x, 'T1w'), model.eval().reconstruct(x, 'T1w'))

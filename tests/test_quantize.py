@@ -1,0 +1,143 @@
+"""The quantiser against a slow numpy version, its gradients, its start and revival, and two processes against one."""
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from quantize import VectorQuantizer
+
+def started(num_codes=8, dim=4, **kwargs):
+    """A quantiser whose codes are random and equally used, so that nothing is revived."""
+    q = VectorQuantizer(num_codes, dim, **kwargs)
+    q.codebook.copy_(torch.randn(num_codes, dim))
+    q.cluster_size.fill_(1)
+    q.embed_sum.copy_(q.codebook)
+    return q
+
+def numpy_step(z, codebook, size, total, decay, eps):
+    """One EMA step, van den Oord et al. 2017 appendix A.1, with loops."""
+    K, counts, sums = len(codebook), np.zeros(len(codebook)), np.zeros_like(codebook)
+    chosen = []
+    for v in z:
+        k = int(np.argmin([((v - c) ** 2).sum() for c in codebook]))
+        counts[k] += 1
+        sums[k] += v
+        chosen.append(k)
+    size, total = decay * size + (1 - decay) * counts, decay * total + (1 - decay) * sums
+    smoothed = (size + eps) / (size.sum() + K * eps) * size.sum()
+    return chosen, size, total, total / smoothed[:, None]
+
+def test_ema_equals_numpy_over_steps():
+    torch.manual_seed(0)
+    q = started(decay=0.9).train()
+    size, total, codebook = (t.double().numpy().copy() for t in (q.cluster_size, q.embed_sum, q.codebook))
+    for _ in range(5):
+        z = torch.randn(2, 4, 3, 2, 2)
+        flat = z.movedim(1, -1).reshape(-1, 4).double().numpy()
+        z_q, indices, commit = q(z)
+        chosen, size, total, new = numpy_step(flat, codebook, size, total, 0.9, 1e-5)
+        assert indices.flatten().tolist() == chosen
+        codebook = new
+        np.testing.assert_allclose(q.codebook.numpy(), codebook, atol=1e-5)
+        np.testing.assert_allclose(q.cluster_size.numpy(), size, atol=1e-5)
+        np.testing.assert_allclose(commit.item(), ((flat - codebook[chosen]) ** 2).mean(), rtol=1e-4)
+
+def test_gradient_is_straight_through_and_commit_reaches_only_z():
+    q = started().eval()
+    z = torch.randn(2, 4, 3, 3, requires_grad=True)
+    z_q, _, commit = q(z)
+    weight = torch.randn_like(z_q)
+    assert torch.equal(torch.autograd.grad((z_q * weight).sum(), z, retain_graph=True)[0], weight)
+    code = z_q.detach()
+    torch.testing.assert_close(torch.autograd.grad(commit, z)[0], 2 * (z - code).detach() / z.numel())
+    assert not q.codebook.requires_grad
+
+@pytest.mark.parametrize('training, update', [(False, True), (True, False)])
+def test_nothing_is_written_in_eval_or_without_update(training, update):
+    q = started().train(training)
+    before = {k: v.clone() for k, v in q.state_dict().items()}
+    q(torch.randn(4, 4, 5), update=update)
+    assert all(torch.equal(v, before[k]) for k, v in q.state_dict().items())
+
+def test_indices_round_trip_to_z_q():
+    q = started().eval()
+    z_q, indices, _ = q(torch.randn(2, 4, 3, 5, 2))
+    assert indices.shape == (2, 3, 5, 2) and indices.dtype == torch.int64
+    torch.testing.assert_close(q.lookup(indices), z_q)
+    assert torch.equal(q.nearest_indices(q.lookup(indices)), indices)
+
+def test_first_batches_fill_the_codebook_with_their_vectors():
+    torch.manual_seed(0)
+    q = VectorQuantizer(50, 3).train()
+    batches = [torch.randn(1, 3, 20) + 10 for _ in range(3)]
+    seen = torch.cat([b[0].T for b in batches])
+    for n, batch in enumerate(batches):
+        q.revive_dead(batch[0].T)
+        filled = q.codebook[q.codebook.abs().sum(1) > 0]
+        assert len(filled) == min(50, 20 * (n + 1))
+        assert (filled[:, None] == seen).all(2).any(1).all()
+    assert len(torch.unique(q.codebook, dim=0)) == 50
+
+def test_dead_codes_are_revived_and_all_are_used():
+    """Half the codes are put out of reach; after a few hundred steps every code is used again."""
+    torch.manual_seed(0)
+    q = started(32, 4).train()
+    q.codebook[16:] += 1000
+    q.embed_sum.copy_(q.codebook)
+    for _ in range(600): q(torch.randn(4, 4, 64))
+    assert (q.cluster_size > 0.1 * q.cluster_size.mean()).all()
+    assert q.codebook.abs().max() < 10
+
+def test_unused_codes_stay_put_in_the_first_ema_step():
+    torch.manual_seed(0)
+    q = started(16, 4).train()
+    q.codebook[8:] += 100
+    q.embed_sum.copy_(q.codebook)
+    far = q.codebook[8:].clone()
+    q(torch.randn(1, 4, 64))
+    torch.testing.assert_close(q.codebook[8:], far, rtol=1e-3, atol=0)
+
+def test_perplexity_is_K_when_uniform_and_1_when_collapsed():
+    q = started(16, 4)
+    assert q.perplexity().item() == pytest.approx(16, rel=1e-5)
+    q.cluster_size.zero_()
+    q.cluster_size[3] = 7
+    assert q.perplexity().item() == pytest.approx(1, rel=1e-5)
+
+def test_distances_do_not_follow_autocast():
+    """Codes closer together than bf16 can tell apart are still told apart."""
+    q = started(2, 2).eval()
+    q.codebook.copy_(torch.tensor([[100.0, 0.0], [100.1, 0.0]]))
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        indices = q(torch.tensor([[100.0, 0.0], [100.1, 0.0]])[:, :, None])[1]
+    assert indices.flatten().tolist() == [0, 1]
+
+def test_wrong_channels_are_refused_with_both_numbers():
+    with pytest.raises(ValueError, match='4.*5'): started()(torch.randn(1, 5, 2))
+
+def one_of_two(rank, folder, parts):
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT='29511')
+    dist.init_process_group('gloo', rank=rank, world_size=2, init_method=f'file://{folder}/meet')
+    q = VectorQuantizer(40, 4, decay=0.9).train()
+    for step, batch in enumerate(parts):
+        torch.manual_seed(step)
+        q(batch[rank])
+    torch.save(q.state_dict(), f'{folder}/rank{rank}.pt')
+    dist.destroy_process_group()
+
+def test_two_processes_have_the_codebook_of_one(tmp_path):
+    """Start, EMA and revival; the processes' batches differ in size and in where their vectors lie."""
+    torch.manual_seed(0)
+    parts = [(torch.randn(1, 4, 15) + 5, torch.randn(1, 4, 11) - 5) for _ in range(6)]
+    mp.spawn(one_of_two, (str(tmp_path), parts), nprocs=2)
+    a, b = (torch.load(tmp_path / f'rank{r}.pt', weights_only=True) for r in (0, 1))
+    q = VectorQuantizer(40, 4, decay=0.9).train()
+    for step, batch in enumerate(parts):
+        torch.manual_seed(step)
+        q(torch.cat(batch, 2))
+    for k, v in q.state_dict().items():
+        torch.testing.assert_close(a[k], v, rtol=0, atol=1e-5)
+        torch.testing.assert_close(b[k], v, rtol=0, atol=1e-5)

@@ -8,6 +8,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -109,28 +110,31 @@ class Sessions:
     def slices(self, batch_size, seed, rank, world, step, min_brain=0.02, per_volume=8):
         """Batch of slices of one plane, the plane drawn per step; slices with less than min_brain of brain are left out.
 
-        batch_size: slices per process, from batch_size / per_volume volumes, since a sagittal or axial slice touches the
-        whole file. returns dict: x (B,1,D,H,W) float32 with one axis of length 1; modality (B,) int64; share 1.0
+        batch_size: slices per process. per_volume: consecutive slices of the joined batch come from one volume, since an axial
+        or sagittal slice touches the whole file; one with fewer brain slices gives some twice.
+        returns dict: x (B,1,D,H,W) float32 with one axis of length 1; modality (B,) int64; share 1.0
         """
         axis = int(random(seed, 2, step).integers(3))
-        per_volume = min(per_volume, batch_size)
+        places = (step * world + rank) * batch_size + np.arange(batch_size)
         x, modality = [], []
-        for k in range(-(-batch_size // per_volume)):
-            place = (step * world + rank) * -(-batch_size // per_volume) + k
-            rng = random(seed, 3, place)
-            i, m = self.scans[draw(len(self.scans), place, seed)]
-            for _ in range(100):
-                volume, full = np.moveaxis(self.volume(i, m), axis, 0), []
-                for j in rng.permutation(len(volume)):
-                    if np.count_nonzero(volume[j]) >= min_brain * volume[j].size: full.append(volume[j])
-                    if len(full) == per_volume: break
-                if full: break
-                i, m = self.scans[rng.integers(len(self.scans))]
-            else: raise SystemExit(f'{self.data_dir}: no slice with {min_brain:.0%} brain in 100 volumes; is the background exactly 0?')
-            full = (full * per_volume)[:per_volume]  # a volume with fewer brain slices gives some twice
-            x += [np.expand_dims(np.asarray(s, np.float32), axis) for s in full]
-            modality += [m] * per_volume
-        return dict(x=torch.from_numpy(np.stack(x[:batch_size]))[:, None], modality=torch.tensor(modality[:batch_size]), share=1.0)
+        for place, group in groupby(places.tolist(), lambda p: p // per_volume):
+            m, found = self.brain_slices(axis, place, seed, min_brain, per_volume)
+            x += [np.expand_dims(found[p % per_volume % len(found)], axis) for p in group]
+            modality += [m] * (len(x) - len(modality))
+        return dict(x=torch.from_numpy(np.stack(x))[:, None], modality=torch.tensor(modality), share=1.0)
+
+    def brain_slices(self, axis, place, seed, min_brain, count):
+        """Modality index and up to `count` random slices across `axis` of the volume at a place of the shuffled scans."""
+        rng, scan = random(seed, 3, place), draw(len(self.scans), place, seed)
+        for _ in range(100):
+            i, m = self.scans[scan]
+            volume, found = np.moveaxis(self.volume(i, m), axis, 0), []
+            for j in rng.permutation(len(volume)):
+                if np.count_nonzero(volume[j]) >= min_brain * volume[j].size: found.append(np.asarray(volume[j], np.float32))
+                if len(found) == count: break
+            if found: return m, found
+            scan = rng.integers(len(self.scans))
+        raise SystemExit(f'{self.data_dir}: no slice with {min_brain:.0%} brain in 100 volumes; is the background exactly 0?')
 
 def prefetch(make_batch, steps, device, ahead=2):
     """Yield make_batch(step) for each step, with its tensors on `device`, prepared by a thread while the model computes."""

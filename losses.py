@@ -27,8 +27,8 @@ def window_mean(x, weights):
         x = (x.movedim(axis, -1) @ band.T).movedim(-1, axis)
     return x
 
-def ssim(x, y, data_range=1.0, window='gaussian', size=11, sigma=1.5):
-    """Structural similarity (Wang et al. 2004), mean over channels and the valid region -> (B,).
+def ssim_map(x, y, data_range=1.0, window='gaussian', size=11, sigma=1.5):
+    """Structural similarity (Wang et al. 2004) at every place where the window fits -> (B, C, *valid grid).
 
     x, y: (B, C, H, W), (B, C, D, H, W), or 5-D with one axis of length 1, which is then a slice. K1 0.01, K2 0.03.
     window 'gaussian': population covariance, equal to scikit-image with gaussian_weights=True, use_sample_covariance=False
@@ -50,8 +50,11 @@ def ssim(x, y, data_range=1.0, window='gaussian', size=11, sigma=1.5):
         mx, my, xx, yy, xy = window_mean(torch.cat([x, y, x * x, y * y, x * y], 1), weights).split(C, 1)
         vx, vy, cov = unbias * (xx - mx * mx), unbias * (yy - my * my), unbias * (xy - mx * my)
         c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-        s = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
-    return s.flatten(1).mean(1)
+        return (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
+
+def ssim(x, y, data_range=1.0, window='gaussian', size=11, sigma=1.5):
+    """Mean of ssim_map over channels and the valid region -> (B,)."""
+    return ssim_map(x, y, data_range, window, size, sigma).flatten(1).mean(1)
 
 def reconstruction_loss(x_hat, x, ssim_weight):
     """Mean absolute error + ssim_weight (1 - SSIM), NeuroQuant eq. 12; SSIM is 3D on volumes and 2D on slices.

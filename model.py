@@ -44,7 +44,8 @@ def double(x):
     return F.interpolate(x, size=[n if n == 1 else 2 * n for n in x.shape[2:]], mode='nearest')
 
 def group_norm(channels):
-    return nn.GroupNorm(8, channels)
+    """Group norm over groups of at least 4 channels, at most 32 groups."""
+    return nn.GroupNorm(min(32, channels // 4), channels)
 
 class ResConv(nn.Module):
     """x + conv(SiLU(norm(x))), 3x3x3, same shape."""
@@ -200,8 +201,8 @@ class NeuroQuant(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        if len(c.widths) != 4 or any(w % 16 for w in (c.widths[0], *[2 * w for w in c.widths])):
-            raise ValueError(f'widths {c.widths}: four are needed, the first divisible by 16, all by 8')
+        if len(c.widths) != 4 or any(w < 8 or w % (32 if w >= 128 else 8) for w in c.widths):
+            raise ValueError(f'widths {c.widths}: four are needed, each a multiple of 8, from 128 on of 32')
         if not c.modalities: raise ValueError('modalities is empty: name at least one, such as T1w')
         self.encoder = Encoder(c)
         self.anat_head = nn.Sequential(group_norm(c.widths[-1]), nn.SiLU(), Conv(c.widths[-1], c.anat_dim, 3, padding=1))

@@ -245,7 +245,7 @@ if __name__ == '__main__':
     raw_model.train()
     first = it
     batches = prefetch(make_batch, (micro for i in range(it, stop) for micro in micro_steps(i)), device)
-    clock, waited, volumes_seen, done_flops, logged = time.perf_counter(), 0.0, 0, 0.0, it
+    clock, waited, seen, done_flops, logged = time.perf_counter(), 0.0, {'volumes': 0, 'slices': 0}, 0.0, it
     while it < stop:
         for group in optimizer.param_groups: group['lr'] = get_lr(it)
         torch.manual_seed((seed << 32) + it)  # the quantiser's draws, the same on every process and after a resume
@@ -258,7 +258,7 @@ if __name__ == '__main__':
             loss, new = objective(batch, kind, it)
             (weight * loss).backward()
             for k, v in new.items(): terms[k] = terms.get(k, 0.0) + v.detach() / (grad_accum if kind == 'volumes' else 1)
-            if kind == 'volumes': volumes_seen += len(batch['x'])
+            seen[kind] += len(batch['x'])
             decodes = len(batch['x']) + (len(batch['pairs']) if 'cross' in new else 0)
             done_flops += 3 * (len(batch['x']) * flops[kind][0] + decodes * flops[kind][1])  # backward is twice forward
         all_reduce_mean([p.grad for p in trained if p.grad is not None])
@@ -275,18 +275,19 @@ if __name__ == '__main__':
             seconds, steps = time.perf_counter() - clock, it - logged
             record = {'iter': it, **{f'train/{k}': v for k, v in zip(terms, values)}, 'train/grad_norm': norm, 'lr': get_lr(it - 1),
                       'perplexity': raw_model.quantizer.perplexity().item(), 'ms': 1000 * seconds / steps,
-                      'volumes_per_s': world * volumes_seen / seconds, 'data_wait': waited / seconds}
+                      **{f'{kind}_per_s': world * n / seconds for kind, n in seen.items() if n}, 'data_wait': waited / seconds}
             if peak_flops(device): record['mfu'] = done_flops / seconds / peak_flops(device)
             if device.startswith('cuda'): record['peak_gib'] = torch.cuda.max_memory_allocated() / 2 ** 30
             log(record)
             print0(f'iter {it}: ' + ' | '.join(f'{k} {v:.4f}' for k, v in zip(terms, values))
                    + f' | ppl {record["perplexity"]:.0f}/{num_codes} | grad {norm:.2f} | lr {record["lr"]:.1e} | {record["ms"]:.0f} ms'
-                   + f' | {record["volumes_per_s"]:.1f} vol/s | wait {record["data_wait"]:.0%}'
+                   + ''.join(f' | {record[f"{kind}_per_s"]:.1f} {kind}/s' for kind, n in seen.items() if n)
+                   + f' | wait {record["data_wait"]:.0%}'
                    + (f' | mfu {record["mfu"]:.0%}' if 'mfu' in record else '')
                    + (f' | {record["peak_gib"]:.1f} GiB' if 'peak_gib' in record else ''))
             if not all(map(math.isfinite, [*values, norm])):
                 raise SystemExit(f'iteration {it}: a loss or gradient is not finite; ckpt.pt holds the last good state')
-            clock, waited, volumes_seen, done_flops, logged = time.perf_counter(), 0.0, 0, 0.0, it
+            clock, waited, seen, done_flops, logged = time.perf_counter(), 0.0, {'volumes': 0, 'slices': 0}, 0.0, it
 
         if it % eval_interval == 0 or it in (iters_3d, stop) or asked_to_stop:
             if val_set and not asked_to_stop:
@@ -298,10 +299,10 @@ if __name__ == '__main__':
                     save('best.pt')
             save('ckpt.pt')
             if it == iters_3d and joint == 'sequential': save('ckpt_3d.pt')
-            clock, waited, volumes_seen, done_flops, logged = time.perf_counter(), 0.0, 0, 0.0, it
+            clock, waited, seen, done_flops, logged = time.perf_counter(), 0.0, {'volumes': 0, 'slices': 0}, 0.0, it
         if asked_to_stop:
             print0(f'stopped by signal {asked_to_stop[0]} after iteration {it}; go on with --init_from=resume')
             stop_processes()
             raise SystemExit(128 + asked_to_stop[0])
-    stop_processes()
     print0(f'done: {out_dir}/ckpt.pt')
+    stop_processes()

@@ -1,0 +1,241 @@
+"""Judge trained autoencoders on held-out sessions: tables (markdown and JSON) and a picture.
+
+    python evaluate.py --ckpt=out/demo/best.pt
+    python evaluate.py --ckpt=out/a/best.pt,out/b/best.pt --data_dir=data/mine --split=test
+
+Writes table.md, table.json and reconstructions.png beside the first checkpoint (--out_dir elsewhere). Importing it runs nothing.
+"""
+import json
+import math
+import os
+import sys
+
+import numpy as np
+import torch
+from scipy import fft, ndimage
+from tqdm import tqdm
+
+from common import autocast, configure, load_checkpoint, make_out_dir, start_processes, write_text
+from data import Sessions, random
+from losses import psnr, ssim_map
+from model import from_checkpoint
+
+# ---------------------------------------------------------------- settings
+ckpt = 'out/neuroquant/best.pt'  # one, or several separated by commas
+data_dir = ''               # '' for the one the first checkpoint was trained on
+split = 'test'
+max_sessions = -1           # -1 for all of the split
+reference_sessions = 50     # sessions the reference rows are computed on; 0 for no such rows
+out_dir = ''                # '' for the first checkpoint's folder
+device = ''
+dtype = 'float32'           # bfloat16 for autocast
+seed = 0                    # of the bootstrap
+
+DEFINITIONS = """\
+PSNR: dB, data range 1, prediction clamped to [0,1]. SSIM: 3D, Gaussian window 11, sigma 1.5, K1 0.01, K2 0.03, valid region, times 100.
+whole: every voxel of the box. brain: voxels where the input is above 0 (SSIM: windows centred there).
+Mean +- standard deviation over subjects, the sessions of a subject averaged first."""
+
+# ---------------------------------------------------------------- metrics
+
+def scores(x_hat, x):
+    """Dict of the four fidelity metrics of one volume; x_hat, x: (1,1,D,H,W), x in [0,1]."""
+    x_hat, brain = x_hat.float().clamp(0, 1), x > 0
+    similarity = ssim_map(x_hat, x)
+    border = [slice((n - m) // 2, (n - m) // 2 + m) for n, m in zip(x.shape[2:], similarity.shape[2:])]
+    inside = brain[(slice(None), slice(None), *border)]
+    return {'psnr_whole': psnr(x_hat, x).item(), 'ssim_whole': 100 * similarity.mean().item(),
+            'psnr_brain': psnr(x_hat, x, mask=brain).item(), 'ssim_brain': 100 * similarity[inside].mean().item()}
+
+def summarise(values, subjects, draws=2000):
+    """values: per session, subjects: their ids -> mean and sd over subjects, n, and the 95 % bootstrap interval of the mean."""
+    ids = sorted(set(subjects))
+    means = np.array([np.mean([v for v, s in zip(values, subjects) if s == i]) for i in ids])
+    boot = means[random(seed, 0).integers(len(means), size=(draws, len(means)))].mean(1)
+    return {'mean': float(means.mean()), 'sd': float(means.std(ddof=1)) if len(means) > 1 else 0.0, 'n_subjects': len(means),
+            'n_sessions': len(values), 'ci95': [float(q) for q in np.quantile(boot, [0.025, 0.975])]}
+
+# ---------------------------------------------------------------- reference rows
+
+def dct_codec(x, bits):
+    """x (D,H,W) after a transform codec that spends at most `bits`: global DCT, dead-zone quantiser, entropy per frequency band.
+
+    The entropy is the ideal one of each band's own histogram, and the brain mask is given for free: a lower bound of what such
+    a codec needs.
+    """
+    c = fft.dctn(x, norm='ortho')
+    radius = np.sqrt(sum(np.meshgrid(*[(np.arange(n) / n) ** 2 for n in x.shape], indexing='ij')))
+    band = np.minimum((radius * 48).astype(np.int64), 63)
+    size = np.bincount(band.ravel(), minlength=64)
+    def cost(step):
+        symbol = np.trunc(c / step)
+        at = symbol != 0
+        pairs, counts = np.unique(np.stack([band[at], symbol[at]]), axis=1, return_counts=True)
+        zeros = size - np.bincount(pairs[0].astype(np.int64), counts, minlength=64)
+        entropy = lambda n, of: (n * np.log2(np.maximum(of, 1) / np.maximum(n, 1))).sum()
+        return entropy(counts, size[pairs[0].astype(np.int64)]) + entropy(zeros, size)
+    fine, coarse = np.abs(c).max() * 1e-6, np.abs(c).max() * 1.01
+    for _ in range(40):
+        middle = math.sqrt(fine * coarse)
+        fine, coarse = (fine, middle) if cost(middle) <= bits else (middle, coarse)
+    symbol = np.trunc(c / coarse)
+    decoded = fft.idctn(np.sign(symbol) * (np.abs(symbol) + 0.5) * (symbol != 0) * coarse, norm='ortho')
+    return np.where(x > 0, decoded, 0).astype(np.float32)
+
+def training_mean(train, m):
+    """Mean volume (D,H,W) of modality index m over the training sessions that have it."""
+    scans = [i for i, k in train.scans if k == m]
+    return sum(train.volume(i, m).astype(np.float64) for i in tqdm(scans, desc='training mean', leave=False)) / len(scans)
+
+def nearest_training_scan(train, m, targets):
+    """For each target (D,H,W), the training volume of modality index m at the smallest mean squared error.
+
+    Searched among block means when the volume is larger than about 48 voxels a side, so that the training set fits in memory.
+    """
+    block = max(1, max(train.shape) // 48)
+    small = lambda v: torch.nn.functional.avg_pool3d(torch.tensor(np.asarray(v, np.float32))[None], block)[0].flatten()
+    scans = [i for i, k in train.scans if k == m]
+    library = torch.stack([small(train.volume(i, m)) for i in tqdm(scans, desc='nearest scan', leave=False)])
+    return [np.asarray(train.volume(scans[int((library - small(t)).square().mean(1).argmin())], m), np.float32) for t in targets]
+
+def reference_rows(test, train, n, bits):
+    """Scores of what costs nothing to learn, per row and modality: lists of (subject, scores)."""
+    rows = {}
+    for m, name in enumerate(test.modalities):
+        sessions = [i for i in range(n) if m in test.present(i)]
+        volumes = [np.asarray(test.volume(i, m), np.float32) for i in sessions]
+        mean = training_mean(train, m).astype(np.float32)
+        guesses = {'population mean of the training set': [mean] * len(volumes),
+                   'nearest training scan': nearest_training_scan(train, m, volumes),
+                   f'DCT codec at {bits:.0f} bits': [dct_codec(v, bits) for v in tqdm(volumes, desc='DCT codec', leave=False)],
+                   'blur, sigma 1 voxel (codes nothing)': [ndimage.gaussian_filter(v, 1.0) for v in volumes]}
+        for row, predictions in guesses.items():
+            rows.setdefault(row, {})[name] = [(test.rows[i]['subject'], scores(torch.tensor(p)[None, None], torch.tensor(v)[None, None]))
+                                              for i, p, v in zip(sessions, predictions, volumes)]
+    return rows
+
+# ---------------------------------------------------------------- one model
+
+@torch.no_grad()
+def judge(model, test, n):
+    """Reconstruction and cross-modal scores, code counts, and the volumes of the first session that has every modality."""
+    fidelity = {name: [] for name in test.modalities}
+    cross, counts, shown = {}, np.zeros((len(test.modalities), model.config.num_codes), np.int64), None
+    for i in tqdm(range(n), desc='sessions', leave=False):
+        subject, parts = test.rows[i]['subject'], {}
+        with autocast(device, dtype):
+            for m in test.present(i):
+                x = torch.tensor(test.volume(i, m), dtype=torch.float32, device=device)[None, None]
+                z_anat, z_mod = model.encode(x)
+                indices = model.quantizer.nearest_indices(z_anat)
+                parts[m] = x, model.quantizer.lookup(indices), model.film(z_mod, m)
+                counts[m] += np.bincount(indices.flatten().cpu(), minlength=counts.shape[1])
+            x_hats = {m: model.decode(z_q, film).float() for m, (x, z_q, film) in parts.items()}
+            for m, (x, _, _) in parts.items(): fidelity[test.modalities[m]].append((subject, scores(x_hats[m], x)))
+            for a in parts if model.config.film else ():
+                for b in parts:
+                    if a == b: continue
+                    z_q, x = parts[a][1], parts[b][0]
+                    for style, film in (('own', parts[b][2]), ('mean', model.mean_film(b, z_q))):
+                        key = (test.modalities[a], test.modalities[b], style)
+                        cross.setdefault(key, []).append((subject, scores(model.decode(z_q, film), x)))
+        if shown is None and len(parts) == len(test.modalities):
+            shown = {test.modalities[m]: (x.cpu().numpy()[0, 0], x_hats[m].clamp(0, 1).cpu().numpy()[0, 0]) for m, (x, _, _) in parts.items()}
+    return fidelity, cross, counts, shown
+
+def collapse(found):
+    """[(subject, scores)] -> {metric: summary over subjects}."""
+    return {metric: summarise([s[metric] for _, s in found], [subject for subject, _ in found]) for metric in found[0][1]} if found else {}
+
+def code_use(counts):
+    """Codes used at least once and perplexity of one histogram (K,)."""
+    p = counts / max(counts.sum(), 1)
+    return {'used': int((counts > 0).sum()), 'perplexity': float(np.exp(-(p[p > 0] * np.log(p[p > 0])).sum())), 'tokens': int(counts.sum())}
+
+# ---------------------------------------------------------------- output
+
+def cell(summary, digits=2):
+    return f"{summary['mean']:.{digits}f} +- {summary['sd']:.{digits}f}" if summary else ''
+
+METRICS = {'psnr_whole': 'PSNR', 'ssim_whole': 'SSIM', 'psnr_brain': 'PSNR brain', 'ssim_brain': 'SSIM brain'}
+
+def markdown(results, modalities):
+    """The tables as text."""
+    n = max(s['psnr_whole']['n_subjects'] for row in results['rows'] for s in row['fidelity'].values() if s)
+    head = ['model', 'f', 'bits/volume', *[f'{m} {name}' for m in modalities for name in METRICS.values()]]
+    lines = [f"Reconstruction, split {results['split']} of {results['data_dir']}, {n} subjects", '', '| ' + ' | '.join(head) + ' |',
+             '|' + ' --- |' * len(head)]
+    for row in results['rows']:
+        lines.append('| ' + ' | '.join([row['name'], row['f'], row['bits'], *[cell(row['fidelity'].get(m, {}).get(k)) for m in modalities for k in METRICS]]) + ' |')
+    for row in results['rows']:
+        if 'codes' in row:
+            lines += ['', f"{row['name']}, codes of {row['num_codes']}: " + '; '.join(
+                f"{k} {v['used']} used, perplexity {v['perplexity']:.1f}, {v['tokens']} tokens" for k, v in row['codes'].items())]
+        if row.get('cross'):
+            lines += ['', f"{row['name']}, cross-modal: anatomy of the source, style of the target scan (eq. 13) or the target's running mean (no target scan)", '',
+                      '| source -> target | style | ' + ' | '.join(METRICS.values()) + ' |', '|' + ' --- |' * 6]
+            lines += [f"| {c['source']} -> {c['target']} | {c['style']} | " + ' | '.join(cell(c['scores'][k]) for k in METRICS) + ' |' for c in row['cross']]
+    return '\n'.join(lines) + '\n\n' + DEFINITIONS + '\n'
+
+def picture(path, shown, title):
+    """PNG: rows are planes; for each modality input, reconstruction and absolute error, all on one scale."""
+    try: import matplotlib
+    except ImportError: return print('no picture: pip install matplotlib to get one')
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(3, 3 * len(shown), figsize=(2.1 * 3 * len(shown), 6.6), squeeze=False)
+    for k, (modality, (x, x_hat)) in enumerate(shown.items()):
+        for c, (name, volume) in enumerate((('input', x), ('reconstruction', x_hat), ('absolute error', np.abs(x - x_hat)))):
+            for r, plane in enumerate(('sagittal', 'coronal', 'axial')):
+                ax = axes[r, 3 * k + c]
+                ax.imshow(np.take(volume, volume.shape[r] // 2 + (volume.shape[r] // 10 if r == 0 else 0), r).T, origin='lower', cmap='gray', vmin=0, vmax=1)
+                ax.set_xticks([]), ax.set_yticks([])
+                if r == 0: ax.set_title(f'{modality} {name}', fontsize=9)
+                if k == c == 0: ax.set_ylabel(plane, fontsize=9)
+    fig.suptitle(title, fontsize=10)
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+    print(f'picture: {path}')
+
+def main():
+    global device, out_dir, data_dir
+    _, world, device = start_processes(device)
+    if world > 1: raise SystemExit('evaluate.py runs in one process: start it with python, not torchrun')
+    paths = [p for p in ckpt.split(',') if p]
+    checkpoints = [load_checkpoint(p) for p in paths]
+    data_dir = data_dir or checkpoints[0]['config']['data_dir']
+    out_dir = out_dir or os.path.dirname(paths[0]) or '.'
+    make_out_dir(out_dir)
+    results, shown = {'data_dir': data_dir, 'split': split, 'definitions': DEFINITIONS, 'rows': []}, None
+    for path, checkpoint in zip(paths, checkpoints):
+        model = from_checkpoint(checkpoint).to(device)
+        modalities = model.config.modalities
+        test = Sessions(data_dir, modalities, split)
+        try: model.check_size(test.shape)
+        except ValueError as e: raise SystemExit(f'{data_dir}: {e}')
+        n = test.n if max_sessions < 0 else min(max_sessions, test.n)
+        fidelity, cross, counts, pair = judge(model, test, n)
+        shown = shown or pair
+        bits, style = model.bits_per_volume(test.shape), model.style_bits()
+        results['rows'].append({
+            'name': os.path.basename(os.path.dirname(path)) or path, 'ckpt': path, 'iter': checkpoint['iter_num'],
+            'git_commit': checkpoint['git_commit'], 'f': '16x', 'bits': f'{bits:.0f} + {style}', 'num_codes': model.config.num_codes,
+            'fidelity': {m: collapse(found) for m, found in fidelity.items()},
+            'codes': {m: code_use(c) for m, c in zip(modalities, counts)} | {'all': code_use(counts.sum(0))},
+            'cross': [{'source': a, 'target': b, 'style': style, 'scores': collapse(found)} for (a, b, style), found in cross.items()]})
+    if reference_sessions > 0:
+        train, test = Sessions(data_dir, modalities, 'train'), Sessions(data_dir, modalities, split)
+        for name, found in reference_rows(test, train, min(n, reference_sessions), bits + style).items():
+            results['rows'].append({'name': name, 'f': '', 'bits': f'{bits + style:.0f}' if 'DCT' in name else '',
+                                    'fidelity': {m: collapse(f) for m, f in found.items()}})
+    text = markdown(results, modalities)
+    print(text)
+    write_text(os.path.join(out_dir, 'table.md'), text)
+    write_text(os.path.join(out_dir, 'table.json'), json.dumps(results, indent=1))
+    print(f"tables: {os.path.join(out_dir, 'table.md')}, table.json")
+    if shown: picture(os.path.join(out_dir, 'reconstructions.png'), shown, f"{results['rows'][0]['name']}, a held-out session of {data_dir}")
+
+if __name__ == '__main__':
+    configure(globals(), sys.argv[1:])
+    main()

@@ -1,0 +1,62 @@
+"""Settings and their refusals, checkpoints, the average of weights."""
+import os
+
+import pytest
+import torch
+
+from common import configure, load_checkpoint, save_checkpoint, update_average
+
+def settings():
+    return dict(lr=1e-3, steps=10, name='a', compile=True, widths=(32, 64), _hidden=3)
+
+def test_flags_and_files_override_from_left_to_right(tmp_path):
+    file = tmp_path / 'c.py'
+    file.write_text('base = 2\nsteps = base * 20\nlr = 1\n'.replace('base', '_base'))
+    g = settings()
+    out = configure(g, ['--steps=5', str(file), '--name=001', '--widths=8,16', '--compile=False'])
+    assert out == dict(lr=1.0, steps=40, name='001', compile=False, widths=(8, 16))
+    assert g['steps'] == 40 and type(g['lr']) is float
+
+@pytest.mark.parametrize('text, value', [('T1w,T2w', ('T1w', 'T2w')), ('T1w', ('T1w',)), ('(1, 2)', (1, 2)), ('', ()), ('4', (4,))])
+def test_tuples_may_be_written_as_lists(text, value):
+    g = settings()
+    assert configure(g, [f'--widths={text}'])['widths'] == value
+
+@pytest.mark.parametrize('arg, message', [
+    ('--lrr=1', "unknown key 'lrr', did you mean 'lr'"), ('--lr=fast', "lr must be float like 0.001, got 'fast'"),
+    ('--steps=1.5', 'steps must be int'), ('--compile=1', 'compile must be bool'), ('--lr', 'write --lr=value'),
+    ('--_hidden=1', "unknown key '_hidden'"), ('missing.py', 'missing.py: cannot read')])
+def test_bad_settings_are_refused_in_one_line(arg, message):
+    with pytest.raises(SystemExit) as e: configure(settings(), [arg])
+    assert message in str(e.value) and '\n' not in str(e.value)
+
+@pytest.mark.parametrize('text, message', [('lrr = 1', "unknown key 'lrr'"), ('lr = "x"', 'lr must be float'), ('lr =', 'SyntaxError'),
+                                           ('lr = 1 / 0', 'ZeroDivisionError')])
+def test_bad_config_files_are_refused_with_their_name(tmp_path, text, message):
+    file = tmp_path / 'bad.py'
+    file.write_text(text)
+    with pytest.raises(SystemExit) as e: configure(settings(), [str(file)])
+    assert message in str(e.value) and 'bad.py' in str(e.value) and '\n' not in str(e.value)
+
+def test_checkpoints_are_read_without_running_code_and_written_whole(tmp_path):
+    path = str(tmp_path / 'ckpt.pt')
+    save_checkpoint(path, {'model_args': {'widths': (1, 2)}, 'w': torch.ones(2)})
+    assert load_checkpoint(path)['model_args']['widths'] == (1, 2) and os.listdir(tmp_path) == ['ckpt.pt']
+    with pytest.raises(SystemExit, match='cannot write'): save_checkpoint(str(tmp_path / 'no' / 'ckpt.pt'), {})
+
+@pytest.mark.parametrize('spoil, message', [(lambda p: os.remove(p), 'no such checkpoint'), (lambda p: os.truncate(p, 300), 'not a readable'),
+                                            (lambda p: torch.save({'a': 1}, p), 'model_args'),
+                                            (lambda p: open(p, 'wb').write(b'cos\nsystem\n(S"true"\ntR.'), 'not a readable')])
+def test_bad_checkpoints_are_refused_with_their_name(tmp_path, spoil, message):
+    path = str(tmp_path / 'ckpt.pt')
+    save_checkpoint(path, {'model_args': {}})
+    spoil(path)
+    with pytest.raises(SystemExit, match=message) as e: load_checkpoint(path)
+    assert path in str(e.value)
+
+def test_average_follows_weights_and_copies_buffers():
+    a, b = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
+    torch.nn.init.constant_(b.weight, 3.0)
+    b.running_mean.fill_(7)
+    update_average(a, b, 0.75)
+    assert a.weight.tolist() == [1.5] * 3 and a.running_mean.tolist() == [7] * 3

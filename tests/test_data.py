@@ -1,0 +1,101 @@
+"""Batches: a function of (seed, rank, step), the joined batch of any number of processes, no subject in two splits."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import TINY, refused, run
+from data import Sessions, prefetch, read_index
+
+MODALITIES = ('T1w', 'T2w')
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
+
+def test_a_batch_is_a_function_of_its_place(tiny_data):
+    one, two = Sessions(tiny_data, MODALITIES, 'train'), Sessions(tiny_data, MODALITIES, 'train')
+    for step in (0, 3, 17):
+        assert same(one.volumes(2, 0, 0, 1, step, (16, 16, 16)), two.volumes(2, 0, 0, 1, step, (16, 16, 16)))
+        assert same(one.slices(8, 0, 0, 1, step), two.slices(8, 0, 0, 1, step))
+    assert not same(one.volumes(2, 0, 0, 1, 0), one.volumes(2, 1, 0, 1, 0))
+
+@pytest.mark.parametrize('world', [2, 4])
+def test_processes_together_see_the_batch_of_one(tiny_data, world):
+    sessions = Sessions(tiny_data, MODALITIES, 'train')
+    for step in range(3):
+        whole = sessions.volumes(4, 0, 0, 1, step, (16, 48, 16))
+        parts = [sessions.volumes(4 // world, 0, rank, world, step, (16, 48, 16)) for rank in range(world)]
+        assert torch.equal(whole['x'], torch.cat([p['x'] for p in parts]))
+        assert torch.equal(whole['modality'], torch.cat([p['modality'] for p in parts]))
+        n = [len(p['x']) for p in parts]
+        assert [p['share'] for p in parts] == pytest.approx([world * k / sum(n) for k in n])
+        pairs = [len(p['pairs']) for p in parts]
+        assert [p['pair_share'] for p in parts] == pytest.approx([world * k / sum(pairs) for k in pairs])
+        whole = sessions.slices(32, 0, 0, 1, step)
+        parts = [sessions.slices(32 // world, 0, rank, world, step) for rank in range(world)]
+        assert torch.equal(whole['x'], torch.cat([p['x'] for p in parts]))
+
+def test_an_epoch_sees_every_session_once_and_missing_modalities_are_left_out(tiny_data):
+    sessions = Sessions(tiny_data, MODALITIES, 'train')
+    assert sessions.n == 8 and len(sessions.scans) == 14
+    seen = [sessions.volumes(2, 0, 0, 1, step) for step in range(4)]
+    counts = np.bincount(torch.cat([b['session'] for b in seen]), minlength=8)
+    assert counts.tolist() == [2, 2, 2, 1, 1, 2, 2, 2]
+    for b in seen:
+        for source, target in b['pairs'].tolist():
+            assert b['session'][source] == b['session'][target] and b['modality'][source] != b['modality'][target]
+
+def test_patches_of_a_session_come_from_one_place(tiny_data):
+    sessions = Sessions(tiny_data, MODALITIES, 'train')
+    for step in range(4):
+        b = sessions.volumes(2, 0, 0, 1, step, (16, 16, 16))
+        assert b['x'].shape[1:] == (1, 16, 16, 16)
+        for source, target in b['pairs'].tolist():  # T2w of the made volumes is 1 - T1w inside the brain
+            inside = b['x'][source] > 0
+            torch.testing.assert_close(b['x'][target][inside], 1 - b['x'][source][inside])
+    assert sessions.volumes(1, 0, 0, 1, 0, (999, 16, 999))['x'].shape[2:] == (32, 16, 32)
+
+def test_slices_are_of_one_plane_hold_brain_and_all_planes_come(tiny_data):
+    sessions, planes = Sessions(tiny_data, MODALITIES, 'train'), set()
+    for step in range(12):
+        x = sessions.slices(16, 0, 0, 1, step)['x']
+        axis = [n == 1 for n in x.shape[2:]].index(True)
+        assert x.shape[2:] == tuple(1 if a == axis else n for a, n in enumerate((32, 48, 32)))
+        assert ((x > 0).flatten(1).float().mean(1) >= 0.02).all()
+        planes.add(axis)
+    assert planes == {0, 1, 2}
+
+def test_slices_are_slices_of_the_files(tiny_data):
+    sessions = Sessions(tiny_data, MODALITIES, 'train')
+    b = sessions.slices(16, 0, 0, 1, 0)
+    axis = 2 + list(b['x'].shape[2:]).index(1)
+    files = [np.load(tiny_data / sessions.rows[i][MODALITIES[m]]) for i, m in sessions.scans]
+    for x in b['x'].squeeze(axis)[:, 0].numpy():
+        assert any((np.moveaxis(f, axis - 2, 0) == x).all((1, 2)).any() for f in files)
+
+def test_prefetch_keeps_the_order_and_passes_errors_on():
+    assert [b['n'] for b in prefetch(lambda step: {'n': step}, range(7), 'cpu')] == list(range(7))
+    def fail(step): raise SystemExit('file gone')
+    with pytest.raises(SystemExit, match='file gone'): next(prefetch(fail, range(3), 'cpu'))
+
+def test_a_subject_in_two_splits_stops_with_its_name(tiny_data):
+    table = tiny_data / 'subjects.tsv'
+    table.write_text(table.read_text().replace('sub-11\tses-01\ttest', 'sub-01\tses-02\ttest'))
+    with pytest.raises(SystemExit, match='sub-01 is in two splits'): read_index(tiny_data, MODALITIES)
+    assert refused(run('train_vae.py', *TINY, f'--data_dir={tiny_data}', f'--out_dir={tiny_data}/out'), 'sub-01', 'two splits')
+
+def test_index_refusals_name_folder_and_reason(tiny_data, tmp_path):
+    with pytest.raises(SystemExit, match='nowhere.*prepare.py'): read_index(str(tmp_path / 'nowhere'), MODALITIES)
+    with pytest.raises(SystemExit, match='no volume of modality FLAIR; it has T1w, T2w'): read_index(tiny_data, ('FLAIR',))
+    with pytest.raises(SystemExit, match="split 'other'"): read_index(tiny_data, MODALITIES, 'other')
+    (tiny_data / 'dataset.json').write_text('{')
+    with pytest.raises(SystemExit, match='dataset.json'): read_index(tiny_data, MODALITIES)
+
+def test_a_spoilt_volume_is_named(tiny_data):
+    sessions = Sessions(tiny_data, MODALITIES, 'train')
+    path = tiny_data / sessions.rows[0]['T1w']
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(SystemExit, match=path.name): sessions.volume(0, 0)
+    np.save(path, np.zeros((4, 4, 4), np.float32))
+    with pytest.raises(SystemExit, match=r'\(4, 4, 4\).*\(32, 48, 32\)'): sessions.volume(0, 0)

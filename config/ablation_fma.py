@@ -1,0 +1,5 @@
+# Ablation ladder, table 2, row "+ FMA": the base model with factorised multi-axis attention.
+out_dir = 'out/ablation_fma'
+film = False
+w_cross = 0.0
+w_adv = 0.0

@@ -1,0 +1,132 @@
+"""train_vae.py as a user runs it: every config, resume, two processes, refusals. Tiny networks on tiny data."""
+import glob
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import ROOT, TINY, refused, run
+from common import load_checkpoint
+from model import from_checkpoint
+
+SHORT = ['--iters_3d=4', '--iters_2d=3', '--cross_start=1', '--cross_ramp=2', '--adv_start=1', '--eval_interval=100']
+
+def train(data, out, *args, **kwargs):
+    done = run('train_vae.py', *TINY, *SHORT, f'--data_dir={data}', f'--out_dir={out}', *args, **kwargs)
+    assert done.returncode == 0, done.stderr
+    return load_checkpoint(f'{out}/ckpt.pt')
+
+def log_of(out):
+    """Log lines without the figures of the clock."""
+    lines = [json.loads(line) for line in open(f'{out}/log.jsonl')]
+    return [{k: v for k, v in line.items() if k.startswith(('iter', 'train', 'val', 'perplexity', 'lr'))} for line in lines]
+
+def tensors(tree, path=''):
+    if isinstance(tree, torch.Tensor): return {path: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    return {k: v for key, value in items for k, v in tensors(value, f'{path}/{key}').items()}
+
+def assert_same_run(a, b, out_a, out_b):
+    a, b = tensors(a), tensors(b)
+    assert a.keys() == b.keys() and [k for k in a if not torch.equal(a[k], b[k])] == []
+    assert log_of(out_a) == log_of(out_b)
+
+@pytest.mark.parametrize('config', sorted(os.path.basename(p) for p in glob.glob(os.path.join(ROOT, 'config', '*.py'))))
+def test_every_config_trains_saves_and_resumes(config, tiny_data, tmp_path):
+    """Smoke: three steps, across the change of phase where there is one, then a resume of two more."""
+    args = [f'{ROOT}/config/{config}', *TINY, *SHORT, '--iters_3d=2', f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/out']
+    for extra in (['--max_iters=3'], ['--max_iters=5', '--init_from=resume', '--iters_3d=4']):
+        done = run('train_vae.py', *args, *extra)
+        assert done.returncode == 0, done.stderr
+    assert 'resumed' in done.stdout
+    values = [v for line in log_of(f'{tmp_path}/out') for v in line.values()]
+    assert len(values) > 10 and np.isfinite(values).all()
+
+def test_resume_gives_the_same_bits_in_both_phases_and_across(tiny_data, tmp_path):
+    """7 steps straight against 2 + 3 + 2 with the change of phase inside: weights, averages, codebook, optimiser, classifier, log."""
+    whole = train(tiny_data, tmp_path / 'a')
+    train(tiny_data, tmp_path / 'b', '--max_iters=2')
+    train(tiny_data, tmp_path / 'b', '--max_iters=5', '--init_from=resume')
+    parts = train(tiny_data, tmp_path / 'b', '--init_from=resume')
+    drop = {(line['iter'], k) for line in log_of(tmp_path / 'b') for k in line if k.startswith('val')} - \
+           {(line['iter'], k) for line in log_of(tmp_path / 'a') for k in line if k.startswith('val')}
+    assert {i for i, _ in drop} <= {2, 5}  # the stops validate; nothing else differs
+    a, b = tensors(whole), tensors(parts)
+    assert a.keys() == b.keys() and [k for k in a if not torch.equal(a[k], b[k])] == []
+    train_lines = [[line for line in log_of(tmp_path / r) if 'lr' in line] for r in 'ab']
+    assert train_lines[0] == train_lines[1]
+
+def test_grad_accumulation_of_equal_parts_equals_one_batch(tiny_data, tmp_path):
+    """Sessions with both modalities alone, since then micro-batches weigh the same; the codebook's EMA counts per micro-batch."""
+    table = tiny_data / 'subjects.tsv'
+    table.write_text('\n'.join(line for line in table.read_text().splitlines() if '\t\t' not in line))
+    args = ['--iters_2d=0', '--code_decay=1.0', '--revive=0.0', '--iters_3d=1', '--w_cross=0.0']
+    one = train(tiny_data, tmp_path / 'a', '--batch_size=4', *args)
+    two = train(tiny_data, tmp_path / 'b', '--batch_size=2', '--grad_accum=2', *args)
+    assert log_of(tmp_path / 'a')[0]['train/recon'] == pytest.approx(log_of(tmp_path / 'b')[0]['train/recon'], rel=0.02)
+    assert one['iter_num'] == two['iter_num'] == 1
+
+def test_two_processes_equal_one_on_the_joined_batch(tiny_data, tmp_path):
+    """Cross and adversarial losses on, sessions that lack a modality, an uneven validation set, volumes then slices."""
+    one = train(tiny_data, tmp_path / 'one', '--batch_size_2d=16')
+    args = [*TINY, *SHORT, f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/two', '--batch_size=1', '--batch_size_2d=8']
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29512', 'train_vae.py', *args],
+                          cwd=ROOT, capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr
+    two = load_checkpoint(tmp_path / 'two' / 'ckpt.pt')
+    for a, b in zip(log_of(tmp_path / 'one'), log_of(tmp_path / 'two')):
+        assert a.keys() == b.keys()
+        for k in a: assert a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-4), k
+    for k, v in one['model'].items():  # Adam turns the last bits of tiny gradients into steps of size lr
+        torch.testing.assert_close(two['model'][k], v, rtol=1e-3, atol=2e-4)
+
+def test_checkpoint_holds_what_the_readme_says(tiny_data, tmp_path):
+    checkpoint = train(tiny_data, tmp_path / 'out', '--joint=interleaved', '--p_2d=1.0')
+    assert {'model', 'ema', 'optimizer', 'model_args', 'config', 'iter_num', 'best_val', 'git_commit'} <= checkpoint.keys()
+    assert 'train/recon_2d' in log_of(tmp_path / 'out')[0] and checkpoint['iter_num'] == 4
+    assert sorted(os.listdir(tmp_path / 'out')) == ['best.pt', 'ckpt.pt', 'config.py', 'log.jsonl']
+    again = run('train_vae.py', f'{tmp_path}/out/config.py', '--max_iters=1', f'--out_dir={tmp_path}/again')
+    assert again.returncode == 0, again.stderr
+    assert torch.equal(checkpoint['ema']['quantizer.codebook'], checkpoint['model']['quantizer.codebook'])
+    averaged, last = (from_checkpoint(checkpoint, average=a).state_dict()['encoder.stem.weight'] for a in (True, False))
+    assert not torch.equal(averaged, last)
+
+def test_ablation_switches_leave_no_classifier_behind(tiny_data, tmp_path):
+    assert train(tiny_data, tmp_path / 'a', '--w_adv=0.0', '--max_iters=1')['classifier'] is None
+
+def test_a_base_model_overfits_one_pair(tiny_data, tmp_path):
+    """Checklist S3 in small: with the extras off, one session is learned far beyond its mean."""
+    table = tiny_data / 'subjects.tsv'
+    lines = table.read_text().splitlines()
+    table.write_text('\n'.join([lines[0], lines[1], lines[1].replace('sub-00', 'sub-x').replace('sub-x_', 'sub-00_').replace('train', 'val')]))
+    train(tiny_data, tmp_path / 'a', f'{ROOT}/config/ablation_base.py', '--widths=16,16,32,32', '--batch_size=1', '--iters_3d=150',
+          '--joint=none', '--lr=3e-3', '--lr_decay_iters=150', '--ema_decay=0.9', '--log_interval=50', f'--out_dir={tmp_path}/a')
+    assert log_of(tmp_path / 'a')[-1]['val/psnr_db'] > 22
+
+@pytest.mark.parametrize('args, words', [
+    (['--lrr=1'], ["unknown key 'lrr'", "'lr'"]), (['--lr=fast'], ['lr must be float']), (['--joint=both'], ['sequential, interleaved or none']),
+    (['--film=False'], ['w_cross', 'film=True']), (['--data_dir=/nowhere/at/all'], ['/nowhere/at/all', 'prepare.py']),
+    (['--modalities=T1w,FLAIR'], ['FLAIR', 'it has T1w, T2w']), (['--widths=16,16,16'], ['widths', 'four']),
+    (['--patch=40,48,32'], ['40', 'multiple of 16']), (['--init_from=resume'], ['ckpt.pt', 'no such checkpoint']),
+    (['--out_dir=/proc/nowhere'], ['/proc/nowhere', 'cannot write']), (['--init_from=pytest.ini'], ['pytest.ini', 'not a readable checkpoint'])])
+def test_bad_settings_end_with_one_line(args, words, tiny_data, tmp_path):
+    assert refused(run('train_vae.py', *TINY, f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/out', *args), *words)
+
+def test_checkpoint_of_another_model_is_refused_with_the_difference(tiny_data, tmp_path):
+    train(tiny_data, tmp_path / 'out', '--max_iters=1')
+    done = run('train_vae.py', *TINY, *SHORT, f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/out', '--init_from=resume', '--num_codes=32')
+    assert refused(done, 'another model', 'num_codes 16 there, 32 here')
+
+def test_sigterm_finishes_the_step_saves_and_says_so(tiny_data, tmp_path):
+    process = subprocess.Popen([sys.executable, 'train_vae.py', *TINY, '--iters_3d=10000', f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/out'],
+                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith('iter 3'): break
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and 'resume' in out and err == ''
+    assert load_checkpoint(tmp_path / 'out' / 'ckpt.pt')['iter_num'] >= 3

@@ -57,12 +57,12 @@ def draw(n, place, seed):
 class Sessions:
     """The sessions of one split, as batches. modalities: those wanted, in the model's order; a session may lack some.
 
-    data_dir, split: as read_index. shape: (D,H,W) of every volume. n: number of sessions.
+    data_dir, split: as read_index. shape: (D,H,W) of every volume, spacing_mm of its voxels. n: number of sessions.
     """
     def __init__(self, data_dir, modalities, split):
         self.data_dir, self.modalities = data_dir, tuple(modalities)
         self.rows, dataset = read_index(data_dir, modalities, split)
-        self.shape = tuple(dataset['shape'])
+        self.shape, self.spacing_mm = tuple(dataset['shape']), dataset['spacing_mm']
         self.n = len(self.rows)
         self.scans = [(i, m) for i, row in enumerate(self.rows) for m, name in enumerate(self.modalities) if row.get(name)]
 

@@ -178,9 +178,8 @@ def conform(volumes, affines, shape, spacing_mm=1.0):
         boxes.append(box), low.append(lo), high.append(hi)
     return boxes, Placement(affine, grid_shape, start, low, high, float(lost), estimated)
 
-def restore(box, placement, affine, shape, scan=0):
-    """A box in [0,1] back on a RAS+ grid (affine, shape) in the intensities of scan number `scan`; 0 outside the box and at 0."""
-    low, high = placement.low[scan], placement.high[scan]
+def restore(box, placement, affine, shape, low=0.0, high=1.0):
+    """A box in [0,1] back on a RAS+ grid (affine, shape), with 0 as intensity `low` and 1 as `high`; 0 where the box is 0 or ends."""
     values = np.where(box > 0, low + box * (high - low), 0)
     full = crop_pad(values.astype(np.float32), [-s for s in placement.start], placement.grid_shape)
     return resample(full, placement.affine, affine, shape)

@@ -25,7 +25,7 @@ LABELS = {
 
 # The reference brain lives in a box of millimetres, x to the right, y to the front, z to the top, and the
 # box is stretched over whatever `shape` is asked for.
-BOX = np.array([(-80, 80), (-120, 86), (-72, 86)], np.float32)
+BOX = np.array([(-84, 84), (-124, 94), (-78, 90)], np.float32)
 CENTRE = np.array([0, -17, 7], np.float32)
 
 # name: (left label, right label, stretch, nodes). A structure is a chain of balls (x, y, z, radius), joined by
@@ -112,13 +112,13 @@ def _folds(p, waves, phases):
 
 def _coordinates(shape, rng, size):
     """(3, D, H, W) float32: where in the reference brain (mm) each voxel of a subject lies."""
-    aspect = size * np.exp(0.03 * rng.standard_normal(3))
-    pitch, roll, yaw = np.radians((5, 2, 2)) * rng.standard_normal(3)  # how the head lies
+    aspect = size * np.exp(0.04 * np.clip(rng.standard_normal(3), -2, 2))
+    pitch, roll, yaw = np.radians((9, 5, 5)) * np.clip(rng.standard_normal(3), -2, 2)  # how the head lies
     turn = Rotation.from_euler('xyz', (pitch, roll, yaw)).as_matrix().astype(np.float32) / aspect[:, None].astype(np.float32)
     lines = [(np.arange(n, dtype=np.float32) + 0.5) / n * (hi - lo) + lo - c for n, (lo, hi), c in zip(shape, BOX, CENTRE)]
     grid = np.meshgrid(*lines, indexing='ij', sparse=True)
     p = np.empty((3,) + tuple(shape), np.float32)
-    for i in range(3): p[i] = sum(turn[i, j] * grid[j] for j in range(3)) + CENTRE[i] + np.float32(2.5) * _smooth_field(shape, rng)
+    for i in range(3): p[i] = sum(turn[i, j] * grid[j] for j in range(3)) + CENTRE[i] + np.float32(3.0) * _smooth_field(shape, rng)
     return p
 
 
@@ -127,7 +127,7 @@ def _window(shape, nodes, stretch):
     nodes = np.array(nodes)
     window = []
     for i, n in enumerate(shape):
-        reach = nodes[:, 3].max() * stretch[i] + 26
+        reach = nodes[:, 3].max() * stretch[i] + 32
         ends = np.array([nodes[:, i].min() - reach, nodes[:, i].max() + reach])
         lo, hi = (ends - BOX[i, 0]) / (BOX[i, 1] - BOX[i, 0]) * n
         window.append(slice(max(int(lo), 0), int(hi) + 1))
@@ -159,8 +159,8 @@ def phantom_labels(shape, rng, sex, age=50.0):
     female, older = FEMALE if sex == 'F' else {}, (age - 50) / 30
     factor = dict(female)
     for name in ('lateral ventricle', 'inferior horn', '3rd ventricle'):
-        factor[name] = female.get(name, 1.0) * (1 + 0.15 * older) * np.exp(0.06 * rng.standard_normal())
-    p = _coordinates(shape, rng, factor.get('brain', 1.0) * np.exp(0.02 * rng.standard_normal()))
+        factor[name] = female.get(name, 1.0) * (1 + 0.25 * older) * np.exp(0.12 * rng.standard_normal())
+    p = _coordinates(shape, rng, factor.get('brain', 1.0) * np.exp(0.03 * np.clip(rng.standard_normal(), -2, 2)))
     spacing = [float(BOX[i, 1] - BOX[i, 0]) / n for i, n in enumerate(shape)]
     x, y, z = np.abs(p[0]), p[1], p[2]
     right = p[0] > 0
@@ -183,10 +183,11 @@ def phantom_labels(shape, rng, sex, age=50.0):
     sylvian = np.maximum(np.maximum(np.abs(plane) - 1 - widen, 37 - x), np.abs(y + 8) - 36)
     insula = np.maximum(np.maximum(np.abs(x - 38) - widen, np.abs(plane) - 13), np.abs(y - 2) - 20)
     pial = np.minimum(depth, np.minimum(sylvian, insula))
-    waves = rng.standard_normal((3, WAVES))
-    waves *= 2 * np.pi / WAVELENGTH * (1 + 0.12 * rng.standard_normal(WAVES)) / np.linalg.norm(waves, axis=0)
-    phases = rng.uniform(0, 2 * np.pi, WAVES)
-    shift = 0.5 * rng.standard_normal((2, WAVES))
+    common = np.random.default_rng(5)  # the main sulci are everyone's; a subject and a hemisphere vary them
+    waves = common.standard_normal((3, WAVES))
+    waves *= 2 * np.pi / WAVELENGTH * (1 + 0.12 * common.standard_normal(WAVES)) / np.linalg.norm(waves, axis=0)
+    phases = common.uniform(0, 2 * np.pi, WAVES) + 0.3 * rng.standard_normal(WAVES)
+    shift = 0.2 * rng.standard_normal((2, WAVES))
     sulcus_depth = 17 + 3 * _smooth_field(shape, rng, 6)
     shell = (depth > 0) & (depth < sulcus_depth + thickness) & (core < thickness)
     for side in (0, 1):
@@ -232,12 +233,14 @@ TISSUE = {
 
 
 def _shrink(x, factor):
-    """Mean over blocks of factor^3 voxels."""
-    D, H, W = (n // factor for n in x.shape)
-    return x.reshape(D, factor, H, factor, W, factor).mean((1, 3, 5), dtype=np.float32)
+    """Mean over blocks of factor^3 voxels, as float32."""
+    x = x.astype(np.float32)
+    for axis in range(3):
+        x = sum(x[(slice(None),) * axis + (slice(k, None, factor),)] for k in range(factor)) / np.float32(factor)
+    return x
 
 
-def images_from_labels(labels, modalities, rng, noise=0.02, bias=0.12, shrink=1):
+def images_from_labels(labels, modalities, rng, noise=0.02, bias=0.08, shrink=1):
     """Images of any FreeSurfer-numbered label map -> {modality: float32 (D, H, W)}, background 0, brain above 0.
 
     labels: (D, H, W) integers; with shrink=2 twice as fine as the images, so that a voxel holds parts of tissues.
@@ -247,7 +250,7 @@ def images_from_labels(labels, modalities, rng, noise=0.02, bias=0.12, shrink=1)
     unknown = sorted(set(np.unique(labels).tolist()) - {0} - {label for group in GROUPS.values() for label in group})
     if unknown: raise ValueError(f'labels {unknown} have no tissue')
     base = int(rng.integers(2 ** 31))
-    inside = _shrink((labels > 0).astype(np.float32), shrink) >= 0.5
+    inside = _shrink(labels > 0, shrink) >= 0.5
     images = {}
     for modality in modalities:
         if modality not in TISSUE: raise ValueError(f"modality '{modality}': known are {', '.join(TISSUE)}")
@@ -276,7 +279,7 @@ def phantom(index, shape, seed=0, modalities=('T1w', 'T2w', 'FLAIR')):
     labels = phantom_labels(tuple(fine * n for n in shape), rng, sex, age)
     images = images_from_labels(labels, modalities, np.random.default_rng((seed, index, 1)), shrink=fine)
     if fine > 1:
-        share = {label: _shrink((labels == label).astype(np.float32), fine) for label in np.unique(labels)}
+        share = {label: _shrink(labels == label, fine) for label in np.unique(labels)}
         inside = 1 - share.pop(0) >= 0.5
         commonest = np.argmax(np.stack(list(share.values())), 0)
         labels = np.where(inside, np.array(list(share))[commonest], 0).astype(np.int16)

@@ -155,7 +155,8 @@ def save(name):
     save_checkpoint(os.path.join(out_dir, name), {
         'model': raw_model.state_dict(), 'ema': ema.state_dict() if ema else None,
         'classifier': classifier.state_dict() if classifier else None, 'optimizer': optimizer.state_dict(),
-        'model_args': model_args(raw_model), 'config': config, 'iter_num': it, 'best_val': best_val, 'git_commit': git_commit()})
+        'model_args': model_args(raw_model), 'config': config,
+        'data': {'shape': train_set.shape, 'spacing_mm': train_set.spacing_mm}, 'iter_num': it, 'best_val': best_val, 'git_commit': git_commit()})
 
 if __name__ == '__main__':
     config = configure(globals(), sys.argv[1:])
@@ -207,7 +208,7 @@ if __name__ == '__main__':
     trained = list(raw_model.parameters()) + (list(classifier.parameters()) if classifier else [])
     groups = [{'params': [p for p in trained if p.ndim > 1], 'weight_decay': weight_decay},  # no decay on biases and norms
               {'params': [p for p in trained if p.ndim <= 1], 'weight_decay': 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), fused=device.startswith('cuda'))
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), fused=True)
     it, best_val = 0, -math.inf
     if resumed:
         if ema: ema.load_state_dict(resumed['ema'])

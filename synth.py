@@ -52,7 +52,7 @@ CORE = ((0, -6, 6), (37, 42, 23))  # corpus callosum and all inside it: no fissu
 WAVES, WAVELENGTH = 24, 27.0  # plane waves whose sum folds the cortex; sulci lie half a wavelength (mm) apart
 
 # factors for a woman relative to a man
-FEMALE = {'brain': 0.97, 'lateral ventricle': 0.94, 'hippocampus': 1.04, 'caudate': 1.04}
+FEMALE = {'brain': 0.96, 'lateral ventricle': 0.92, 'hippocampus': 1.08, 'caudate': 1.08, 'putamen': 0.95}
 
 
 def _smooth_field(shape, rng, order=4):

@@ -263,7 +263,7 @@ if __name__ == '__main__':
             decodes = len(batch['x']) + (len(batch['pairs']) if 'cross' in new else 0)
             done_flops += 3 * (len(batch['x']) * flops[kind][0] + decodes * flops[kind][1])  # backward is twice forward
         all_reduce_mean([p.grad for p in trained if p.grad is not None])
-        norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip if grad_clip > 0 else math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip if grad_clip > 0 else math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if ema: update_average(ema, raw_model, min(ema_decay, (1 + it) / (10 + it)))  # a short average while weights move fast

@@ -44,5 +44,5 @@ def tiny_data(tmp_path):
     (folder / 'dataset.json').write_text(json.dumps({'shape': [32, 48, 32], 'spacing_mm': 1.0, 'modalities': ['T1w', 'T2w']}))
     return folder
 
-TINY = ['--widths=16,16,16,16', '--anat_dim=8', '--mod_dim=4', '--modality_dim=4', '--num_codes=16', '--batch_size=2',
+TINY = ['--widths=8,8,8,8', '--anat_dim=8', '--mod_dim=4', '--modality_dim=4', '--num_codes=16', '--batch_size=2',
         '--batch_size_2d=4', '--device=cpu', '--warmup_iters=2', '--log_interval=1']

@@ -62,8 +62,11 @@ def test_a_second_scan_lands_on_the_grid_of_the_first(tmp_path):
     first = fine[::2, ::2, ::2]
     first_affine = affine @ np.diag([2.0, 2, 2, 1])
     boxes, placement = nifti.conform([first, fine], [first_affine, affine], (48, 48, 48), spacing_mm=2.0)
-    inside = (boxes[0] > 0) & (boxes[1] > 0)
-    assert np.corrcoef(boxes[0][inside], boxes[1][inside])[0, 1] > 0.99
+    def agreement(shift):
+        moved = np.roll(boxes[1], shift, (0, 1, 2))
+        inside = (boxes[0] > 0) & (moved > 0)
+        return np.corrcoef(boxes[0][inside], moved[inside])[0, 1]
+    assert agreement((0, 0, 0)) > 0.95 > max(agreement(s) for s in ((1, 0, 0), (0, -1, 0), (0, 0, 1)))
     assert (boxes[0] > 0).sum() == pytest.approx((boxes[1] > 0).sum(), rel=0.05)
 
 def test_padding_and_cropping_are_undone():
@@ -119,11 +122,11 @@ def absurd_header(path):
     (gzip.open if path.endswith('.gz') else open)(path, 'wb').write(bytes(raw))
 
 def singular(path):
-    image = nib.Nifti1Image(head(), np.eye(4))
-    image.header['sform_code'], image.header['qform_code'] = 1, 0
-    image.header['srow_x'] = image.header['srow_y'] = (1, 0, 0, 0)
-    image.header['srow_z'] = (0, 0, 1, 0)
-    open(path, 'wb').write(image.to_bytes())
+    """sform_code 1 with two equal rows, written into the header's bytes."""
+    raw = bytearray(nib.Nifti1Image(head(), np.eye(4)).to_bytes())
+    raw[252:256] = np.array([0, 1], np.int16).tobytes()
+    raw[280:328] = np.array([[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0]], np.float32).tobytes()
+    (gzip.open if path.endswith('.gz') else open)(path, 'wb').write(bytes(raw))
 
 def nans(path):
     volume = head()
@@ -142,7 +145,6 @@ BAD = {
 @pytest.mark.parametrize('kind', BAD)
 @pytest.mark.parametrize('suffix', ['.nii', '.nii.gz'])
 def test_bad_files_are_refused_in_one_line_with_their_name(tmp_path, kind, suffix):
-    if kind == 'affine' and suffix == '.nii.gz': suffix = '.nii'
     path, (make, reason) = str(tmp_path / f'scan{suffix}'), BAD[kind]
     make(path)
     with pytest.raises(ValueError, match=reason) as e: nifti.read(path)

@@ -105,7 +105,7 @@ def test_bad_scans_among_good_ones_are_skipped_with_a_report_or_stop_strictly(tm
     assert done.returncode == 0 and 'Traceback' not in done.stderr and '5 scans skipped' in done.stdout
     for path, reason in zip(bad.values(), ('cannot be read', 'NaN', 'every voxel is 7', 'split the series', '(8, 8)')):
         assert any(str(path) in line and reason in line for line in done.stdout.splitlines())
-    assert {r['subject'] for r in table(tmp_path / 'out')} == {'sub-00', 'sub-01'}
+    assert {r['subject'] for r in table(tmp_path / 'out')} == {'sub-00', 'sub-01', 'sub-02'}
     assert refused(prepare('bids', bids, tmp_path / 'strict', '--strict=True'), 'strict')
     assert not (tmp_path / 'strict' / 'subjects.tsv').exists()
 

@@ -37,9 +37,9 @@ def assert_same_run(a, b, out_a, out_b):
 
 @pytest.mark.parametrize('config', sorted(os.path.basename(p) for p in glob.glob(os.path.join(ROOT, 'config', '*.py'))))
 def test_every_config_trains_saves_and_resumes(config, tiny_data, tmp_path):
-    """Smoke: three steps, across the change of phase where there is one, then a resume of two more."""
+    """Smoke: three steps, across the change of phase where there is one, then a resume of one more."""
     args = [f'{ROOT}/config/{config}', *TINY, *SHORT, '--iters_3d=2', f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/out']
-    for extra in (['--max_iters=3'], ['--max_iters=5', '--init_from=resume', '--iters_3d=4']):
+    for extra in (['--max_iters=3'], ['--max_iters=4', '--init_from=resume', '--iters_3d=4']):
         done = run('train_vae.py', *args, *extra)
         assert done.returncode == 0, done.stderr
     assert 'resumed' in done.stdout
@@ -98,14 +98,15 @@ def test_checkpoint_holds_what_the_readme_says(tiny_data, tmp_path):
 def test_ablation_switches_leave_no_classifier_behind(tiny_data, tmp_path):
     assert train(tiny_data, tmp_path / 'a', '--w_adv=0.0', '--max_iters=1')['classifier'] is None
 
+@pytest.mark.slow
 def test_a_base_model_overfits_one_pair(tiny_data, tmp_path):
-    """Checklist S3 in small: with the extras off, one session is learned far beyond its mean."""
+    """Checklist S3: with attention, FiLM and the auxiliary losses off, one session is learned to at least 30 dB."""
     table = tiny_data / 'subjects.tsv'
     lines = table.read_text().splitlines()
     table.write_text('\n'.join([lines[0], lines[1], lines[1].replace('sub-00', 'sub-x').replace('sub-x_', 'sub-00_').replace('train', 'val')]))
-    train(tiny_data, tmp_path / 'a', f'{ROOT}/config/ablation_base.py', '--widths=16,16,32,32', '--batch_size=1', '--iters_3d=150',
-          '--joint=none', '--lr=3e-3', '--lr_decay_iters=150', '--ema_decay=0.9', '--log_interval=50', f'--out_dir={tmp_path}/a')
-    assert log_of(tmp_path / 'a')[-1]['val/psnr_db'] > 22
+    train(tiny_data, tmp_path / 'a', f'{ROOT}/config/ablation_base.py', '--widths=16,32,48,64', '--batch_size=1', '--iters_3d=600',
+          '--joint=none', '--lr=2e-3', '--lr_decay_iters=600', '--ema_decay=0.9', '--log_interval=50', f'--out_dir={tmp_path}/a')
+    assert log_of(tmp_path / 'a')[-1]['val/psnr_db'] > 30
 
 @pytest.mark.parametrize('args, words', [
     (['--lrr=1'], ["unknown key 'lrr'", "'lr'"]), (['--lr=fast'], ['lr must be float']), (['--joint=both'], ['sequential, interleaved or none']),

@@ -86,6 +86,13 @@ def resample(volume, affine, target_affine, target_shape):
     if np.allclose(matrix, np.diag(np.diag(matrix)), atol=1e-6): matrix = np.diag(matrix)  # axis by axis is much faster
     return ndimage.affine_transform(volume, matrix, to_source[:3, 3], tuple(target_shape), order=1)
 
+def resample_inside(volume, mask, affine, target_affine, target_shape):
+    """volume and bool mask (D,H,W) on another grid: values are means over the mask alone, so that edges do not fade; 0 outside."""
+    weight = resample(mask.astype(np.float32), affine, target_affine, target_shape)
+    inside = weight > 0.5
+    values = resample(np.where(mask, volume, 0).astype(np.float32), affine, target_affine, target_shape)
+    return np.where(inside, values / np.maximum(weight, 0.5), 0).astype(np.float32), inside
+
 # ---------------------------------------------------------------- brain, box, intensities
 
 def brain_mask(volume):
@@ -166,11 +173,10 @@ def conform(volumes, affines, shape, spacing_mm=1.0):
     scans, masks, estimated = [], [], []
     for k, (volume, a) in enumerate(zip(volumes, affines)):
         mask, guess = brain_mask(volume)
-        masks.append(resample(mask.astype(np.float32), a, affine, grid_shape) > 0.5)
+        scan, inside = resample_inside(volume, mask, a, affine, grid_shape)
+        scans.append(scan), masks.append(inside), estimated.append(guess)
         if not masks[k].any() or (masks[k] & masks[0]).sum() < 0.05 * masks[0].sum():
             raise ValueError('does not overlap the first scan of its session; are the affines of one space?', k)
-        scans.append(resample(volume, a, affine, grid_shape))
-        estimated.append(guess)
     start, lost = box_start(np.logical_or.reduce(masks), shape)
     boxes, low, high = [], [], []
     for scan, mask in zip(scans, masks):
@@ -180,6 +186,6 @@ def conform(volumes, affines, shape, spacing_mm=1.0):
 
 def restore(box, placement, affine, shape, low=0.0, high=1.0):
     """A box in [0,1] back on a RAS+ grid (affine, shape), with 0 as intensity `low` and 1 as `high`; 0 where the box is 0 or ends."""
-    values = np.where(box > 0, low + box * (high - low), 0)
-    full = crop_pad(values.astype(np.float32), [-s for s in placement.start], placement.grid_shape)
-    return resample(full, placement.affine, affine, shape)
+    back = [-s for s in placement.start]
+    full, mask = (crop_pad(v, back, placement.grid_shape) for v in (low + box * (high - low), box > 0))
+    return resample_inside(full, mask, placement.affine, affine, shape)[0]

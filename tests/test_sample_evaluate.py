@@ -44,8 +44,9 @@ def test_output_lies_on_the_input_voxel_by_voxel(trained, tmp_path, mode):
     assert a.shape == b.shape and nib.aff2axcodes(b.affine) == ('L', 'P', 'S')
     np.testing.assert_allclose(a.affine, b.affine, atol=1e-5)
     x, y = a.get_fdata(), b.get_fdata()
-    outside = ndimage.binary_erosion(x == 0, iterations=4, border_value=1)
-    assert (y[outside] == 0).all() and np.isfinite(y).all() and (y[ndimage.binary_erosion(x > 0, iterations=2)] != 0).mean() > 0.9
+    outside = ndimage.distance_transform_edt(x == 0) > 4
+    overlap = 2 * ((x > 0) & (y != 0)).sum() / ((x > 0).sum() + (y != 0).sum())
+    assert (y[outside] == 0).all() and overlap > 0.85 and np.isfinite(y).all() and (y[ndimage.binary_erosion(x > 0, iterations=2)] != 0).mean() > 0.9
 
 def test_reconstruction_is_the_models_own(trained, tmp_path):
     """On a grid the model's box equals, the file holds exactly the network's output in the scan's intensities."""

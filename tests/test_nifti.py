@@ -66,7 +66,7 @@ def test_a_second_scan_lands_on_the_grid_of_the_first(tmp_path):
         moved = np.roll(boxes[1], shift, (0, 1, 2))
         inside = (boxes[0] > 0) & (moved > 0)
         return np.corrcoef(boxes[0][inside], moved[inside])[0, 1]
-    assert agreement((0, 0, 0)) > 0.999 > max(agreement(s) for s in ((1, 0, 0), (0, -1, 0), (0, 0, 1)))
+    assert agreement((0, 0, 0)) > 0.9995 > max(agreement(s) for s in ((1, 0, 0), (0, -1, 0), (0, 0, 1)))
     assert (boxes[0] > 0).sum() == pytest.approx((boxes[1] > 0).sum(), rel=0.05)
 
 def test_padding_and_cropping_are_undone():

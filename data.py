@@ -12,6 +12,8 @@ from itertools import groupby
 
 import numpy as np
 import torch
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
 # ---------------------------------------------------------------- the index
 
@@ -54,15 +56,34 @@ def draw(n, place, seed):
     epoch, position = divmod(place, n)
     return int(shuffled(n, seed, epoch)[position])
 
+def augment(volume, rng):
+    """A random variant of a (D,H,W) volume, float32 in [0, 1], background 0: left-right flip, bias field, gamma, rotation, zoom.
+
+    Flip with probability 0.5, each other with 0.3. Bias: exp of a random cosine field within +-0.3; gamma 0.7 to 1.5; rotation
+    within 6 degrees about each axis and zoom 0.9 to 1.1 in one linear interpolation.
+    """
+    x = np.asarray(volume, np.float32)
+    if rng.random() < 0.5: x = x[::-1]
+    if rng.random() < 0.3:
+        waves = [np.cos(np.pi * rng.uniform(0.5, 2) * np.linspace(0, 1, n) + rng.uniform(0, 2 * np.pi)) for n in x.shape]
+        x = x * np.exp(rng.uniform(-0.3, 0.3) * np.einsum('i,j,k->ijk', *waves)).astype(np.float32)
+    if rng.random() < 0.3: x = np.clip(x, 0, 1) ** np.float32(np.exp(rng.uniform(np.log(0.7), np.log(1.5))))
+    if rng.random() < 0.3:
+        turn = Rotation.from_euler('xyz', rng.uniform(-6, 6, 3), degrees=True).as_matrix() / rng.uniform(0.9, 1.1)
+        centre = (np.array(x.shape) - 1) / 2
+        x = ndimage.affine_transform(x, turn, centre - turn @ centre, order=1)
+    return np.clip(x, 0, 1)
+
 class Sessions:
     """The sessions of one split, as batches. modalities: those wanted, in the model's order; a session may lack some.
 
-    data_dir, split: as read_index. shape: (D,H,W) of every volume, spacing_mm of its voxels. n: number of sessions.
+    data_dir, split: as read_index. shape: (D,H,W) of every volume. box: how scans got there, as arguments of nifti.conform. n: number of sessions.
     """
     def __init__(self, data_dir, modalities, split):
         self.data_dir, self.modalities = data_dir, tuple(modalities)
         self.rows, dataset = read_index(data_dir, modalities, split)
-        self.shape, self.spacing_mm = tuple(dataset['shape']), dataset['spacing_mm']
+        self.shape = tuple(dataset['shape'])
+        self.box = {k: dataset[k] for k in ('shape', 'spacing_mm', 'resize', 'percentiles', 'percentiles_of') if k in dataset}
         self.n = len(self.rows)
         self.scans = [(i, m) for i, row in enumerate(self.rows) for m, name in enumerate(self.modalities) if row.get(name)]
 
@@ -78,7 +99,7 @@ class Sessions:
         if array.shape != self.shape: raise SystemExit(f'{path}: shape {array.shape}, dataset.json says {self.shape}')
         return array
 
-    def volumes(self, batch_size, seed, rank, world, step, patch=()):
+    def session_batch(self, batch_size, seed, rank, world, step, patch=()):
         """Batch of sessions, every modality that each has, whole or as patches at one random place per session.
 
         batch_size: sessions per process. patch: (D,H,W), at most the volume's size per axis; () for whole volumes.
@@ -107,14 +128,30 @@ class Sessions:
                     pairs=torch.tensor(pairs, dtype=torch.int64).view(-1, 2), share=world * counts[rank] / counts.sum(),
                     pair_share=world * pair_counts[rank] / max(pair_counts.sum(), 1))
 
-    def slices(self, batch_size, seed, rank, world, step, min_brain=0.02, per_volume=8):
-        """Batch of slices of one plane, the plane drawn per step; slices with less than min_brain of brain are left out.
+    def scan_batch(self, batch_size, seed, rank, world, step, patch=(), augmented=False):
+        """Batch of single scans, of whichever modality, whole or as patches at random places; augmented: see augment().
+
+        returns dict: x (B,1,D,H,W) float32; modality (B,) int64; share 1.0
+        """
+        size = tuple(min(p, n) for p, n in zip(patch or self.shape, self.shape))
+        x, modality = [], []
+        for place in (step * world + rank) * batch_size + np.arange(batch_size):
+            i, m = self.scans[draw(len(self.scans), int(place), seed)]
+            rng, volume = random(seed, 4, int(place)), self.volume(i, m)
+            if augmented: volume = augment(volume, rng)
+            start = rng.integers(0, np.subtract(self.shape, size) + 1).tolist()
+            x.append(np.asarray(volume[tuple(slice(s, s + n) for s, n in zip(start, size))], np.float32))
+            modality.append(m)
+        return dict(x=torch.from_numpy(np.stack(x))[:, None], modality=torch.tensor(modality), share=1.0)
+
+    def slice_batch(self, batch_size, seed, rank, world, step, axis=None, min_brain=0.02, per_volume=8):
+        """Batch of slices across `axis` (None: drawn per step); slices with less than min_brain of brain are left out.
 
         batch_size: slices per process. per_volume: consecutive slices of the joined batch come from one volume, since an axial
         or sagittal slice touches the whole file; one with fewer brain slices gives some twice.
         returns dict: x (B,1,D,H,W) float32 with one axis of length 1; modality (B,) int64; share 1.0
         """
-        axis = int(random(seed, 2, step).integers(3))
+        if axis is None: axis = int(random(seed, 2, step).integers(3))
         places = (step * world + rank) * batch_size + np.arange(batch_size)
         x, modality = [], []
         for place, group in groupby(places.tolist(), lambda p: p // per_volume):

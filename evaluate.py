@@ -34,7 +34,9 @@ seed = 0                    # of the bootstrap
 DEFINITIONS = """\
 PSNR: dB, data range 1, prediction clamped to [0,1]. SSIM: 3D, Gaussian window 11, sigma 1.5, K1 0.01, K2 0.03, valid region, times 100.
 whole: every voxel of the box. brain: voxels where the input is above 0 (SSIM: windows centred there).
-Mean +- standard deviation over subjects, the sessions of a subject averaged first."""
+Mean +- standard deviation over subjects, the sessions of a subject averaged first.
+DFT: decoder fine-tuned on a frozen encoder. cos_raw: mean absolute cosine of channel pairs, means included; pearson_abs: the same of
+centred channels. Effective rank: exp of the entropy of the explained variance, whose covariance is that of pearson_abs."""
 
 # ---------------------------------------------------------------- metrics
 
@@ -54,6 +56,56 @@ def summarise(values, subjects, draws=2000):
     boot = means[random(seed, 0).integers(len(means), size=(draws, len(means)))].mean(1)
     return {'mean': float(means.mean()), 'sd': float(means.std(ddof=1)) if len(means) > 1 else 0.0, 'n_subjects': len(means),
             'n_sessions': len(values), 'ci95': [float(q) for q in np.quantile(boot, [0.025, 0.975])]}
+
+# ---------------------------------------------------------------- geometry of the latent
+
+def moments(z):
+    """z (N,C) or (B,C,d,h,w) -> float64 matrix (C+1,C+1): sums of products of the channels and of a constant 1."""
+    rows = z if z.ndim == 2 else z.movedim(1, -1).flatten(0, -2)
+    rows = torch.nn.functional.pad(rows.double(), (0, 1), value=1.0)
+    return rows.T @ rows
+
+def covariance(m):
+    """(C,C) unbiased covariance out of moments()."""
+    n, mean = m[-1, -1], m[-1, :-1] / m[-1, -1]
+    return (m[:-1, :-1] - n * torch.outer(mean, mean)) / (n - 1)
+
+def cosine_of(m, centred):
+    gram = covariance(m) if centred else m[:-1, :-1]
+    norm = gram.diagonal().clamp(min=1e-30).rsqrt()
+    return (gram * norm * norm[:, None]).abs()
+
+def variance_shares(m):
+    """(C,) eigenvalues of the covariance over their sum, descending."""
+    values = torch.linalg.eigvalsh(covariance(m)).flip(0).clamp(min=0)
+    return values / values.sum()
+
+def rank_of(shares):
+    return torch.exp(-torch.xlogy(shares, shares).sum()).item()
+
+def channel_cosine(z, centred=True):
+    """z (N,C) or (B,C,d,h,w) -> (C,C) absolute cosine between channels over all positions, DeCo table 1 and fig. 2.
+
+    centred=True subtracts each channel's mean first: |Pearson correlation|. Without it, the means of channels count as
+    similarity, and no covariance says anything about them.
+    """
+    return cosine_of(moments(z), centred)
+
+def effective_rank(z):
+    """exp of the entropy of explained_variance(z): 1 to C, DeCo table 1."""
+    return rank_of(explained_variance(z))
+
+def explained_variance(z):
+    """z (N,C) or (B,C,d,h,w) -> (C,) shares of the variance along the principal axes of the channels, descending, DeCo fig. 3."""
+    return variance_shares(moments(z))
+
+def latent_geometry(m, sigma):
+    """Summary of the moments m of a set's latents; every number comes from the same covariance. sigma: mean posterior sd or None."""
+    shares, C = variance_shares(m), len(m) - 1
+    off = ~torch.eye(C, dtype=bool)
+    return {'channels': C, 'cos_raw': cosine_of(m, False)[off].mean().item() if C > 1 else None,
+            'pearson_abs': cosine_of(m, True)[off].mean().item() if C > 1 else None, 'effective_rank': rank_of(shares),
+            'explained_variance': shares.tolist(), 'channel_sd': covariance(m).diagonal().sqrt().tolist(), 'posterior_sigma': sigma}
 
 # ---------------------------------------------------------------- reference rows
 
@@ -98,8 +150,8 @@ def nearest_training_scan(train, m, targets):
     library = torch.stack([small(train.volume(i, m)) for i in tqdm(scans, desc='nearest scan', leave=False)])
     return [np.asarray(train.volume(scans[int((library - small(t)).square().mean(1).argmin())], m), np.float32) for t in targets]
 
-def reference_rows(test, train, n, bits):
-    """Scores of what costs nothing to learn, per row and modality: lists of (subject, scores)."""
+def reference_rows(test, train, n, rates):
+    """Scores of what costs nothing to learn, per row and modality: lists of (subject, scores). rates: bits for the codec's rows."""
     rows = {}
     for m, name in enumerate(test.modalities):
         sessions = [i for i in range(n) if m in test.present(i)]
@@ -107,7 +159,7 @@ def reference_rows(test, train, n, bits):
         mean = training_mean(train, m).astype(np.float32)
         guesses = {'population mean of the training set': [mean] * len(volumes),
                    'nearest training scan': nearest_training_scan(train, m, volumes),
-                   f'DCT codec at {bits:.0f} bits': [dct_codec(v, bits) for v in tqdm(volumes, desc='DCT codec', leave=False)],
+                   **{f'DCT codec at {bits:.0f} bits': [dct_codec(v, bits) for v in tqdm(volumes, desc='DCT codec', leave=False)] for bits in rates},
                    'blur, sigma 1 voxel (codes nothing)': [ndimage.gaussian_filter(v, 1.0) for v in volumes]}
         for row, predictions in guesses.items():
             rows.setdefault(row, {})[name] = [(test.rows[i]['subject'], scores(torch.tensor(p)[None, None], torch.tensor(v)[None, None]))
@@ -118,39 +170,47 @@ def reference_rows(test, train, n, bits):
 
 @torch.no_grad()
 def judge(model, test, n):
-    """Reconstruction and cross-modal scores, code counts, and the volumes of the first session that has every modality."""
-    fidelity = {name: [] for name in test.modalities}
-    cross, counts, shown = {}, np.zeros((len(test.modalities), model.config.num_codes), np.int64), None
+    """Scores of reconstructions, of cross-modal ones, code counts, latent geometry, and the first session with every modality."""
+    fidelity, cross, shown = {name: [] for name in test.modalities}, {}, None
+    books = getattr(model.config, 'num_codebooks', 1) if hasattr(model, 'quantizer') else 0
+    counts = np.zeros((len(test.modalities), books, getattr(model.config, 'num_codes', 0)), np.int64)
+    total, sigmas = 0.0, []
     for i in tqdm(range(n), desc='sessions', leave=False):
-        subject, parts = test.rows[i]['subject'], {}
+        subject, x, x_hat = test.rows[i]['subject'], {}, {}
         with autocast(device, dtype):
             for m in test.present(i):
-                x = torch.tensor(test.volume(i, m), dtype=torch.float32, device=device)[None, None]
-                z_anat, z_mod = model.encode(x)
-                indices = model.quantizer.nearest_indices(z_anat)
-                parts[m] = x, model.quantizer.lookup(indices), model.film(z_mod, m)
-                counts[m] += np.bincount(indices.flatten().cpu(), minlength=counts.shape[1])
-            x_hats = {m: model.decode(z_q, film).float() for m, (x, z_q, film) in parts.items()}
-            for m, (x, _, _) in parts.items(): fidelity[test.modalities[m]].append((subject, scores(x_hats[m], x)))
-            for a in parts if model.config.film else ():
-                for b in parts:
-                    if a == b: continue
-                    z_q, x = parts[a][1], parts[b][0]
-                    for style, film in (('own', parts[b][2]), ('mean', model.mean_film(b, z_q))):
-                        key = (test.modalities[a], test.modalities[b], style)
-                        cross.setdefault(key, []).append((subject, scores(model.decode(z_q, film), x)))
-        if shown is None and len(parts) == len(test.modalities):
-            shown = {test.modalities[m]: (x.cpu().numpy()[0, 0], x_hats[m].clamp(0, 1).cpu().numpy()[0, 0]) for m, (x, _, _) in parts.items()}
-    return fidelity, cross, counts, shown
+                x[m] = torch.tensor(test.volume(i, m), dtype=torch.float32, device=device)[None, None]
+                x_hat[m] = model.reconstruct(x[m], m).float()
+                total = total + moments(model.latent(x[m], m))
+                if hasattr(model, 'posterior_sigma'): sigmas += model.posterior_sigma(x[m])
+                if books:
+                    for k, book in enumerate(model.tokens(x[m]).view(books, -1).cpu()): counts[m, k] += np.bincount(book, minlength=counts.shape[2])
+                fidelity[test.modalities[m]].append((subject, scores(x_hat[m], x[m])))
+            if hasattr(model, 'translate') and model.config.film: cross_modal(model, test.modalities, subject, x, cross)
+        if shown is None and len(x) == len(test.modalities):
+            shown = {test.modalities[m]: (x[m].cpu().numpy()[0, 0], x_hat[m].clamp(0, 1).cpu().numpy()[0, 0]) for m in x}
+    return fidelity, cross, counts, latent_geometry(total.cpu(), float(np.mean(sigmas)) if sigmas else None), shown
+
+def cross_modal(model, names, subject, x, cross):
+    """Add the scores of every ordered pair of a session's scans x {modality: (1,1,D,H,W)} to cross."""
+    films = {m: model.film(model.encode(scan)[1], m) for m, scan in x.items()}
+    codes = {m: model.quantizer.lookup(model.tokens(scan)) for m, scan in x.items()}
+    for a in x:
+        for b in x:
+            if a == b: continue
+            for style, film in (('own', films[b]), ('mean', model.mean_film(b, codes[a]))):
+                found = cross.setdefault((names[a], names[b], style), [])
+                found.append((subject, scores(model.decode(codes[a], film), x[b])))
 
 def collapse(found):
     """[(subject, scores)] -> {metric: summary over subjects}."""
     return {metric: summarise([s[metric] for _, s in found], [subject for subject, _ in found]) for metric in found[0][1]} if found else {}
 
 def code_use(counts):
-    """Codes used at least once and perplexity of one histogram (K,)."""
-    p = counts / max(counts.sum(), 1)
-    return {'used': int((counts > 0).sum()), 'perplexity': float(np.exp(-(p[p > 0] * np.log(p[p > 0])).sum())), 'tokens': int(counts.sum())}
+    """Codes used at least once and perplexity of histograms (codebooks, K), means over the codebooks; tokens of all."""
+    shares = [c[c > 0] / c.sum() for c in counts]
+    return {'used': float(np.mean([len(p) for p in shares])), 'perplexity': float(np.mean([np.exp(-(p * np.log(p)).sum()) for p in shares])),
+            'tokens': int(counts.sum())}
 
 # ---------------------------------------------------------------- output
 
@@ -162,16 +222,25 @@ METRICS = {'psnr_whole': 'PSNR', 'ssim_whole': 'SSIM', 'psnr_brain': 'PSNR brain
 def markdown(results, modalities):
     """The tables as text."""
     n = max(s['psnr_whole']['n_subjects'] for row in results['rows'] for s in row['fidelity'].values() if s)
-    head = ['model', 'f', 'bits/volume', *[f'{m} {name}' for m in modalities for name in METRICS.values()]]
+    head = ['model', 'f', 'latent', 'bits/volume', 'DFT', *[f'{m} {name}' for m in modalities for name in METRICS.values()]]
     lines = [f"Reconstruction, split {results['split']} of {results['data_dir']}, {n} subjects", '', '| ' + ' | '.join(head) + ' |',
              '|' + ' --- |' * len(head)]
     for row in results['rows']:
-        lines.append('| ' + ' | '.join([row['name'], row['f'], row['bits'], *[cell(row['fidelity'].get(m, {}).get(k)) for m in modalities for k in METRICS]]) + ' |')
-    for row in results['rows']:
-        if 'codes' in row:
+        cells = [cell(row['fidelity'].get(m, {}).get(k)) for m in modalities for k in METRICS]
+        lines.append('| ' + ' | '.join([row['name'], row['f'], row['latent'], row['bits'], row['dft'], *cells]) + ' |')
+    models = [row for row in results['rows'] if 'geometry' in row]
+    lines += ['', f'Latent, all positions of the same scans', '',
+              '| model | latent | cos_raw | pearson_abs | effective rank | explained variance | channel sd | posterior sigma |', '|' + ' --- |' * 8]
+    for row in models:
+        g = row['geometry']
+        few = lambda values: ' '.join(f'{v:.3f}' for v in values[:8]) + (' ...' if len(values) > 8 else '')
+        lines.append(f"| {row['name']} | {row['latent']} | " + ' | '.join('' if v is None else f'{v:.4f}' for v in (g['cos_raw'], g['pearson_abs'], g['effective_rank']))
+                     + f" | {few(g['explained_variance'])} | {few(g['channel_sd'])} | {'' if g['posterior_sigma'] is None else format(g['posterior_sigma'], '.4f')} |")
+    for row in models:
+        if row['codes']:
             lines += ['', f"{row['name']}, codes of {row['num_codes']}: " + '; '.join(
-                f"{k} {v['used']} used, perplexity {v['perplexity']:.1f}, {v['tokens']} tokens" for k, v in row['codes'].items())]
-        if row.get('cross'):
+                f"{k} {v['used']:.0f} used, perplexity {v['perplexity']:.1f}, {v['tokens']} tokens" for k, v in row['codes'].items())]
+        if row['cross']:
             lines += ['', f"{row['name']}, cross-modal: anatomy of the source, style of the target scan (eq. 13) or the target's running mean (no target scan)", '',
                       '| source -> target | style | ' + ' | '.join(METRICS.values()) + ' |', '|' + ' --- |' * 6]
             lines += [f"| {c['source']} -> {c['target']} | {c['style']} | " + ' | '.join(cell(c['scores'][k]) for k in METRICS) + ' |' for c in row['cross']]
@@ -208,26 +277,29 @@ def main():
     out_dir = out_dir or os.path.dirname(paths[0]) or '.'
     make_out_dir(out_dir)
     results, shown = {'data_dir': data_dir, 'split': split, 'definitions': DEFINITIONS, 'rows': []}, None
+    modalities, rates = [], []
     for path, checkpoint in zip(paths, checkpoints):
         model = from_checkpoint(checkpoint).to(device)
-        modalities = model.config.modalities
-        test = Sessions(data_dir, modalities, split)
-        try: model.check_size(test.shape)
-        except ValueError as e: raise SystemExit(f'{data_dir}: {e}')
+        known = tuple(checkpoint['config']['modalities'])
+        modalities += [m for m in known if m not in modalities]
+        test = Sessions(data_dir, known, split)
         n = test.n if max_sessions < 0 else min(max_sessions, test.n)
-        fidelity, cross, counts, pair = judge(model, test, n)
+        try: fidelity, cross, counts, geometry, pair = judge(model, test, n)
+        except ValueError as e: raise SystemExit(f'{path} on {data_dir}: {e}')
         shown = shown or pair
         bits, style = model.bits_per_volume(test.shape), model.style_bits()
+        rates.append(bits + style)
         results['rows'].append({
-            'name': os.path.basename(os.path.dirname(path)) or path, 'ckpt': path, 'iter': checkpoint['iter_num'],
-            'git_commit': checkpoint['git_commit'], 'f': '16x', 'bits': f'{bits:.0f} + {style}', 'num_codes': model.config.num_codes,
-            'fidelity': {m: collapse(found) for m, found in fidelity.items()},
-            'codes': {m: code_use(c) for m, c in zip(modalities, counts)} | {'all': code_use(counts.sum(0))},
+            'name': os.path.basename(os.path.dirname(path)) or path, 'ckpt': path, 'iter': checkpoint['iter_num'], 'git_commit': checkpoint['git_commit'],
+            'f': f'{model.factor}x', 'latent': 'x'.join(map(str, model.latent_shape(test.shape))), 'bits': f'{bits:.0f}' + (f' + {style}' if style else ''),
+            'dft': 'yes' if checkpoint['config'].get('freeze_encoder') else 'no', 'num_codes': getattr(model.config, 'num_codes', None),
+            'fidelity': {m: collapse(found) for m, found in fidelity.items()}, 'geometry': geometry,
+            'codes': {m: code_use(c) for m, c in zip([*known, 'all'], [*counts, counts.sum(0)]) if c.size},
             'cross': [{'source': a, 'target': b, 'style': style, 'scores': collapse(found)} for (a, b, style), found in cross.items()]})
     if reference_sessions > 0:
         train, test = Sessions(data_dir, modalities, 'train'), Sessions(data_dir, modalities, split)
-        for name, found in reference_rows(test, train, min(n, reference_sessions), bits + style).items():
-            results['rows'].append({'name': name, 'f': '', 'bits': f'{bits + style:.0f}' if 'DCT' in name else '',
+        for name, found in reference_rows(test, train, min(test.n, n, reference_sessions), sorted(set(rates))).items():
+            results['rows'].append({'name': name, 'f': '', 'latent': '', 'bits': name.split()[-2] if 'DCT' in name else '', 'dft': '',
                                     'fidelity': {m: collapse(f) for m, f in found.items()}})
     text = markdown(results, modalities)
     print(text)

@@ -3,6 +3,8 @@
 Images are float in [0, 1]. A batch of slices may be 4-D (B, C, H, W) or 5-D with one axis of length 1.
 """
 import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -56,12 +58,14 @@ def ssim(x, y, data_range=1.0, window='gaussian', size=11, sigma=1.5):
     """Mean of ssim_map over channels and the valid region -> (B,)."""
     return ssim_map(x, y, data_range, window, size, sigma).flatten(1).mean(1)
 
-def reconstruction_loss(x_hat, x, ssim_weight):
-    """Mean absolute error + ssim_weight (1 - SSIM), NeuroQuant eq. 12; SSIM is 3D on volumes and 2D on slices.
+def reconstruction_loss(x_hat, x, ssim_weight, norm='l1'):
+    """Mean error + ssim_weight (1 - SSIM), NeuroQuant eq. 12; SSIM is 3D on volumes and 2D on slices.
 
-    Mean over batch and voxels. The window is Gaussian, 7 wide, sigma 1.5 (open in the paper; its released code's choice).
+    norm: 'l1', absolute (the papers), or 'l2', squared. Mean over batch and voxels. The SSIM window is Gaussian, 7 wide, sigma 1.5
+    (open in the paper; its released code's choice).
     """
-    loss = F.l1_loss(x_hat.float(), x.float())
+    if norm not in ('l1', 'l2'): raise ValueError(f"reconstruction norm '{norm}': l1 or l2")
+    loss = (F.l1_loss if norm == 'l1' else F.mse_loss)(x_hat.float(), x.float())
     if ssim_weight > 0: loss = loss + ssim_weight * (1 - ssim(x_hat, x, size=7).mean())
     return loss
 
@@ -100,3 +104,112 @@ class ModalityClassifier(nn.Module):
 
     def forward(self, z):
         return self.mlp(self.features(z).mean((2, 3, 4)))
+
+# ---------------------------------------------------------------- the latent of a KL autoencoder
+
+def kl_loss(mu, logvar, reduction='mean'):
+    """KL(N(mu, exp(logvar)) || N(0, 1)) of DeCo eq. 1: 0.5 (mu^2 + exp(logvar) - 1 - logvar), mu and logvar (B, C, *grid).
+
+    'mean' over every element; 'sum' over channels and grid, then mean over the batch (MAISI's: times C*grid larger).
+    """
+    mu, logvar = mu.float(), logvar.float()
+    kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar)
+    if reduction == 'mean': return kl.mean()
+    if reduction == 'sum': return kl.flatten(1).sum(1).mean()
+    raise ValueError(f"kl reduction '{reduction}': mean or sum")
+
+def channel_covariance(z, gather=False):
+    """Unbiased covariance (C, C) of channels over batch and grid, float32. z (N, C) or (B, C, *grid), at least two positions.
+
+    gather: over the positions of every process; the gradients are then those of one process with the joined batch, once they
+    are averaged over processes.
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        z = z.float() if z.ndim == 2 else z.float().movedim(1, -1).flatten(0, -2)
+        if gather and dist.is_initialized(): add_up, n = dist_nn.all_reduce, len(z) * dist.get_world_size()  # equal patches everywhere
+        else: add_up, n = (lambda t: t), len(z)
+        if n < 2: raise ValueError(f'a covariance of {n} position')
+        z = z - add_up(z.sum(0)) / n
+        return add_up(z.T @ z) / (n - 1)
+
+def off_diagonal_square(m):
+    """sum over i != j of m_ij^2, divided by C^2 (DeCo eq. 3 and 4 count the diagonal in the denominator)."""
+    return (m - torch.diag(m.diagonal())).square().sum() / m.numel()
+
+def sid_loss(z, gather=False):
+    """Scale-invariant decorrelation, DeCo eq. 3: squared Pearson correlations of channel pairs. A constant channel counts 0."""
+    cov = channel_covariance(z, gather)
+    rsd = cov.diagonal().clamp(min=1e-12).rsqrt()
+    return off_diagonal_square(cov * rsd * rsd[:, None])
+
+def cov_loss(z, gather=False):
+    """DeCo eq. 4: squared covariances of channel pairs. Shrinking every channel lowers it too; see var_loss."""
+    return off_diagonal_square(channel_covariance(z, gather))
+
+def var_loss(z, gamma=1.0, form='hinge_std', gather=False):
+    """Anchor of the channels' variances. 'hinge_std': mean of max(0, gamma - sd)^2, DeCo eq. 5, 0 once every sd >= gamma.
+
+    'two_sided_var': mean of (variance - gamma^2)^2, the form of the released code at gamma 1.
+    """
+    var = channel_covariance(z, gather).diagonal()
+    if form == 'hinge_std': return (gamma - (var + 1e-8).sqrt()).clamp(min=0).square().mean()  # sqrt has no slope at 0
+    if form == 'two_sided_var': return (var - gamma ** 2).square().mean()
+    raise ValueError(f"var form '{form}': hinge_std or two_sided_var")
+
+def vad_loss(z, gamma=1.0, form='hinge_std', gather=False):
+    """Variance-anchored decorrelation, DeCo eq. 6: cov_loss + var_loss."""
+    return cov_loss(z, gather) + var_loss(z, gamma, form, gather)
+
+# ---------------------------------------------------------------- adversary
+
+class PatchDiscriminator(nn.Sequential):
+    """PatchGAN (Isola et al. 2017): x (B, c_in, *grid) -> logits (B, 1, *smaller grid), one per overlapping patch.
+
+    dims 2 or 3. channels 32 and layers 3 give 692,769 or 2,770,977 parameters: strides 2, 2, 2, 1, 1, kernel 4, instance norm.
+    Each axis needs at least 24 pixels for layers=3. Weights start as N(0, 0.02).
+    """
+    def __init__(self, dims=3, channels=32, layers=3, in_channels=1):
+        conv, norm = (nn.Conv2d, nn.InstanceNorm2d) if dims == 2 else (nn.Conv3d, nn.InstanceNorm3d)
+        stages, width = [conv(in_channels, channels, 4, 2, 1), nn.LeakyReLU(0.2)], channels
+        for layer in range(layers):
+            stride = 2 if layer < layers - 1 else 1
+            stages += [conv(width, 2 * width, 4, stride, 1, bias=False), norm(2 * width), nn.LeakyReLU(0.2)]
+            width *= 2
+        super().__init__(*stages, conv(width, 1, 4, 1, 1))
+        for m in self:
+            if isinstance(m, conv):
+                nn.init.normal_(m.weight, 0, 0.02)
+                if m.bias is not None: nn.init.zeros_(m.bias)
+
+def adversarial_loss(logits, real, form='least_squares'):
+    """What a discriminator pays for logits of real or generated samples. 'least_squares': (logits - real)^2; 'hinge'."""
+    logits = logits.float()
+    if form == 'least_squares': return (logits - float(real)).square().mean()
+    if form == 'hinge': return F.relu(1 - logits if real else 1 + logits).mean()
+    raise ValueError(f"adversarial form '{form}': least_squares or hinge")
+
+def generator_loss(logits, form='least_squares'):
+    """What the generator pays for its samples' logits: distance from 'real', or minus their mean for the hinge."""
+    return -logits.float().mean() if form == 'hinge' else adversarial_loss(logits, True, form)
+
+# ---------------------------------------------------------------- slices of volumes
+
+def random_slices(volumes, fraction, generator=None):
+    """Random slices of several volumes at the same places, for losses that are 2D: "2.5D".
+
+    volumes: list of (B, C, D, H, W). returns for each of the three planes a list (one per volume) of (n, C, h, w), where n is
+    fraction of the B slices of the plane, at least 1. A batch of slices (one axis of length 1) gives itself, for its plane only.
+    """
+    ones = [axis for axis in (2, 3, 4) if volumes[0].shape[axis] == 1]
+    if ones: return [[v.squeeze(ones[0]) for v in volumes]]
+    planes = []
+    for axis in (2, 3, 4):
+        n = volumes[0].shape[0] * volumes[0].shape[axis]
+        chosen = torch.randperm(n, generator=generator)[:max(1, int(fraction * n))].to(volumes[0].device)
+        planes.append([v.movedim(axis, 1).flatten(0, 1)[chosen] for v in volumes])
+    return planes
+
+def perceptual_loss(network, x_hat, x, fraction=0.2, generator=None):
+    """Sum over planes of network(x_hat slice, x slice) -> (n,) averaged over slices; each pair of slices from one place."""
+    with torch.autocast(x.device.type, enabled=False):  # float32: normalised features, small differences
+        return sum(network(a, b).mean() for a, b in random_slices([x_hat.float(), x.float()], fraction, generator))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from quantize import VectorQuantizer, sum_over_ranks
+from quantize import make_quantizer, sum_over_ranks
 
 # ---------------------------------------------------------------- building blocks
 
@@ -102,11 +102,14 @@ class NeuroQuantConfig:
     widths: tuple = (32, 64, 128, 256)  # channels of the four encoder blocks, at 1/2, 1/4, 1/8, 1/16
     res_blocks: int = 1                 # 3x3x3 convolutions per block besides the strided one
     attention: bool = True              # factorised multi-axis attention (FMA) in encoder and decoder
+    attn_levels: tuple = (0, 1, 2, 3)   # where: 0 is 1/2 of the size (the dearest), 3 is 1/16
     film: bool = True                   # modality stream and FiLM (M-FiLM); without it, a plain VQ-VAE
     anat_dim: int = 64                  # channels of z_anat and of a code
     mod_dim: int = 32                   # channels of z_mod
     modality_dim: int = 32              # channels of the learned vector s_m of each modality
     num_codes: int = 4096
+    num_codebooks: int = 1              # indices per position; the paper has one
+    codebooks: str = 'residual'         # how several work together, see MultiQuantizer
     code_decay: float = 0.99            # EMA of the codebook
     revive: float = 0.1                 # codes used less than this fraction of the mean use are replaced
 
@@ -116,7 +119,8 @@ class Encoder(nn.Module):
         super().__init__()
         channels = (c.widths[0] // 2, *c.widths)  # half the width at full size, where memory is dear
         self.stem = Conv(1, channels[0], 3, padding=1)
-        self.blocks = nn.ModuleList(EncoderBlock(a, b, c.res_blocks, c.attention) for a, b in zip(channels, channels[1:]))
+        self.blocks = nn.ModuleList(EncoderBlock(a, b, c.res_blocks, c.attention and level in c.attn_levels)
+                                    for level, (a, b) in enumerate(zip(channels, channels[1:])))
 
     def forward(self, x):
         h = self.stem(x)
@@ -185,7 +189,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.channels = (*reversed(c.widths), c.widths[0] // 2)  # of the five FiLM layers
         pairs = zip((c.anat_dim, *self.channels), self.channels)
-        self.blocks = nn.ModuleList(DecoderBlock(a, b, c.res_blocks, c.attention and i < 4, up=i > 0)
+        self.blocks = nn.ModuleList(DecoderBlock(a, b, c.res_blocks, c.attention and 3 - i in c.attn_levels, up=i > 0)
                                     for i, (a, b) in enumerate(pairs))
         self.heads = nn.ModuleList(Conv(channels, 1, 3, padding=1) for channels in self.channels)
         self.checkpointing = False
@@ -208,13 +212,14 @@ class NeuroQuant(nn.Module):
     """
     def __init__(self, config):
         super().__init__()
-        c = self.config = config
+        c, self.factor = config, 16
+        self.config = config
         if len(c.widths) != 4 or any(w < 8 or w % 8 for w in c.widths):
             raise ValueError(f'widths {c.widths}: four are needed, each a multiple of 8')
         if not c.modalities: raise ValueError('modalities is empty: name at least one, such as T1w')
         self.encoder = Encoder(c)
         self.anat_head = nn.Sequential(nn.SiLU(), Conv(c.widths[-1], c.anat_dim, 3, padding=1))
-        self.quantizer = VectorQuantizer(c.num_codes, c.anat_dim, c.code_decay, revive=c.revive)
+        self.quantizer = make_quantizer(c.num_codes, c.anat_dim, c.code_decay, c.revive, c.num_codebooks, c.codebooks)
         self.decoder = Decoder(c)
         if c.film:
             self.mod_head = nn.Sequential(nn.SiLU(), Conv(c.widths[-1], c.mod_dim, 3, padding=1))
@@ -320,25 +325,295 @@ class NeuroQuant(nn.Module):
         z_anat, z_mod = self.encode(x)
         return torch.cat([self.quantizer.lookup(self.quantizer.nearest_indices(z_anat)), z_mod.float()], 1)
 
+    def latent_shape(self, shape):
+        """(D,H,W) of a volume -> (anat_dim, d, h, w)."""
+        return (self.config.anat_dim, *[n // 16 for n in shape])
+
     def bits_per_volume(self, shape):
         """Bits of the codes of a (D,H,W) volume: 972 log2 K at 144x192x144. The modality vector comes on top: style_bits()."""
-        return math.prod(n // 16 for n in shape) * math.log2(self.config.num_codes)
+        return math.prod(n // 16 for n in shape) * self.config.num_codebooks * math.log2(self.config.num_codes)
 
     def style_bits(self):
         """Bits of GAP(z_mod), all that the decoder gets of a scan beside its codes, at 16 bits a number."""
         return 16 * self.config.mod_dim if self.config.film else 0
+
+# ---------------------------------------------------------------- ConvVAE
+
+@dataclass
+class ConvVAEConfig:
+    """Defaults: MAISI's autoencoder (arXiv:2409.11169), which DeCo-VAE trains anew: 20,944,897 parameters, 4x per axis."""
+    dims: int = 3                    # 3: volumes; 2: slices, and volumes slice by slice
+    in_channels: int = 1
+    widths: tuple = (64, 128, 256)   # channels per level; every level but the last halves the size
+    res_blocks: int = 2              # per level
+    layout: str = 'maisi'            # 'maisi': trilinear x2, no SiLU before the last convolution of either half; 'sd': nearest x2,
+                                     # that SiLU, attention between two blocks in the middle, one more block per decoder level
+    latent_dim: int = 4
+    bottleneck: str = 'kl'           # 'kl' or 'vq'
+    num_codes: int = 4096            # this and the next four: of bottleneck='vq', as in NeuroQuantConfig
+    num_codebooks: int = 1
+    codebooks: str = 'residual'
+    code_decay: float = 0.99
+    revive: float = 0.1
+    slice_axis: int = 2              # of dims=2: volumes are cut across this axis, 2 for axial slices
+    signed: bool = False             # the network itself works in [-1, 1], as Stable Diffusion's weights do
+
+def make_conv(dims, *args, **kwargs):
+    return (nn.Conv2d if dims == 2 else nn.Conv3d)(*args, **kwargs)
+
+def slabwise(fn, x, size, up=1, down=1, halo=1):
+    """fn(x) slab by slab along D, equal to fn(x) for an fn that changes D by up/down and reaches `halo` coarse voxels far.
+
+    x (B,C,D,H,W) may lie elsewhere than the weights of fn, which has to move a slab to them; the result lies where x does.
+    size: coarse voxels per slab.
+    """
+    n, y = x.shape[2] // down, None
+    for a in range(0, n, size):
+        b, lo, hi = min(a + size, n), max(a - halo, 0), min(a + size + halo, n)
+        part = fn(x[:, :, lo * down:hi * down])[:, :, (a - lo) * up:(b - lo) * up]
+        if y is None: y = part.new_empty(*part.shape[:2], n * up, *part.shape[3:], device=x.device)
+        y[:, :, a * up:b * up] = part
+    return y
+
+def slab_norm(norm, x, size):
+    """Group norm as a function of slabs of x, with the statistics of all of x, gathered slab by slab in float32."""
+    groups = lambda: (s.to(norm.weight.device).float().reshape(len(x), norm.num_groups, -1) for s in x.split(size, 2))
+    n = x[0].numel() // norm.num_groups
+    mean = sum(g.sum(2) for g in groups()) / n
+    var = sum((g - mean[..., None]).square().sum(2) for g in groups()) / n
+    spread = lambda t: t.repeat_interleave(x.shape[1] // norm.num_groups, 1)  # per group -> per channel
+    scale = spread((var + norm.eps).rsqrt()) * norm.weight
+    shift = norm.bias - spread(mean) * scale
+    return lambda s: torch.addcmul(shift[:, :, None, None, None], s.to(scale.device).float(), scale[:, :, None, None, None])
+
+class ConvLayer(nn.Module):
+    """3-wide convolution at the same size, after doubling (up='nearest' or 'linear') or to half the size (down=True).
+
+    Halving pads one zero on the far side of each axis only.
+    """
+    def __init__(self, dims, c_in, c_out, up='', down=False):
+        super().__init__()
+        self.up = {'': '', 'nearest': 'nearest', 'linear': 'bilinear' if dims == 2 else 'trilinear'}[up]
+        self.far_side = (0, 1) * dims if down else None
+        self.conv = make_conv(dims, c_in, c_out, 3, stride=2 if down else 1, padding=0 if down else 1)
+
+    def forward(self, x):
+        if self.up: x = F.interpolate(x, scale_factor=2, mode=self.up)
+        if self.far_side: x = F.pad(x, self.far_side)
+        return self.conv(x)
+
+    def slabs(self, x, size):
+        fn = lambda s: self(s.to(self.conv.weight.device))
+        if self.up: return slabwise(fn, x, size, up=2, halo=2)
+        return slabwise(fn, x, size, down=2) if self.far_side else slabwise(fn, x, size)
+
+class ResBlock(nn.Module):
+    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))); a 1-wide convolution on the skip where the channels change."""
+    def __init__(self, dims, c_in, c_out):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.GroupNorm(min(32, c), c, eps=1e-6) for c in (c_in, c_out))
+        self.conv1 = make_conv(dims, c_in, c_out, 3, padding=1)
+        self.conv2 = make_conv(dims, c_out, c_out, 3, padding=1)
+        self.skip = make_conv(dims, c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+
+    def slabs(self, x, size):
+        norm = slab_norm(self.norm1, x, size)
+        h = slabwise(lambda s: self.conv1(F.silu(norm(s))), x, size)
+        norm = slab_norm(self.norm2, h, size)
+        h = slabwise(lambda s: self.conv2(F.silu(norm(s))), h, size)
+        for a, b in zip(h.split(size, 2), x.split(size, 2)): a += self.skip(b.to(self.conv1.weight.device)).to(a.device)
+        return h
+
+class Attention(nn.Module):
+    """Self-attention over all positions of x (B, C, *grid), residual, group norm first; head_width None is one head."""
+    def __init__(self, channels, head_width=None):
+        super().__init__()
+        self.heads = channels // (head_width or channels)
+        self.norm = nn.GroupNorm(min(32, channels), channels, eps=1e-6)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x):
+        B, C = x.shape[:2]
+        qkv = self.qkv(self.norm(x).flatten(2).transpose(1, 2)).view(B, -1, 3, self.heads, C // self.heads)
+        y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))  # (B, heads, N, C/heads)
+        return x + self.proj(y.transpose(1, 2).reshape(B, -1, C)).transpose(1, 2).view_as(x)
+
+    def slabs(self, x, size):
+        return self(x.to(self.proj.weight.device)).to(x.device)
+
+class NormAct(nn.Module):
+    """Group norm, with a SiLU if act."""
+    def __init__(self, channels, act):
+        super().__init__()
+        self.norm, self.act = nn.GroupNorm(min(32, channels), channels, eps=1e-6), act
+
+    def forward(self, x):
+        return F.silu(self.norm(x)) if self.act else self.norm(x)
+
+    def slabs(self, x, size):
+        norm = slab_norm(self.norm, x, size)
+        return slabwise(lambda s: F.silu(norm(s)) if self.act else norm(s), x, size, halo=0)
+
+class Stack(nn.Module):
+    """Blocks one after the other; with slab > 0 each runs slab by slab along D, to the same result with little memory.
+
+    Group norm sees the whole volume either way, so nothing is blended and no seam can show. slab: voxels of the coarser side
+    per slab. x may then lie on the CPU while the weights are on the GPU: activations stay with x, one slab at a time travels.
+    """
+    def __init__(self, blocks):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x, slab=0):
+        for block in self.blocks: x = block.slabs(x, slab) if slab else block(x)
+        return x
+
+def conv_encoder(c, out):
+    """x (B, in_channels, *size) -> (B, out, *size / 2^(levels-1))."""
+    blocks = [ConvLayer(c.dims, c.in_channels, c.widths[0])]
+    for i, (a, b) in enumerate(zip((c.widths[0], *c.widths), c.widths)):
+        if i > 0: blocks.append(ConvLayer(c.dims, a, a, down=True))
+        blocks += [ResBlock(c.dims, a if k == 0 else b, b) for k in range(c.res_blocks)]
+    return Stack([*blocks, *middle(c), NormAct(b, c.layout == 'sd'), ConvLayer(c.dims, b, out)])
+
+def conv_decoder(c):
+    """z (B, latent_dim, *grid) -> (B, in_channels, *grid * 2^(levels-1)), linear output."""
+    widths = c.widths[::-1]
+    blocks = [ConvLayer(c.dims, c.latent_dim, widths[0]), *middle(c)]
+    for i, (a, b) in enumerate(zip((widths[0], *widths), widths)):
+        if i > 0: blocks.append(ConvLayer(c.dims, a, a, up='nearest' if c.layout == 'sd' else 'linear'))
+        blocks += [ResBlock(c.dims, a if k == 0 else b, b) for k in range(c.res_blocks + (c.layout == 'sd'))]
+    return Stack([*blocks, NormAct(b, c.layout == 'sd'), ConvLayer(c.dims, b, c.in_channels)])
+
+def middle(c):
+    w = c.widths[-1]
+    return [ResBlock(c.dims, w, w), Attention(w), ResBlock(c.dims, w, w)] if c.layout == 'sd' else []
+
+class ConvVAE(nn.Module):
+    """Convolutional autoencoder with a KL or a VQ bottleneck, for volumes or slices: MAISI, DeCo-VAE, SD-VAE, VQGAN, ... by config.
+
+    encode, decode and forward take x (B, C, *size) with every axis a multiple of `factor`: D,H,W for dims=3, two axes for dims=2
+    (or three, one of them of length 1). reconstruct and latent take volumes (B,1,D,H,W) of any size.
+    """
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        for key, allowed in (('dims', (2, 3)), ('layout', ('maisi', 'sd')), ('bottleneck', ('kl', 'vq')), ('slice_axis', (0, 1, 2))):
+            if getattr(c, key) not in allowed: raise ValueError(f'{key}={getattr(c, key)!r}: one of {allowed}')
+        if any(w < 8 or w % min(32, w) for w in c.widths): raise ValueError(f'widths {c.widths}: each 8, 16 or a multiple of 32')
+        self.factor = 2 ** (len(c.widths) - 1)
+        head = c.latent_dim * (2 if c.layout == 'sd' and c.bottleneck == 'kl' else 1)
+        self.encoder, self.decoder = conv_encoder(c, head), conv_decoder(c)
+        self.mu_head = make_conv(c.dims, head, c.latent_dim, 1)
+        self.post = make_conv(c.dims, c.latent_dim, c.latent_dim, 1)
+        if c.bottleneck == 'kl': self.logvar_head = make_conv(c.dims, head, c.latent_dim, 1)
+        else: self.quantizer = make_quantizer(c.num_codes, c.latent_dim, c.code_decay, c.revive, c.num_codebooks, c.codebooks)
+
+    def check_size(self, shape):
+        """ValueError unless every axis of what encode() takes is a multiple of factor (one axis may be 1 if dims is 2)."""
+        if any(n % self.factor for n in shape if n != 1 or self.config.dims == 3):
+            raise ValueError(f'size {tuple(shape)}: each axis must be a multiple of {self.factor}; pad first')
+
+    def encode(self, x, slab=0):
+        """x (B,C,*size) -> mu, logvar (B,latent_dim,*grid), logvar within [-30, 20]; for 'vq', the unquantised latent and None."""
+        self.check_size(x.shape[2:])
+        h = self.encoder(x, slab).to(self.post.weight.device)
+        return self.mu_head(h), self.logvar_head(h).clamp(-30, 20) if self.config.bottleneck == 'kl' else None
+
+    def decode(self, z, slab=0):
+        """z (B,latent_dim,*grid) -> x_hat (B,C,*size), not clamped."""
+        return self.decoder(self.post(z), slab)
+
+    def forward(self, x):
+        """returns dict: x_hat like x; for 'kl' mu, logvar and z = mu + exp(logvar/2) eps; for 'vq' z, z_q, indices and commit."""
+        axis = missing_axis(x) if self.config.dims == 2 and x.ndim == 5 else None
+        if axis is not None: x = x.squeeze(2 + axis)
+        mu, logvar = self.encode(x)
+        if logvar is None:
+            z_q, indices, commit = self.quantizer(mu)
+            out = dict(z=mu, z_q=z_q, indices=indices, commit=commit, x_hat=self.decode(z_q))
+        else:
+            z = mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)
+            out = dict(z=z, mu=mu, logvar=logvar, x_hat=self.decode(z))
+        if axis is not None: out['x_hat'] = out['x_hat'].unsqueeze(2 + axis)
+        return out
+
+    def prepare(self, volume):
+        """(B,1,D,H,W) -> what encode takes: zero-padded at the far ends to multiples of factor, cut into slices if dims is 2."""
+        axes = [a for a in range(3) if self.config.dims == 3 or a != self.config.slice_axis]
+        pad = [-n % self.factor if a in axes else 0 for a, n in enumerate(volume.shape[2:])]
+        x = F.pad(volume, [p for n in reversed(pad) for p in (0, n)])
+        if self.config.dims == 2: x = x.movedim(2 + self.config.slice_axis, 1).flatten(0, 1)
+        return (2 * x - 1 if self.config.signed else x).expand(-1, self.config.in_channels, *x.shape[2:])
+
+    def stack(self, slices, batch):
+        """(batch*n, C, h, w) slices -> (batch, C, *grid) with the slice axis back in its place; volumes as they are."""
+        if self.config.dims == 3: return slices
+        return slices.unflatten(0, (batch, -1)).movedim(1, 2 + self.config.slice_axis)
+
+    def parts(self, x):
+        """Slices a few at a time, so that a volume of them needs no more memory than a training batch."""
+        return x.split(16) if self.config.dims == 2 else [x]
+
+    def latent(self, x, modality=None, slab=0):
+        """Volume (B,1,D,H,W) -> (B, latent_dim, d, h, w): mu, or the quantised latent. dims=2 keeps the slice axis whole."""
+        z = torch.cat([self.encode(part, slab)[0] for part in self.parts(self.prepare(x))])
+        if self.config.bottleneck == 'vq': z = self.quantizer.lookup(self.quantizer.nearest_indices(z))
+        return self.stack(z, len(x))
+
+    def posterior_sigma(self, x):
+        """Volume (B,1,D,H,W) -> the posterior's mean standard deviation, as a list of one number per part; empty for 'vq'."""
+        if self.config.bottleneck == 'vq': return []
+        return [torch.exp(0.5 * self.encode(part)[1].float()).mean().item() for part in self.parts(self.prepare(x))]
+
+    def tokens(self, x):
+        """Volume (B,1,D,H,W) -> indices (B,*grid), or (B,num_codebooks,*grid) for several codebooks; only for 'vq'."""
+        return torch.cat([self.quantizer.nearest_indices(self.encode(part)[0]) for part in self.parts(self.prepare(x))])
+
+    def decode_volume(self, z, slab=0):
+        """Latent (B,latent_dim,d,h,w) as latent() gives it -> (B,1,D,H,W) at the padded size."""
+        if self.config.dims == 2: slices = z.movedim(2 + self.config.slice_axis, 1).flatten(0, 1)
+        else: slices = z
+        x_hat = torch.cat([self.decode(part, slab).mean(1, keepdim=True) for part in self.parts(slices)])
+        return self.stack((x_hat + 1) / 2 if self.config.signed else x_hat, len(z))
+
+    def reconstruct(self, x, modality=None, slab=0):
+        """Volume (B,1,D,H,W) of any size -> x_hat of that size, decoded from mu or the codes, not clamped. slab: see Stack."""
+        x_hat = self.decode_volume(self.latent(x, slab=slab), slab)
+        return x_hat[:, :, :x.shape[2], :x.shape[3], :x.shape[4]]
+
+    def latent_shape(self, shape):
+        """(D,H,W) of a volume -> (latent_dim, d, h, w)."""
+        whole = self.config.slice_axis if self.config.dims == 2 else None
+        return (self.config.latent_dim, *[n if a == whole else -(-n // self.factor) for a, n in enumerate(shape)])
+
+    def bits_per_volume(self, shape):
+        """Bits of the latent of a (D,H,W) volume: 16 per number for 'kl', log2(num_codes) per code for 'vq'."""
+        c, (channels, *grid) = self.config, self.latent_shape(shape)
+        return math.prod(grid) * (16 * channels if c.bottleneck == 'kl' else c.num_codebooks * math.log2(c.num_codes))
+
+    def style_bits(self):
+        """Nothing is coded beside the latent."""
+        return 0
 
 # ---------------------------------------------------------------- cost and checkpoints
 
 def step_flops(model, shape):
     """FLOP (2 per multiply-add) to encode and to decode one (D,H,W) volume or slice, forward, counted on a weightless copy."""
     with torch.device('meta'): twin = type(model)(model.config).eval()
-    x = torch.empty(1, 1, *shape, device='meta')
-    with FlopCounterMode(display=False) as encoding: z_anat, z_mod = twin.encode(x)
-    with FlopCounterMode(display=False) as decoding: twin.decode(z_anat, twin.film(z_mod, 0))
+    size = [n for n in shape if n != 1] if getattr(model.config, 'dims', 3) == 2 else shape
+    x = torch.empty(1, getattr(model.config, 'in_channels', 1), *size, device='meta')
+    with FlopCounterMode(display=False) as encoding: z, z_mod = twin.encode(x)
+    film = [twin.film(z_mod, 0)] if isinstance(twin, NeuroQuant) else []
+    with FlopCounterMode(display=False) as decoding: twin.decode(z, *film)
     return encoding.get_total_flops(), decoding.get_total_flops()
 
-KINDS = {'neuroquant': (NeuroQuant, NeuroQuantConfig)}
+KINDS = {'neuroquant': (NeuroQuant, NeuroQuantConfig), 'convvae': (ConvVAE, ConvVAEConfig)}
 
 def model_args(model):
     """Everything needed to build the model again: its kind and every field of its config."""

@@ -75,6 +75,13 @@ def grid(affine, shape, spacing_mm):
     new[:3, 3] = affine[:3] @ [*((scale - 1) / 2), 1]  # outer voxel edges coincide
     return new, new_shape
 
+def stretched(affine, shape, new_shape):
+    """affine of a grid of new_shape voxels over the same field of view; spacings become what they must."""
+    scale = np.array(shape) / np.array(new_shape)
+    new = affine @ np.diag([*scale, 1])
+    new[:3, 3] = affine[:3] @ [*((scale - 1) / 2), 1]
+    return new
+
 def resample(volume, affine, target_affine, target_shape):
     """volume (D,H,W) on another grid: trilinear, 0 outside; a copy where the grids agree."""
     if volume.shape == tuple(target_shape) and np.allclose(affine, target_affine, atol=1e-4): return volume.copy()
@@ -140,13 +147,13 @@ def crop_pad(volume, start, shape):
     box[tuple(slice(max(-s, 0), max(-s, 0) + n) for s, n in zip(start, part.shape))] = part
     return box
 
-def scale_intensity(volume, mask):
-    """volume to [0,1] by percentiles 0.5 and 99.5 inside the mask -> scaled float32, low, high.
+def scale_intensity(volume, mask, percentiles=(0.5, 99.5), of='brain'):
+    """volume to [0,1] by two percentiles of='brain', inside the mask, or of='volume', everywhere -> scaled float32, low, high.
 
     Outside exactly 0, inside at least 1e-4, so that `scaled > 0` is the mask for ever. ValueError if the percentiles agree.
     """
-    low, high = (float(p) for p in np.percentile(volume[mask], [0.5, 99.5]))
-    if high <= low: raise ValueError(f'99 % of the brain has intensity {low:g}: nothing to scale')
+    low, high = (float(p) for p in np.percentile(volume[mask] if of == 'brain' else volume, percentiles))
+    if high <= low: raise ValueError(f'percentiles {percentiles} of the {of} are both {low:g}: nothing to scale')
     return np.where(mask, np.clip((volume - low) / (high - low), 1e-4, 1), 0).astype(np.float32), low, high
 
 # ---------------------------------------------------------------- a session into its box, and back
@@ -162,14 +169,16 @@ class Placement:
     lost: float            # fraction of the brain outside the box
     estimated: list        # per scan: no zero background, so the mask is a guess at the head
 
-def conform(volumes, affines, shape, spacing_mm=1.0):
+def conform(volumes, affines, shape, spacing_mm=1.0, resize=False, percentiles=(0.5, 99.5), percentiles_of='brain'):
     """A session's scans, RAS+ (D,H,W) each with its affine, as boxes (shape) in [0,1] on one grid -> list of boxes, Placement.
 
     The grid is that of the first scan, made isotropic; the others are brought there through the affines, each interpolated
     once. The box holds the union of the brains; each scan is scaled inside its own. A scan whose brain covers less than 5 % of
     the first one's does not overlap: ValueError whose second argument is its place in the list.
+    resize: stretch the first scan's whole field of view over the box instead, as DeCo-VAE's 182x218x182 mm over 128x256x128 voxels.
     """
-    affine, grid_shape = grid(affines[0], volumes[0].shape, spacing_mm)
+    if resize: affine, grid_shape = stretched(affines[0], volumes[0].shape, shape), tuple(shape)
+    else: affine, grid_shape = grid(affines[0], volumes[0].shape, spacing_mm)
     scans, masks, estimated = [], [], []
     for k, (volume, a) in enumerate(zip(volumes, affines)):
         mask, guess = brain_mask(volume)
@@ -177,10 +186,10 @@ def conform(volumes, affines, shape, spacing_mm=1.0):
         scans.append(scan), masks.append(inside), estimated.append(guess)
         if not masks[k].any() or (masks[k] & masks[0]).sum() < 0.05 * masks[0].sum():
             raise ValueError('does not overlap the first scan of its session; are the affines of one space?', k)
-    start, lost = box_start(np.logical_or.reduce(masks), shape)
+    start, lost = ([0, 0, 0], 0.0) if resize else box_start(np.logical_or.reduce(masks), shape)
     boxes, low, high = [], [], []
     for scan, mask in zip(scans, masks):
-        box, lo, hi = scale_intensity(crop_pad(scan, start, shape), crop_pad(mask, start, shape))
+        box, lo, hi = scale_intensity(crop_pad(scan, start, shape), crop_pad(mask, start, shape), percentiles, percentiles_of)
         boxes.append(box), low.append(lo), high.append(hi)
     return boxes, Placement(affine, grid_shape, start, low, high, float(lost), estimated)
 

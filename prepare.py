@@ -31,6 +31,9 @@ root = ''                 # of bids and folder: a directory; of csv: the table
 out_dir = 'data/phantom'
 shape = (144, 192, 144)   # box in voxels (left-right, posterior-anterior, inferior-superior)
 spacing_mm = 1.0
+resize = False            # stretch the field of view over the box, voxels not isotropic, instead of cutting a box out (DeCo-VAE)
+percentiles = (0.5, 99.5) # intensities that become 0 and 1
+percentiles_of = 'brain'  # or 'volume', background and all (DeCo-VAE, with 0,99.5)
 modalities = ()           # () for all that are found; of phantoms: T1w, T2w, FLAIR
 n = 40                    # phantoms
 split = (0.8, 0.1, 0.1)   # train, val, test; a subject's part follows from a hash of its name
@@ -39,6 +42,7 @@ seed = 0                  # of phantoms and of the split
 workers = -1              # processes; -1 for one per core
 strict = False            # stop at the first bad scan instead of leaving it out
 
+BOX = ('shape', 'spacing_mm', 'resize', 'percentiles', 'percentiles_of')  # how a scan gets into its box: nifti.conform
 ORDER = ('T1w', 'T2w', 'FLAIR', 'PD')  # the first one present gives a session its grid
 SUFFIXES = {'t1w': 'T1w', 't1': 'T1w', 'mprage': 'T1w', 't2w': 'T2w', 't2': 'T2w', 'flair': 'FLAIR', 't2flair': 'FLAIR',
             'pd': 'PD', 'pdw': 'PD'}
@@ -138,7 +142,7 @@ def make_phantom(s, index):
              'skipped': [], 'orientation': {}, 'spacing': {}, 'estimated': []}
     for modality, volume in {**p['images'], 'dseg': p['labels']}.items():
         path = npy_path(s, p['subject'], p['session'], modality)
-        if modality != 'dseg': volume = nifti.scale_intensity(volume, p['labels'] > 0)[0].astype(s['dtype'])
+        if modality != 'dseg': volume = nifti.scale_intensity(volume, p['labels'] > 0, s['percentiles'], s['percentiles_of'])[0].astype(s['dtype'])
         save_npy(path, volume)
         facts['files'][modality] = os.path.basename(path)
     return facts
@@ -152,7 +156,7 @@ def make_session(s, subject, session, scans):
         except ValueError as e: facts['skipped'].append(str(e))
     while good:
         try:
-            boxes, placement = nifti.conform([g[1] for g in good], [g[2] for g in good], s['shape'], s['spacing_mm'])
+            boxes, placement = nifti.conform([g[1] for g in good], [g[2] for g in good], **{k: s[k] for k in BOX})
             break
         except ValueError as e:
             k = e.args[1]
@@ -195,7 +199,7 @@ def split_of(subject, fractions, seed):
 def claim_out_dir(s):
     """Write dataset.json, or refuse if the folder holds data of other settings."""
     path = os.path.join(s['out_dir'], 'dataset.json')
-    keep = {k: list(v) if isinstance(v, tuple) else v for k, v in s.items() if k in ('source', 'shape', 'spacing_mm', 'dtype', 'split', 'seed')}
+    keep = {k: list(v) if isinstance(v, tuple) else v for k, v in s.items() if k in ('source', *BOX, 'dtype', 'split', 'seed')}
     if os.path.exists(path):
         try:
             with open(path) as f: old = json.load(f)
@@ -227,6 +231,8 @@ def main(s):
     if len(s['shape']) != 3 or min(s['shape']) < 8: raise SystemExit(f"--shape={s['shape']}: three sizes of at least 8 voxels")
     if len(s['split']) != 3 or abs(sum(s['split']) - 1) > 1e-6 or min(s['split']) < 0: raise SystemExit(f"--split={s['split']}: three fractions that add to 1")
     if s['dtype'] not in ('float32', 'float16'): raise SystemExit(f"--dtype={s['dtype']}: float32 or float16")
+    if len(s['percentiles']) != 2 or not 0 <= s['percentiles'][0] < s['percentiles'][1] <= 100: raise SystemExit(f"--percentiles={s['percentiles']}: two numbers, rising, within 0 and 100")
+    if s['percentiles_of'] not in ('brain', 'volume'): raise SystemExit(f"--percentiles_of={s['percentiles_of']}: brain or volume")
     if s['spacing_mm'] <= 0: raise SystemExit(f"--spacing_mm={s['spacing_mm']}: must be positive")
     notes, people = [], {}
     if s['source'] == 'phantom':
@@ -273,7 +279,7 @@ def main(s):
     text = report(facts, table, notes)
     labels = {str(k): v for k, v in synth.LABELS.items()} if s['source'] == 'phantom' else {}
     write_text(os.path.join(s['out_dir'], 'dataset.json'), json.dumps(keep | {
-        'modalities': columns, 'axes': 'RAS+', 'percentiles': [0.5, 99.5], 'labels': labels,
+        'modalities': columns, 'axes': 'RAS+', 'labels': labels,
         'sessions': dict(Counter(row['split'] for row in table))}, indent=1))
     write_text(os.path.join(s['out_dir'], 'report.txt'), text)
     write_text(os.path.join(s['out_dir'], 'subjects.tsv'), '\n'.join(  # last: without it the folder does not count as data

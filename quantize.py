@@ -104,3 +104,48 @@ class VectorQuantizer(nn.Module):
         """exp(entropy) of the EMA code use: K when uniform, 1 when one code is left. A 0-d tensor."""
         p = self.cluster_size / self.cluster_size.sum().clamp(min=self.eps)
         return torch.exp(-torch.xlogy(p, p).sum())
+
+class MultiQuantizer(nn.Module):
+    """Several codebooks per position, each a VectorQuantizer of num_codes codes; indices are (B, num_codebooks, *grid).
+
+    'residual': each codes what the ones before left over (Zeghidour et al. 2021); their codes are added.
+    'split': each codes its equal part of the channels; their codes are concatenated.
+    """
+    def __init__(self, num_codes, dim, decay, revive, num_codebooks, codebooks):
+        super().__init__()
+        if codebooks not in ('residual', 'split'): raise ValueError(f"codebooks='{codebooks}': residual or split")
+        self.residual = codebooks == 'residual'
+        if not self.residual and dim % num_codebooks: raise ValueError(f'{dim} channels do not split into {num_codebooks} codebooks')
+        self.num_codes, self.num_codebooks = num_codes, num_codebooks
+        part = dim if self.residual else dim // num_codebooks
+        self.parts = nn.ModuleList(VectorQuantizer(num_codes, part, decay, revive=revive) for _ in range(num_codebooks))
+
+    def forward(self, z, update=True):
+        """As VectorQuantizer's; commit is the mean over the codebooks."""
+        z, rest, found = z.float(), z.float(), []
+        for part, own in zip(self.parts, z.chunk(self.num_codebooks, 1)):
+            found.append(part(rest if self.residual else own, update))
+            if self.residual: rest = rest - part.lookup(found[-1][1])
+        indices = torch.stack([f[1] for f in found], 1)
+        return z + (self.lookup(indices) - z).detach(), indices, sum(f[2] for f in found) / self.num_codebooks
+
+    def nearest_indices(self, z):
+        rest, found = z.float(), []
+        for part, own in zip(self.parts, z.float().chunk(self.num_codebooks, 1)):
+            found.append(part.nearest_indices(rest if self.residual else own))
+            if self.residual: rest = rest - part.lookup(found[-1])
+        return torch.stack(found, 1)
+
+    def lookup(self, indices):
+        """indices (B, num_codebooks, *grid) -> z_q (B, C, *grid)."""
+        codes = [part.lookup(i) for part, i in zip(self.parts, indices.unbind(1))]
+        return sum(codes) if self.residual else torch.cat(codes, 1)
+
+    def perplexity(self):
+        """Mean over the codebooks."""
+        return sum(part.perplexity() for part in self.parts) / self.num_codebooks
+
+def make_quantizer(num_codes, dim, decay=0.99, revive=0.1, num_codebooks=1, codebooks='residual'):
+    """One VectorQuantizer, or a MultiQuantizer of several."""
+    if num_codebooks == 1: return VectorQuantizer(num_codes, dim, decay, revive=revive)
+    return MultiQuantizer(num_codes, dim, decay, revive, num_codebooks, codebooks)

@@ -36,7 +36,7 @@ class Scan:
     """A NIfTI file, its box (1,1,D,H,W) in [0,1] for the model, and what it takes to go back."""
     def __init__(self, path, data):
         self.volume, self.affine, self.native = nifti.read(path)
-        boxes, self.placement = nifti.conform([self.volume], [self.affine], data['shape'], data['spacing_mm'])
+        boxes, self.placement = nifti.conform([self.volume], [self.affine], **data)
         self.box = torch.from_numpy(boxes[0])[None, None]
         if self.placement.lost > 0: print(f'{path}: {self.placement.lost:.1%} of the brain lies outside the box of {data["shape"]} voxels')
         if self.placement.estimated[0]: print(f'{path}: no zero background, taken as a raw head scan')

@@ -113,12 +113,12 @@ def _folds(p, waves, phases):
 def _coordinates(shape, rng, size):
     """(3, D, H, W) float32: where in the reference brain (mm) each voxel of a subject lies."""
     aspect = size * np.exp(0.04 * np.clip(rng.standard_normal(3), -2, 2))
-    pitch, roll, yaw = np.radians((9, 5, 5)) * np.clip(rng.standard_normal(3), -2, 2)  # how the head lies
+    pitch, roll, yaw = np.radians((4, 2, 2)) * np.clip(rng.standard_normal(3), -2, 2)  # how the head lies
     turn = Rotation.from_euler('xyz', (pitch, roll, yaw)).as_matrix().astype(np.float32) / aspect[:, None].astype(np.float32)
     lines = [(np.arange(n, dtype=np.float32) + 0.5) / n * (hi - lo) + lo - c for n, (lo, hi), c in zip(shape, BOX, CENTRE)]
     grid = np.meshgrid(*lines, indexing='ij', sparse=True)
     p = np.empty((3,) + tuple(shape), np.float32)
-    for i in range(3): p[i] = sum(turn[i, j] * grid[j] for j in range(3)) + CENTRE[i] + np.float32(3.0) * _smooth_field(shape, rng)
+    for i in range(3): p[i] = sum(turn[i, j] * grid[j] for j in range(3)) + CENTRE[i] + np.float32(2.0) * _smooth_field(shape, rng)
     return p
 
 
@@ -186,8 +186,8 @@ def phantom_labels(shape, rng, sex, age=50.0):
     common = np.random.default_rng(5)  # the main sulci are everyone's; a subject and a hemisphere vary them
     waves = common.standard_normal((3, WAVES))
     waves *= 2 * np.pi / WAVELENGTH * (1 + 0.12 * common.standard_normal(WAVES)) / np.linalg.norm(waves, axis=0)
-    phases = common.uniform(0, 2 * np.pi, WAVES) + 0.3 * rng.standard_normal(WAVES)
-    shift = 0.2 * rng.standard_normal((2, WAVES))
+    phases = common.uniform(0, 2 * np.pi, WAVES) + 0.2 * rng.standard_normal(WAVES)
+    shift = 0.15 * rng.standard_normal((2, WAVES))
     sulcus_depth = 17 + 3 * _smooth_field(shape, rng, 6)
     shell = (depth > 0) & (depth < sulcus_depth + thickness) & (core < thickness)
     for side in (0, 1):

@@ -4,10 +4,12 @@
     python train_vae.py config/neuroquant.py --data_dir=data/mine           # the paper's run on one GPU
     torchrun --nproc_per_node=8 train_vae.py config/neuroquant.py --data_dir=data/mine
     python train_vae.py config/neuroquant.py --init_from=resume             # go on where it stopped
+    python train_vae.py config/decovae_vad.py --data_dir=data/mine          # another autoencoder: see config/
 
-Writes out_dir/ckpt.pt (resume), best.pt (best validation PSNR), ckpt_3d.pt (end of the 3D phase), log.jsonl, config.py.
+Writes out_dir/ckpt.pt (resume), best.pt (best validation PSNR), log.jsonl, config.py; NeuroQuant also ckpt_3d.pt (end of the 3D phase).
 """
 import copy
+import dataclasses
 import math
 import os
 import random
@@ -16,7 +18,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,10 @@ import torch.nn.functional as F
 from common import (all_reduce_mean, autocast, configure, git_commit, load_checkpoint, log_json, make_out_dir, peak_flops, print0,
                     save_checkpoint, start_processes, stop_processes, update_average, write_text)
 from data import Sessions, prefetch
-from losses import ModalityClassifier, grad_reverse, psnr, reconstruction_loss
-from model import NeuroQuant, NeuroQuantConfig, from_checkpoint, model_args, step_flops
+from losses import (ModalityClassifier, PatchDiscriminator, adversarial_loss, cov_loss, generator_loss, grad_reverse, kl_loss,
+                    perceptual_loss, psnr, random_slices, reconstruction_loss, sid_loss, ssim, var_loss)
+from model import KINDS, model_args, step_flops
+from pretrained import LPIPS
 
 # ---------------------------------------------------------------- settings; the defaults are the paper's NeuroQuant
 # in and out
@@ -39,31 +42,60 @@ eval_interval = 1000     # steps between validations, each of which writes ckpt.
 eval_sessions = 32       # validation sessions used; -1 for all
 wandb_project = ''       # '' is off
 # data
-batch_size = 4           # sessions per process and micro-step, each with all its modalities
+batch_size = 4           # per process and micro-step: sessions with all their modalities (neuroquant), scans or slices (convvae)
 grad_accum = 1           # micro-steps per step
 patch = ()               # (D,H,W) cut at random; () for whole volumes
-batch_size_2d = 128      # slices per process
-# model: fields of NeuroQuantConfig
+batch_size_2d = 128      # slices per process of neuroquant's 2D steps
+augment = False          # convvae: flips, bias field, gamma, small rotation and zoom
+# model: fields of NeuroQuantConfig (kind='neuroquant') or ConvVAEConfig (kind='convvae'), explained there
+kind = 'neuroquant'
 modalities = ('T1w', 'T2w')
 widths = (32, 64, 128, 256)
 res_blocks = 1
-attention = True
+num_codes = 4096
+num_codebooks = 1
+codebooks = 'residual'
+code_decay = 0.99
+revive = 0.1
+attention = True         # of neuroquant, to modality_dim
+attn_levels = (0, 1, 2, 3)
 film = True
 anat_dim = 64
 mod_dim = 32
 modality_dim = 32
-num_codes = 4096
-code_decay = 0.99
-revive = 0.1
+dims = 3                 # of convvae, to slice_axis
+in_channels = 1
+layout = 'maisi'
+latent_dim = 4
+bottleneck = 'kl'
+signed = False
+slice_axis = 2
 # objective
-w_ssim = 0.5             # lambda_SSIM of eq. 12
+recon = 'l1'             # 'l1': mean absolute error, both papers; 'l2': mean squared error, what PSNR is made of
+w_ssim = 0.5             # lambda_SSIM of NeuroQuant eq. 12
 w_commit = 0.25          # beta of eq. 7
 w_cross = 0.5            # eq. 14, over every ordered pair of a session's modalities
 cross_start, cross_ramp = 2000, 2000  # steps before w_cross sets in, and steps of its linear rise
 w_adv = 0.001            # scale of the reversed gradient, eq. 15; the classifier itself learns at full weight
 adv_start = 5000         # steps before the reversal sets in; then 2/(1+exp(-10p))-1 over the rest of the 3D phase
+# objective of convvae: L1 + the following, DeCo eq. 1 and 7; 0 leaves a term out
+w_kl = 0.0
+kl_reduction = 'mean'    # over every element; 'sum' over the latent and mean over the batch, as MAISI
+w_sid, w_cov, w_var = 0.0, 0.0, 0.0  # DeCo eq. 3, 4, 5, on mu; eq. 6 is w_cov = w_var
+var_gamma, var_form = 1.0, 'hinge_std'  # or 'two_sided_var'
+gather = False           # eq. 3-5 over the positions of all processes instead of each its own
+w_perc = 0.0
+perceptual = 'squeeze'   # trunk of LPIPS: squeeze, alex, vgg, each from the two files below; or 'random', a fixed random trunk
+perc_trunk, perc_lin = '', ''  # paths: torchvision's trunk and LPIPS v0.1's channel weights
+slice_fraction = 0.2     # of the slices of each plane that the perceptual loss and a 2D discriminator see
+w_gan = 0.0
+gan_dims = (3, 2)        # PatchGANs on volumes and on slices, equal parts of w_gan; leave one out for none of it
+gan_form = 'least_squares'  # or 'hinge'
+gan_start = 0            # steps before the discriminators take part
+freeze_encoder = False   # decoder fine-tuning: only decoder and post layer learn, the latent stays as it is
 # schedule
-joint = 'sequential'     # slices after volumes | 'interleaved': with them | 'none'
+iters = 100_000          # of convvae
+joint = 'sequential'     # of neuroquant, as the next three: slices after volumes | 'interleaved': with them | 'none'
 iters_3d = 100_000
 iters_2d = 25_000        # of joint='sequential'
 p_2d, w_2d = 0.3, 0.5    # of joint='interleaved': probability of a batch of slices in a step, and its weight
@@ -74,7 +106,7 @@ min_lr = 4.5e-6          # reached at lr_decay_iters by a cosine, constant after
 warmup_iters = 2000
 lr_decay_iters = 100_000
 weight_decay = 0.01
-beta1, beta2 = 0.9, 0.999
+beta1, beta2, adam_eps = 0.9, 0.999, 1e-8
 grad_clip = 1.0
 ema_decay = 0.999        # average of the weights, validated and used by evaluate.py and sample.py; 0 for none
 # system
@@ -101,36 +133,72 @@ def get_alpha(it):
     return 0.0 if p <= 0 else w_adv * (2 / (1 + math.exp(-10 * min(1.0, p))) - 1)
 
 def micro_steps(it):
-    """What step `it` trains on: a list of (kind, batch number, weight)."""
+    """What step `it` trains on: a list of (what, batch number, weight)."""
+    if kind == 'convvae': return [('slices' if dims == 2 else 'scans', it * grad_accum + k, 1 / grad_accum) for k in range(grad_accum)]
     if it >= iters_3d: return [('slices', it, 1.0)]
-    steps = [('volumes', it * grad_accum + k, 1 / grad_accum) for k in range(grad_accum)]
+    steps = [('sessions', it * grad_accum + k, 1 / grad_accum) for k in range(grad_accum)]
     coin = random.Random(f'{seed}:{it}').random()  # the same on every process
     if joint == 'interleaved' and coin < p_2d: steps.append(('slices', it, w_2d))
     return steps
 
 def make_batch(micro):
-    kind, number, _ = micro
-    if kind == 'slices': return train_set.slices(batch_size_2d, seed, rank, world, number)
-    return train_set.volumes(batch_size, seed, rank, world, number, patch)
+    what, number, _ = micro
+    if what == 'scans': return train_set.scan_batch(batch_size, seed, rank, world, number, patch, augment)
+    if what == 'sessions': return train_set.session_batch(batch_size, seed, rank, world, number, patch)
+    if kind == 'convvae': return train_set.slice_batch(batch_size, seed, rank, world, number, axis=slice_axis)
+    return train_set.slice_batch(batch_size_2d, seed, rank, world, number)
 
-def objective(batch, kind, it):
-    """The loss of one micro-batch, and its unweighted terms; each a mean over the joined batch of all processes."""
+def neuroquant_objective(batch, what, it):
+    """Loss of one micro-batch, its unweighted terms, x_hat; each a mean over the joined batch of all processes."""
     x, modality, pairs, share = batch['x'], batch['modality'], batch.get('pairs', ()), batch['share']
     w_cross_now = get_w_cross(it) if len(pairs) else 0.0
-    with autocast(device, dtype):
-        out = model(x, modality, pairs if w_cross_now > 0 else None)
-        recon, commit = share * reconstruction_loss(out['x_hat'], x, w_ssim), share * out['commit']
-        if kind == 'slices': return recon, {'recon_2d': recon, 'commit_2d': commit}  # "only L_rec^2D is computed", 3.5
-        terms = {'recon': recon, 'commit': commit}
-        loss = recon + w_commit * commit
-        if classifier:
-            logits = classifier(grad_reverse(out['z_anat'].float(), get_alpha(it)))
-            terms['adv'] = share * F.cross_entropy(logits.float(), modality)
-            loss = loss + terms['adv']
-        if w_cross_now > 0:
-            terms['cross'] = batch['pair_share'] * F.l1_loss(out['x_cross'].float(), x[pairs[:, 1]])
-            loss = loss + w_cross_now * terms['cross']
-    return loss, terms
+    out = model(x, modality, pairs if w_cross_now > 0 else None)
+    terms = {'recon': share * reconstruction_loss(out['x_hat'], x, w_ssim, recon), 'commit': share * out['commit']}
+    if what == 'slices': return terms['recon'], {f'{k}_2d': v for k, v in terms.items()}, None  # "only L_rec^2D is computed", 3.5
+    loss = terms['recon'] + w_commit * terms['commit']
+    if classifier:
+        logits = classifier(grad_reverse(out['z_anat'].float(), get_alpha(it)))
+        terms['adv'] = share * F.cross_entropy(logits.float(), modality)
+        loss = loss + terms['adv']
+    if w_cross_now > 0:
+        terms['cross'] = batch['pair_share'] * reconstruction_loss(out['x_cross'], x[pairs[:, 1]], 0.0, recon)
+        loss = loss + w_cross_now * terms['cross']
+    return loss, terms, None
+
+def convvae_objective(batch, what, it):
+    """Loss of one micro-batch, its unweighted terms, x_hat for the discriminators: DeCo eq. 1 and 7, or the VQ form of it."""
+    x, slices = batch['x'], torch.Generator().manual_seed(it * 1000 + rank)
+    out = model(x)
+    x_hat = out['x_hat']
+    terms = {'recon': reconstruction_loss(x_hat, x, 0.0, recon)}
+    loss = terms['recon']
+    def add(name, weight, value):
+        nonlocal loss
+        terms[name] = value
+        loss = loss + weight * value
+    if w_ssim > 0: add('ssim', w_ssim, 1 - ssim(x_hat, x, size=7).mean())
+    if bottleneck == 'vq': add('commit', w_commit, out['commit'])
+    if w_kl > 0: add('kl', w_kl, kl_loss(out['mu'], out['logvar'], kl_reduction))
+    if w_sid > 0: add('sid', w_sid, sid_loss(out['mu'], gather))
+    if w_cov > 0: add('cov', w_cov, cov_loss(out['mu'], gather))
+    if w_var > 0: add('var', w_var, var_loss(out['mu'], var_gamma, var_form, gather))
+    if lpips: add('perc_random' if lpips.random else 'perc', w_perc, perceptual_loss(lpips, x_hat, x, slice_fraction, slices))
+    if critics and it >= gan_start:
+        judged = [generator_loss(critic(view), gan_form) for critic in critics for view, in critic_views(critic, [x_hat], slices)]
+        add('gan', w_gan, sum(judged) / len(judged))
+    return loss, terms, x_hat.detach()
+
+def critic_views(critic, volumes, generator):
+    """What a discriminator sees of volumes: lists of one tensor per volume; a 3D one the volumes, a 2D one random slices."""
+    return [volumes] if isinstance(critic[0], torch.nn.Conv3d) else random_slices(volumes, slice_fraction, generator)
+
+def critic_objective(x_hat, x, it):
+    """Loss of the discriminators on a detached reconstruction and the scans themselves."""
+    slices, judged = torch.Generator().manual_seed(it * 1000 + rank + 500), []
+    for critic in critics:
+        for fake, real in critic_views(critic, [x_hat, x], slices):
+            judged.append((adversarial_loss(critic(fake), False, gan_form) + adversarial_loss(critic(real), True, gan_form)) / 2)
+    return sum(judged) / len(judged)
 
 @torch.no_grad()
 def validate():
@@ -155,16 +223,18 @@ def save(name):
     save_checkpoint(os.path.join(out_dir, name), {
         'model': raw_model.state_dict(), 'ema': ema.state_dict() if ema else None,
         'classifier': classifier.state_dict() if classifier else None, 'optimizer': optimizer.state_dict(),
+        'critics': critics.state_dict(), 'critic_optimizer': critic_optimizer.state_dict() if critics else None,
         'model_args': model_args(raw_model), 'config': config,
-        'data': {'shape': train_set.shape, 'spacing_mm': train_set.spacing_mm}, 'iter_num': it, 'best_val': best_val, 'git_commit': git_commit()})
+        'data': train_set.box, 'iter_num': it, 'best_val': best_val, 'git_commit': git_commit()})
 
 if __name__ == '__main__':
     config = configure(globals(), sys.argv[1:])
     rank, world, device = start_processes(device)
     if joint not in ('sequential', 'interleaved', 'none'): raise SystemExit(f'--joint={joint}: sequential, interleaved or none')
-    if not film and w_cross > 0: raise SystemExit('w_cross > 0 needs film=True: without FiLM there is no modality to swap')
+    if kind not in KINDS: raise SystemExit(f'--kind={kind}: {" or ".join(KINDS)}')
+    if kind == 'neuroquant' and not film and w_cross > 0: raise SystemExit('w_cross > 0 needs film=True: without FiLM there is no modality to swap')
     if device == 'cpu': dtype, compile = 'float32', False
-    stop = min(max_iters, iters_3d + (iters_2d if joint == 'sequential' else 0))
+    stop = min(max_iters, iters if kind == 'convvae' else iters_3d + (iters_2d if joint == 'sequential' else 0))
 
     # ------------------------------------------------------------ data
     if rank == 0:
@@ -183,15 +253,21 @@ if __name__ == '__main__':
 
     # ------------------------------------------------------------ model
     torch.manual_seed(seed)
+    sample_shape = tuple(min(p, n) for p, n in zip(patch or train_set.shape, train_set.shape))
+    if kind == 'convvae' and dims == 2: sample_shape = tuple(1 if a == slice_axis else n for a, n in enumerate(train_set.shape))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     try:
-        raw_model = NeuroQuant(NeuroQuantConfig(
-            modalities=modalities, widths=widths, res_blocks=res_blocks, attention=attention, film=film, anat_dim=anat_dim,
-            mod_dim=mod_dim, modality_dim=modality_dim, num_codes=num_codes, code_decay=code_decay, revive=revive))
-        raw_model.check_size(patch or train_set.shape)
+        make_model, make_config = KINDS[kind]
+        raw_model = make_model(make_config(**{f.name: config[f.name] for f in dataclasses.fields(make_config) if f.name in config}))
+        raw_model.check_size(sample_shape)
     except ValueError as e: raise SystemExit(f'model: {e}')
-    classifier = ModalityClassifier(anat_dim, len(modalities)) if w_adv > 0 else None
+    classifier = ModalityClassifier(anat_dim, len(modalities)) if kind == 'neuroquant' and w_adv > 0 else None
+    critics = torch.nn.ModuleList(PatchDiscriminator(n) for n in gan_dims if w_gan > 0)
+    lpips = None
+    if kind == 'convvae' and w_perc > 0:
+        lpips = (LPIPS() if perceptual == 'random' else LPIPS(perceptual, perc_trunk, perc_lin)).to(device)
+        if lpips.random: print0("perceptual='random': the perceptual loss is a distance between random features, not LPIPS")
     start, resumed = {}, None
     if init_from != 'scratch':
         start = load_checkpoint(os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from)
@@ -203,30 +279,39 @@ if __name__ == '__main__':
         if init_from == 'resume': resumed = start
     raw_model.to(device, memory_format=torch.channels_last_3d)
     if classifier: classifier.to(device)
+    critics.to(device)
+    if freeze_encoder:
+        for name, p in raw_model.named_parameters(): p.requires_grad_(name.startswith(('decoder.', 'post.')))
     ema = copy.deepcopy(raw_model).requires_grad_(False).eval() if ema_decay > 0 else None
     raw_model.decoder.checkpointing = checkpointing
-    trained = list(raw_model.parameters()) + (list(classifier.parameters()) if classifier else [])
-    groups = [{'params': [p for p in trained if p.ndim > 1], 'weight_decay': weight_decay},  # no decay on biases and norms
-              {'params': [p for p in trained if p.ndim <= 1], 'weight_decay': 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), fused=True)
+    def make_optimizer(parameters):
+        groups = [{'params': [p for p in parameters if p.ndim > 1], 'weight_decay': weight_decay},  # no decay on biases and norms
+                  {'params': [p for p in parameters if p.ndim <= 1], 'weight_decay': 0.0}]
+        return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=adam_eps, fused=True)
+    own = [p for p in raw_model.parameters() if p.requires_grad]
+    trained = own + (list(classifier.parameters()) if classifier else [])
+    optimizer = make_optimizer(trained)
+    if critics: critic_optimizer = make_optimizer(list(critics.parameters()))
     it, best_val = 0, -math.inf
     if resumed:
         if ema: ema.load_state_dict(resumed['ema'])
         if classifier: classifier.load_state_dict(resumed['classifier'])
         optimizer.load_state_dict(resumed['optimizer'])
+        critics.load_state_dict(resumed['critics'])
+        if critics: critic_optimizer.load_state_dict(resumed['critic_optimizer'])
         it, best_val = resumed['iter_num'], resumed['best_val']
         print0(f'resumed {out_dir}/ckpt.pt at iteration {it}')
     del start, resumed  # the checkpoint's copy of everything
-    model = raw_model
+    model, objective = raw_model, {'neuroquant': neuroquant_objective, 'convvae': convvae_objective}[kind]
     if compile:  # part by part: the quantiser between them stays eager, so no graph breaks
         model.encoder.compile(dynamic=False)
         model.decoder.compile(dynamic=False)
-    flops = {kind: step_flops(raw_model, shape) for kind, shape in
-             (('volumes', patch or train_set.shape), ('slices', (1, *train_set.shape[1:])))}
+    cost = step_flops(raw_model, sample_shape)
+    flops = {'scans': cost, 'sessions': cost, 'slices': cost if kind == 'convvae' else step_flops(raw_model, (1, *train_set.shape[1:]))}
     bits = raw_model.bits_per_volume(train_set.shape)
-    print0(f'{sum(p.numel() for p in raw_model.parameters()) / 1e6:.2f} M parameters, {bits:.0f} bits of codes per volume '
+    print0(f'{sum(p.numel() for p in raw_model.parameters()) / 1e6:.2f} M parameters, {bits:.0f} bits of latent per volume '
            f'({16 * math.prod(train_set.shape) / bits:.0f}x less than 16-bit voxels), '
-           f'{sum(flops["volumes"]) / 1e9:.1f} GFLOP per volume forward, on {device} x {world}')
+           f'{sum(cost) / 1e9:.1f} GFLOP forward for {"x".join(map(str, sample_shape))}, on {device} x {world}')
 
     # ------------------------------------------------------------ output
     if rank == 0:
@@ -246,49 +331,66 @@ if __name__ == '__main__':
     raw_model.train()
     first = it
     batches = prefetch(make_batch, (micro for i in range(it, stop) for micro in micro_steps(i)), device)
-    clock, waited, seen, done_flops, logged = time.perf_counter(), 0.0, {'volumes': 0, 'slices': 0}, 0.0, it
+    clock, waited, seen, done_flops, logged = time.perf_counter(), 0.0, {}, 0.0, it
     while it < stop:
         for group in optimizer.param_groups: group['lr'] = get_lr(it)
-        torch.manual_seed((seed << 32) + it)  # the quantiser's draws, the same on every process and after a resume
+        # the quantiser draws the same on every process, the posterior's noise differs; both go on alike after a resume
+        torch.manual_seed((seed << 40) + (it << 10) + (rank if kind == 'convvae' and bottleneck == 'kl' else 0))
         terms = {}
-        for kind, _, weight in micro_steps(it):
+        for what, _, weight in micro_steps(it):
             t = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - t
-            batch['x'] = batch['x'].contiguous(memory_format=torch.channels_last_3d)
-            loss, new = objective(batch, kind, it)
+            x = batch['x'] = batch['x'].contiguous(memory_format=torch.channels_last_3d)
+            critics.requires_grad_(False)  # the generator's step leaves them no gradient
+            with autocast(device, dtype): loss, new, x_hat = objective(batch, what, it)
             (weight * loss).backward()
-            for k, v in new.items(): terms[k] = terms.get(k, 0.0) + v.detach() / (grad_accum if kind == 'volumes' else 1)
-            seen[kind] += len(batch['x'])
-            decodes = len(batch['x']) + (len(batch['pairs']) if 'cross' in new else 0)
-            done_flops += 3 * (len(batch['x']) * flops[kind][0] + decodes * flops[kind][1])  # backward is twice forward
-        all_reduce_mean([p.grad for p in trained if p.grad is not None])
-        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip if grad_clip > 0 else math.inf)
+            if critics and it >= gan_start:
+                critics.requires_grad_(True)
+                with autocast(device, dtype): new['critic'] = critic_objective(x_hat, x, it)
+                (weight * new['critic']).backward()
+            for k, v in new.items(): terms[k] = terms.get(k, 0.0) + v.detach() * (1.0 if what == 'slices' and kind == 'neuroquant' else weight)
+            counted = 'slices' if what == 'slices' else 'volumes'
+            seen[counted] = seen.get(counted, 0) + len(x)
+            decodes = len(x) + (len(batch['pairs']) if 'cross' in new else 0)
+            done_flops += 3 * (len(x) * flops[what][0] + decodes * flops[what][1])  # backward is twice forward
+        all_reduce_mean([p.grad for p in (*trained, *critics.parameters()) if p.grad is not None])
+        norm = torch.nn.utils.clip_grad_norm_(own, grad_clip if grad_clip > 0 else math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if critics and it >= gan_start:
+            for group in critic_optimizer.param_groups: group['lr'] = get_lr(it)
+            torch.nn.utils.clip_grad_norm_(critics.parameters(), grad_clip if grad_clip > 0 else math.inf)
+            critic_optimizer.step()
+            critic_optimizer.zero_grad(set_to_none=True)
         if ema: update_average(ema, raw_model, min(ema_decay, (1 + it) / (10 + it)))  # a short average while weights move fast
         it += 1
+        if world > 1:  # a signal may reach the processes at different steps, or only one of them
+            stopping = torch.tensor(len(asked_to_stop) and asked_to_stop[0])
+            dist.all_reduce(stopping, dist.ReduceOp.MAX)
+            if stopping: asked_to_stop[:] = [int(stopping)]
 
         if it % log_interval == 0 or it == first + 1:
+            if hasattr(raw_model, 'quantizer'): terms['perplexity'] = raw_model.quantizer.perplexity()
             values = torch.stack([*terms.values(), norm])
             all_reduce_mean([values])
             *values, norm = values.tolist()
             seconds, steps = time.perf_counter() - clock, it - logged
             record = {'iter': it, **{f'train/{k}': v for k, v in zip(terms, values)}, 'train/grad_norm': norm, 'lr': get_lr(it - 1),
-                      'perplexity': raw_model.quantizer.perplexity().item(), 'ms': 1000 * seconds / steps,
-                      **{f'{kind}_per_s': world * n / seconds for kind, n in seen.items() if n}, 'data_wait': waited / seconds}
+                      'ms': 1000 * seconds / steps,
+                      **{f'{k}_per_s': world * n / seconds for k, n in seen.items()}, 'data_wait': waited / seconds}
             if peak_flops(device): record['mfu'] = done_flops / seconds / peak_flops(device)
             if device.startswith('cuda'): record['peak_gib'] = torch.cuda.max_memory_allocated() / 2 ** 30
             log(record)
             print0(f'iter {it}: ' + ' | '.join(f'{k} {v:.4f}' for k, v in zip(terms, values))
-                   + f' | ppl {record["perplexity"]:.0f}/{num_codes} | grad {norm:.2f} | lr {record["lr"]:.1e} | {record["ms"]:.0f} ms'
-                   + ''.join(f' | {record[f"{kind}_per_s"]:.1f} {kind}/s' for kind, n in seen.items() if n)
+                   + f' | grad {norm:.2f} | lr {record["lr"]:.1e} | {record["ms"]:.0f} ms'
+                   + ''.join(f' | {record[f"{k}_per_s"]:.1f} {k}/s' for k in seen)
                    + f' | wait {record["data_wait"]:.0%}'
                    + (f' | mfu {record["mfu"]:.0%}' if 'mfu' in record else '')
                    + (f' | {record["peak_gib"]:.1f} GiB' if 'peak_gib' in record else ''))
             if not all(map(math.isfinite, [*values, norm])):
                 raise SystemExit(f'iteration {it}: a loss or gradient is not finite; ckpt.pt holds the last good state')
-            clock, waited, seen, done_flops, logged = time.perf_counter(), 0.0, {'volumes': 0, 'slices': 0}, 0.0, it
+            clock, waited, seen, done_flops, logged = time.perf_counter(), 0.0, {}, 0.0, it
 
         if it % eval_interval == 0 or it in (iters_3d, stop) or asked_to_stop:
             if val_set and not asked_to_stop:
@@ -300,7 +402,7 @@ if __name__ == '__main__':
                     save('best.pt')
             save('ckpt.pt')
             if it == iters_3d and joint == 'sequential': save('ckpt_3d.pt')
-            clock, waited, seen, done_flops, logged = time.perf_counter(), 0.0, {'volumes': 0, 'slices': 0}, 0.0, it
+            clock, waited, seen, done_flops, logged = time.perf_counter(), 0.0, {}, 0.0, it
         if asked_to_stop:
             print0(f'stopped by signal {asked_to_stop[0]} after iteration {it}; go on with --init_from=resume')
             stop_processes()

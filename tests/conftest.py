@@ -1,6 +1,10 @@
 """Puts the project's root on the path, and makes small prepared data sets without prepare.py."""
+import contextlib
+import io
 import json
 import os
+import runpy
+import signal
 import subprocess
 import sys
 
@@ -14,6 +18,26 @@ def run(script, *args, **kwargs):
     """A script of the project as a user runs it; returns the finished process with its text output."""
     return subprocess.run([sys.executable, os.path.join(ROOT, script), *map(str, args)], capture_output=True, text=True,
                           cwd=kwargs.pop('cwd', ROOT), **kwargs)
+
+def play(script, *args):
+    """A script of the project in this process, which saves the seconds an import of torch takes; returns what it printed.
+
+    SystemExit comes through, as from a script that refuses.
+    """
+    argv, handlers = sys.argv, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv, printed = [script, *map(str, args)], io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed): runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
+    finally:
+        sys.argv = argv
+        for s, handler in handlers.items(): signal.signal(s, handler)
+    return printed.getvalue()
+
+def refuses(script, *args):
+    """The one line with which a script, played with these arguments, ends."""
+    with pytest.raises(SystemExit) as stopped: play(script, *args)
+    assert isinstance(stopped.value.code, str) and '\n' not in stopped.value.code, stopped.value.code
+    return stopped.value.code
 
 def refused(process, *words):
     """True if the script ended with an error of one line that holds all the words, and no traceback."""

@@ -16,30 +16,30 @@ def same(a, b):
 def test_a_batch_is_a_function_of_its_place(tiny_data):
     one, two = Sessions(tiny_data, MODALITIES, 'train'), Sessions(tiny_data, MODALITIES, 'train')
     for step in (0, 3, 17):
-        assert same(one.volumes(2, 0, 0, 1, step, (16, 16, 16)), two.volumes(2, 0, 0, 1, step, (16, 16, 16)))
-        assert same(one.slices(8, 0, 0, 1, step), two.slices(8, 0, 0, 1, step))
-    assert not same(one.volumes(2, 0, 0, 1, 0), one.volumes(2, 1, 0, 1, 0))
+        assert same(one.session_batch(2, 0, 0, 1, step, (16, 16, 16)), two.session_batch(2, 0, 0, 1, step, (16, 16, 16)))
+        assert same(one.slice_batch(8, 0, 0, 1, step), two.slice_batch(8, 0, 0, 1, step))
+    assert not same(one.session_batch(2, 0, 0, 1, 0), one.session_batch(2, 1, 0, 1, 0))
 
 @pytest.mark.parametrize('world', [2, 4])
 def test_processes_together_see_the_batch_of_one(tiny_data, world):
     sessions = Sessions(tiny_data, MODALITIES, 'train')
     for step in range(3):
-        whole = sessions.volumes(4, 0, 0, 1, step, (16, 48, 16))
-        parts = [sessions.volumes(4 // world, 0, rank, world, step, (16, 48, 16)) for rank in range(world)]
+        whole = sessions.session_batch(4, 0, 0, 1, step, (16, 48, 16))
+        parts = [sessions.session_batch(4 // world, 0, rank, world, step, (16, 48, 16)) for rank in range(world)]
         assert torch.equal(whole['x'], torch.cat([p['x'] for p in parts]))
         assert torch.equal(whole['modality'], torch.cat([p['modality'] for p in parts]))
         n = [len(p['x']) for p in parts]
         assert [p['share'] for p in parts] == pytest.approx([world * k / sum(n) for k in n])
         pairs = [len(p['pairs']) for p in parts]
         assert [p['pair_share'] for p in parts] == pytest.approx([world * k / sum(pairs) for k in pairs])
-        whole = sessions.slices(32, 0, 0, 1, step)
-        parts = [sessions.slices(32 // world, 0, rank, world, step) for rank in range(world)]
+        whole = sessions.slice_batch(32, 0, 0, 1, step)
+        parts = [sessions.slice_batch(32 // world, 0, rank, world, step) for rank in range(world)]
         assert torch.equal(whole['x'], torch.cat([p['x'] for p in parts]))
 
 def test_an_epoch_sees_every_session_once_and_missing_modalities_are_left_out(tiny_data):
     sessions = Sessions(tiny_data, MODALITIES, 'train')
     assert sessions.n == 8 and len(sessions.scans) == 14
-    seen = [sessions.volumes(2, 0, 0, 1, step) for step in range(4)]
+    seen = [sessions.session_batch(2, 0, 0, 1, step) for step in range(4)]
     counts = np.bincount(torch.cat([b['session'] for b in seen]), minlength=8)
     assert counts.tolist() == [2, 2, 2, 1, 1, 2, 2, 2]
     for b in seen:
@@ -49,17 +49,17 @@ def test_an_epoch_sees_every_session_once_and_missing_modalities_are_left_out(ti
 def test_patches_of_a_session_come_from_one_place(tiny_data):
     sessions = Sessions(tiny_data, MODALITIES, 'train')
     for step in range(4):
-        b = sessions.volumes(2, 0, 0, 1, step, (16, 16, 16))
+        b = sessions.session_batch(2, 0, 0, 1, step, (16, 16, 16))
         assert b['x'].shape[1:] == (1, 16, 16, 16)
         for source, target in b['pairs'].tolist():  # T2w of the made volumes is 1 - T1w inside the brain
             inside = b['x'][source] > 0
             torch.testing.assert_close(b['x'][target][inside], 1 - b['x'][source][inside])
-    assert sessions.volumes(1, 0, 0, 1, 0, (999, 16, 999))['x'].shape[2:] == (32, 16, 32)
+    assert sessions.session_batch(1, 0, 0, 1, 0, (999, 16, 999))['x'].shape[2:] == (32, 16, 32)
 
 def test_slices_are_of_one_plane_hold_brain_and_all_planes_come(tiny_data):
     sessions, planes = Sessions(tiny_data, MODALITIES, 'train'), set()
     for step in range(12):
-        x = sessions.slices(16, 0, 0, 1, step)['x']
+        x = sessions.slice_batch(16, 0, 0, 1, step)['x']
         axis = [n == 1 for n in x.shape[2:]].index(True)
         assert x.shape[2:] == tuple(1 if a == axis else n for a, n in enumerate((32, 48, 32)))
         assert ((x > 0).flatten(1).float().mean(1) >= 0.02).all()
@@ -68,7 +68,7 @@ def test_slices_are_of_one_plane_hold_brain_and_all_planes_come(tiny_data):
 
 def test_slices_are_slices_of_the_files(tiny_data):
     sessions = Sessions(tiny_data, MODALITIES, 'train')
-    b = sessions.slices(16, 0, 0, 1, 0)
+    b = sessions.slice_batch(16, 0, 0, 1, 0)
     axis = 2 + list(b['x'].shape[2:]).index(1)
     files = [np.load(tiny_data / sessions.rows[i][MODALITIES[m]]) for i, m in sessions.scans]
     for x in b['x'].squeeze(axis)[:, 0].numpy():

@@ -2,6 +2,7 @@
 import glob
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -9,21 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, TINY, refused, run
+from conftest import ROOT, TINY, play, refuses
 from common import load_checkpoint
 from model import from_checkpoint
 
 SHORT = ['--iters_3d=4', '--iters_2d=3', '--cross_start=1', '--cross_ramp=2', '--adv_start=1', '--eval_interval=100']
 
-def train(data, out, *args, **kwargs):
-    done = run('train_vae.py', *TINY, *SHORT, f'--data_dir={data}', f'--out_dir={out}', *args, **kwargs)
-    assert done.returncode == 0, done.stderr
+def train(data, out, *args):
+    play('train_vae.py', *TINY, *SHORT, f'--data_dir={data}', f'--out_dir={out}', *args)
     return load_checkpoint(f'{out}/ckpt.pt')
 
 def log_of(out):
     """Log lines without the figures of the clock."""
     lines = [json.loads(line) for line in open(f'{out}/log.jsonl')]
-    return [{k: v for k, v in line.items() if k.startswith(('iter', 'train', 'val', 'perplexity', 'lr'))} for line in lines]
+    return [{k: v for k, v in line.items() if k.startswith(('iter', 'train', 'val', 'lr'))} for line in lines]
 
 def tensors(tree, path=''):
     if isinstance(tree, torch.Tensor): return {path: tree}
@@ -38,11 +38,15 @@ def assert_same_run(a, b, out_a, out_b):
 @pytest.mark.parametrize('config', sorted(os.path.basename(p) for p in glob.glob(os.path.join(ROOT, 'config', '*.py'))))
 def test_every_config_trains_saves_and_resumes(config, tiny_data, tmp_path):
     """Smoke: three steps, across the change of phase where there is one, then a resume of one more."""
+    settings = runpy.run_path(os.path.join(ROOT, 'config', config))
     args = [f'{ROOT}/config/{config}', *TINY, *SHORT, '--iters_3d=2', f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/out']
-    for extra in (['--max_iters=3'], ['--max_iters=4', '--init_from=resume', '--iters_3d=4']):
-        done = run('train_vae.py', *args, *extra)
-        assert done.returncode == 0, done.stderr
-    assert 'resumed' in done.stdout
+    if settings.get('kind') == 'convvae':
+        levels = len(settings.get('widths', (0,) * 4))
+        args += [f'--widths={",".join(["8"] * levels)}', '--perceptual=random', '--slice_fraction=0.05', '--init_from=scratch']
+        if settings.get('bottleneck') == 'vq': args += [f"--latent_dim={settings.get('num_codebooks', 1)}"]
+    play('train_vae.py', *args, '--max_iters=3')
+    printed = play('train_vae.py', *args, '--max_iters=4', '--init_from=resume', '--iters_3d=4')
+    assert 'resumed' in printed
     values = [v for line in log_of(f'{tmp_path}/out') for v in line.values()]
     assert len(values) > 10 and np.isfinite(values).all()
 
@@ -89,8 +93,7 @@ def test_checkpoint_holds_what_the_readme_says(tiny_data, tmp_path):
     assert {'model', 'ema', 'optimizer', 'model_args', 'config', 'iter_num', 'best_val', 'git_commit'} <= checkpoint.keys()
     assert 'train/recon_2d' in log_of(tmp_path / 'out')[0] and checkpoint['iter_num'] == 4
     assert sorted(os.listdir(tmp_path / 'out')) == ['best.pt', 'ckpt.pt', 'config.py', 'log.jsonl']
-    again = run('train_vae.py', f'{tmp_path}/out/config.py', '--max_iters=1', f'--out_dir={tmp_path}/again')
-    assert again.returncode == 0, again.stderr
+    play('train_vae.py', f'{tmp_path}/out/config.py', '--max_iters=1', f'--out_dir={tmp_path}/again')
     assert torch.equal(checkpoint['ema']['quantizer.codebook'], checkpoint['model']['quantizer.codebook'])
     averaged, last = (from_checkpoint(checkpoint, average=a).state_dict()['encoder.stem.weight'] for a in (True, False))
     assert not torch.equal(averaged, last)
@@ -115,12 +118,13 @@ def test_a_base_model_overfits_one_pair(tiny_data, tmp_path):
     (['--patch=40,48,32'], ['40', 'multiple of 16']), (['--init_from=resume'], ['ckpt.pt', 'no such checkpoint']),
     (['--out_dir=/proc/nowhere'], ['/proc/nowhere', 'cannot write']), (['--init_from=pytest.ini'], ['pytest.ini', 'not a readable checkpoint'])])
 def test_bad_settings_end_with_one_line(args, words, tiny_data, tmp_path):
-    assert refused(run('train_vae.py', *TINY, f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/out', *args), *words)
+    line = refuses('train_vae.py', *TINY, f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/out', *args)
+    assert all(word in line for word in words), line
 
 def test_checkpoint_of_another_model_is_refused_with_the_difference(tiny_data, tmp_path):
     train(tiny_data, tmp_path / 'out', '--max_iters=1')
-    done = run('train_vae.py', *TINY, *SHORT, f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/out', '--init_from=resume', '--num_codes=32')
-    assert refused(done, 'another model', 'num_codes 16 there, 32 here')
+    line = refuses('train_vae.py', *TINY, *SHORT, f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/out', '--init_from=resume', '--num_codes=32')
+    assert 'another model' in line and 'num_codes 16 there, 32 here' in line
 
 def test_sigterm_finishes_the_step_saves_and_says_so(tiny_data, tmp_path):
     process = subprocess.Popen([sys.executable, 'train_vae.py', *TINY, '--iters_3d=10000', f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/out'],

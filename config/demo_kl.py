@@ -1,0 +1,21 @@
+# A small MAISI-VAE on phantoms at 32x48x32: minutes on two CPU cores. Add --w_sid=10, or --w_cov=1 --w_var=1, for DeCo-VAE.
+kind = 'convvae'
+data_dir = 'data/demo'
+prepare = '--source=phantom --n=120 --shape=32,48,32 --modalities=T1w,T2w'
+out_dir = 'out/demo_kl'
+modalities = ('T1w',)
+widths = (16, 32, 64)
+res_blocks = 1
+
+batch_size = 2
+iters = 600
+lr = 1e-3
+min_lr = 1e-5
+warmup_iters = 20
+lr_decay_iters = 600
+ema_decay = 0.99
+eval_interval = 300
+log_interval = 50
+
+w_ssim = 0.0
+w_kl = 5e-4

@@ -1,10 +1,14 @@
-"""Costs of NeuroQuant: FLOP of a volume, and a step on slices against the same step through 3D convolutions of depth 1.
+"""Costs: FLOP of a volume, a step on slices against volumes of depth 1, and the MAISI autoencoder against MONAI's.
 
-    python bench.py                      # on a GPU or a CPU; --slices=2 --repeats=3 keeps it short on a CPU
+    python bench.py                      # NeuroQuant, on a GPU or a CPU; --slices=2 --repeats=3 keeps it short on a CPU
+    python bench.py --vs=monai           # forward and backward of the same autoencoder, the same weights, in turns (needs monai)
 
 Times are medians of `repeats` steps after a warm-up, forward and backward, in milliseconds.
 """
+import json
+import resource
 import statistics
+import subprocess
 import sys
 import time
 
@@ -15,13 +19,17 @@ from torch.utils.flop_counter import FlopCounterMode
 import model as networks
 from common import autocast, configure, start_processes
 from losses import reconstruction_loss
+from pretrained import load_maisi_vae
 
 # ---------------------------------------------------------------- settings
-shape = (144, 192, 144)
+vs = ''                  # 'monai'
+shape = (144, 192, 144)  # of NeuroQuant's volume
+size = 48                # of the cube for --vs=monai
 slices = 8
 repeats = 5
 device = ''
 dtype = 'float32'
+only = ''                # of --vs=monai, used by itself: 'nanomri' or 'monai', one measurement in a process of its own
 
 def milliseconds(step):
     """Median and spread of `repeats` calls after one that warms up."""
@@ -33,10 +41,9 @@ def milliseconds(step):
         times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times[1:]), max(times[1:]) - min(times[1:])
 
-def main():
-    global device
-    _, _, device = start_processes(device)
-    torch.manual_seed(0)
+# ---------------------------------------------------------------- NeuroQuant
+
+def bench_neuroquant():
     net = networks.NeuroQuant(networks.NeuroQuantConfig())
     encode, decode = networks.step_flops(net, shape)
     with torch.device('meta'):
@@ -63,6 +70,57 @@ def main():
     print(f'{slices} slices of {shape[1:]}, forward and backward on {device}: {plane[0]:.0f} ms (spread {plane[1]:.0f}) as slices, '
           f'{depth:.0f} ms (spread {depth_spread:.0f}) as volumes of depth 1 through Conv3d: ratio {plane[0] / depth:.2f}')
 
+# ---------------------------------------------------------------- MAISI against MONAI
+
+def monai_maisi():
+    from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
+    return AutoencoderKlMaisi(  # NVIDIA's released settings but for norm_float16, which a CPU cannot run
+        spatial_dims=3, in_channels=1, out_channels=1, num_channels=(64, 128, 256), latent_channels=4, num_res_blocks=(2, 2, 2),
+        norm_num_groups=32, norm_eps=1e-6, attention_levels=(False, False, False), with_encoder_nonlocal_attn=False,
+        with_decoder_nonlocal_attn=False, num_splits=4, dim_split=1, norm_float16=False, print_info=False)
+
+def measure():
+    """One line of JSON: median ms of forward and backward, and how far memory rose above the model's own, in MiB."""
+    net = monai_maisi()
+    if only == 'nanomri': net = load_maisi_vae(net.state_dict())
+    net.to(device).train()
+    x, cuda = torch.rand(1, 1, size, size, size, device=device), device.startswith('cuda')
+    if cuda: torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if cuda else resident()
+    def step():
+        with autocast(device, dtype):
+            out = net(x)
+            x_hat, mu = (out['x_hat'], out['mu']) if only == 'nanomri' else out[:2]
+            loss = (x_hat - x).abs().mean() + 1e-3 * mu.square().mean()
+        loss.backward()
+        net.zero_grad(set_to_none=False)
+    ms, _ = milliseconds(step)
+    peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({'ms': ms, 'mib': (peak - before) / 2 ** 20}))
+
+def resident():
+    with open('/proc/self/statm') as f: return int(f.read().split()[1]) * resource.getpagesize()
+
+def bench_monai(turns=3):
+    try: import monai
+    except ImportError: raise SystemExit('--vs=monai needs MONAI: pip install -r requirements-dev.txt')
+    found = {'nanomri': [], 'monai': []}
+    for _ in range(turns):
+        for who in found:
+            args = [f'--only={who}', f'--device={device}', f'--dtype={dtype}', f'--size={size}', f'--repeats={repeats}']
+            done = subprocess.run([sys.executable, __file__, *args], capture_output=True, text=True)
+            if done.returncode: raise SystemExit(f'{who}: {done.stderr.strip().splitlines()[-1]}')
+            found[who].append(json.loads(done.stdout.strip().splitlines()[-1]))
+    ms, mib = ({who: statistics.median(f[key] for f in runs) for who, runs in found.items()} for key in ('ms', 'mib'))
+    print(f'MAISI autoencoder, {size}^3, batch 1, forward and backward on {device} in {dtype}, medians of {turns} runs in turn, MONAI {monai.__version__}:\n'
+          f'  time   {ms["nanomri"]:.0f} ms against {ms["monai"]:.0f} ms: ratio {ms["nanomri"] / ms["monai"]:.2f}\n'
+          f'  memory {mib["nanomri"]:.0f} MiB against {mib["monai"]:.0f} MiB: ratio {mib["nanomri"] / mib["monai"]:.2f}')
+
 if __name__ == '__main__':
     configure(globals(), sys.argv[1:])
-    main()
+    if vs not in ('', 'monai'): raise SystemExit(f'--vs={vs}: monai')
+    _, _, device = start_processes(device)
+    torch.manual_seed(0)
+    if only: measure()
+    elif vs: bench_monai()
+    else: bench_neuroquant()

@@ -505,7 +505,7 @@ class ConvVAE(nn.Module):
         c = self.config = config
         for key, allowed in (('dims', (2, 3)), ('layout', ('maisi', 'sd')), ('bottleneck', ('kl', 'vq')), ('slice_axis', (0, 1, 2))):
             if getattr(c, key) not in allowed: raise ValueError(f'{key}={getattr(c, key)!r}: one of {allowed}')
-        if any(w < 8 or w % min(32, w) for w in c.widths): raise ValueError(f'widths {c.widths}: each 8, 16 or a multiple of 32')
+        if any(w < 8 or w % min(32, w) for w in c.widths): raise ValueError(f'widths {c.widths}: each at least 8, from 32 on a multiple of 32')
         self.factor = 2 ** (len(c.widths) - 1)
         head = c.latent_dim * (2 if c.layout == 'sd' and c.bottleneck == 'kl' else 1)
         self.encoder, self.decoder = conv_encoder(c, head), conv_decoder(c)

@@ -277,7 +277,7 @@ if __name__ == '__main__':
         if differ: raise SystemExit(f'--init_from={init_from}: checkpoint of another model: {"; ".join(differ)}')
         raw_model.load_state_dict(start['model'])
         if init_from == 'resume': resumed = start
-    raw_model.to(device, memory_format=torch.channels_last_3d)
+    raw_model.to(device, memory_format=torch.channels_last if kind == 'convvae' and dims == 2 else torch.channels_last_3d)
     if classifier: classifier.to(device)
     critics.to(device)
     if freeze_encoder:

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from losses import ModalityClassifier, grad_reverse, psnr, reconstruction_loss, ssim
+from losses import (ModalityClassifier, PatchDiscriminator, adversarial_loss, cov_loss, generator_loss, grad_reverse, kl_loss, perceptual_loss,
+                    psnr, random_slices, reconstruction_loss, sid_loss, ssim, vad_loss, var_loss)
 
 def pair(shape, seed=0):
     rng = np.random.default_rng(seed)
@@ -65,3 +66,91 @@ def test_reversed_gradient_is_exactly_minus_alpha_times_the_plain_one():
     plain, reversed_ = gradients(z), gradients(grad_reverse(z, 0.25))
     assert torch.equal(reversed_[0], -0.25 * plain[0])
     assert all(torch.equal(a, b) for a, b in zip(plain[1:], reversed_[1:]))  # the classifier learns at full weight
+
+# ---------------------------------------------------------------- the latent of a KL autoencoder
+
+def rows(z): return np.moveaxis(z.double().numpy(), 1, -1).reshape(-1, z.shape[1])
+
+@pytest.fixture
+def latent():
+    """(2,4,3,4,5) with correlated channels of unequal means and spreads."""
+    z = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 4, 3, 4, 5))).float()
+    return z + torch.tensor([0.0, 2, -1, 5]).view(1, 4, 1, 1, 1) + 0.8 * z[:, [1, 0, 0, 2]] * torch.tensor([1.0, 3, 0.2, 1]).view(1, 4, 1, 1, 1)
+
+def test_latent_losses_equal_their_formulas(latent):
+    z = rows(latent)
+    sigma, off = np.cov(z.T), ~np.eye(4, dtype=bool)
+    assert cov_loss(latent).item() == pytest.approx((sigma[off] ** 2).sum() / 16, rel=1e-4)
+    assert sid_loss(latent).item() == pytest.approx((np.corrcoef(z.T)[off] ** 2).sum() / 16, rel=1e-4)
+    for gamma in (1.0, 2.5):
+        hinge = (np.maximum(0, gamma - np.sqrt(np.diag(sigma))) ** 2).mean()
+        assert var_loss(latent, gamma).item() == pytest.approx(hinge, rel=1e-4, abs=1e-7)
+        assert var_loss(latent, gamma, 'two_sided_var').item() == pytest.approx(((np.diag(sigma) - gamma ** 2) ** 2).mean(), rel=1e-4)
+        assert vad_loss(latent, gamma).item() == pytest.approx((sigma[off] ** 2).sum() / 16 + hinge, rel=1e-4)
+    torch.testing.assert_close(sid_loss(latent), sid_loss(latent.movedim(1, -1).reshape(-1, 4)))  # (N, C) is the same
+
+def test_invariances_of_the_latent_losses(latent):
+    scale, shift = torch.tensor([0.1, 3, 20, 1]).view(1, 4, 1, 1, 1), torch.tensor([1.0, -5, 0, 9]).view(1, 4, 1, 1, 1)
+    torch.testing.assert_close(sid_loss(scale * latent + shift), sid_loss(latent), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(cov_loss(latent + shift), cov_loss(latent), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(cov_loss(2 * latent), 16 * cov_loss(latent), rtol=1e-3, atol=1e-5)
+    q = torch.linalg.qr(torch.randn(60, 5) - torch.randn(60, 5).mean(0))[0]
+    orthogonal = torch.linalg.qr(torch.cat([torch.ones(60, 1), q], 1))[0][:, 1:5]  # centred and orthogonal
+    assert sid_loss(orthogonal) < 1e-10 and cov_loss(orthogonal) < 1e-10
+    assert var_loss(10 * latent) == 0 and var_loss(0.01 * latent) > 0.5
+    assert sid_loss(torch.cat([latent, torch.ones_like(latent[:, :1])], 1)).isfinite()  # a dead channel
+
+def test_latent_losses_have_finite_gradients_even_for_dead_channels():
+    z = torch.randn(50, 3)
+    z[:, 1] = 2.0
+    z.requires_grad_()
+    (sid_loss(z) + vad_loss(z) + var_loss(z, form='two_sided_var')).backward()
+    assert z.grad.isfinite().all() and z.grad.abs().sum() > 0
+
+def test_kl_equals_torchs_and_its_reductions_differ_by_the_number_of_elements():
+    mu, logvar = torch.randn(3, 4, 2, 3, 2), torch.randn(3, 4, 2, 3, 2)
+    normal = torch.distributions.Normal
+    want = torch.distributions.kl_divergence(normal(mu, torch.exp(0.5 * logvar)), normal(0.0, 1.0))
+    torch.testing.assert_close(kl_loss(mu, logvar), want.mean())
+    torch.testing.assert_close(kl_loss(mu, logvar, 'sum'), kl_loss(mu, logvar) * 4 * 2 * 3 * 2)
+    assert kl_loss(torch.zeros(1, 4), torch.zeros(1, 4)) == 0
+    with pytest.raises(ValueError, match='mean or sum'): kl_loss(mu, logvar, 'max')
+
+# ---------------------------------------------------------------- adversary
+
+@pytest.mark.parametrize('dims, parameters', [(2, 692_769), (3, 2_770_977)])
+def test_discriminator_equals_monais(dims, parameters):
+    ours = PatchDiscriminator(dims)
+    assert sum(p.numel() for p in ours.parameters()) == parameters
+    monai = pytest.importorskip('monai.networks.nets')
+    theirs = monai.PatchDiscriminator(spatial_dims=dims, channels=32, in_channels=1, out_channels=1, num_layers_d=3,
+                                      norm='INSTANCE', bias=False, kernel_size=4, padding=1)
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values())))
+    x = torch.rand(2, 1, *[32] * dims)
+    torch.testing.assert_close(ours(x), theirs(x)[-1], atol=1e-5, rtol=1e-5)
+
+def test_adversarial_losses_equal_their_formulas_and_meet_in_the_middle():
+    logits = torch.tensor([[-2.0, 0.5, 1.0, 3.0]])
+    assert adversarial_loss(logits, True).item() == pytest.approx((9 + 0.25 + 0 + 4) / 4)
+    assert adversarial_loss(logits, False).item() == pytest.approx((4 + 0.25 + 1 + 9) / 4)
+    assert adversarial_loss(logits, True, 'hinge').item() == pytest.approx((3 + 0.5 + 0 + 0) / 4)
+    assert adversarial_loss(logits, False, 'hinge').item() == pytest.approx((0 + 1.5 + 2 + 4) / 4)
+    assert generator_loss(logits) == adversarial_loss(logits, True) and generator_loss(logits, 'hinge').item() == pytest.approx(-2.5 / 4)
+    with pytest.raises(ValueError): adversarial_loss(logits, True, 'wasserstein')
+
+# ---------------------------------------------------------------- slices of volumes
+
+def test_random_slices_are_slices_of_every_plane_at_the_same_places():
+    x = torch.arange(2 * 3 * 4 * 5).float().view(2, 1, 3, 4, 5)
+    planes = random_slices([x, 10 * x], 0.5, torch.Generator().manual_seed(0))
+    assert [tuple(a.shape) for a, _ in planes] == [(3, 1, 4, 5), (4, 1, 3, 5), (5, 1, 3, 4)]
+    for axis, (a, b) in enumerate(planes):
+        assert torch.equal(b, 10 * a)
+        slices = x.movedim(2 + axis, 1).flatten(0, 1)
+        assert all((slices == s).flatten(1).all(1).any() for s in a) and len(a.unique(dim=0)) == len(a)
+    assert [a.shape for a, in random_slices([x[:, :, :1]], 0.5)] == [(2, 1, 4, 5)]  # a batch of slices is its own plane
+
+def test_perceptual_loss_sums_the_planes():
+    x, y = torch.rand(1, 1, 3, 4, 5), torch.rand(1, 1, 3, 4, 5)
+    l1 = lambda a, b: (a - b).abs().flatten(1).mean(1)
+    torch.testing.assert_close(perceptual_loss(l1, x, y, 1.0), 3 * (x - y).abs().mean())

@@ -115,7 +115,7 @@ def test_a_base_model_overfits_one_pair(tiny_data, tmp_path):
     (['--lrr=1'], ["unknown key 'lrr'", "'lr'"]), (['--lr=fast'], ['lr must be float']), (['--joint=both'], ['sequential, interleaved or none']),
     (['--film=False'], ['w_cross', 'film=True']), (['--data_dir=/nowhere/at/all'], ['/nowhere/at/all', 'prepare.py']),
     (['--modalities=T1w,FLAIR'], ['FLAIR', 'it has T1w, T2w']), (['--widths=16,16,16'], ['widths', 'four']),
-    (['--patch=40,48,32'], ['40', 'multiple of 16']), (['--init_from=resume'], ['ckpt.pt', 'no such checkpoint']),
+    (['--patch=24,48,32'], ['24', 'multiple of 16']), (['--init_from=resume'], ['ckpt.pt', 'no such checkpoint']),
     (['--out_dir=/proc/nowhere'], ['/proc/nowhere', 'cannot write']), (['--init_from=pytest.ini'], ['pytest.ini', 'not a readable checkpoint'])])
 def test_bad_settings_end_with_one_line(args, words, tiny_data, tmp_path):
     line = refuses('train_vae.py', *TINY, f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/out', *args)

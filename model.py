@@ -548,13 +548,16 @@ class ConvVAE(nn.Module):
         axes = [a for a in range(3) if self.config.dims == 3 or a != self.config.slice_axis]
         pad = [-n % self.factor if a in axes else 0 for a, n in enumerate(volume.shape[2:])]
         x = F.pad(volume, [p for n in reversed(pad) for p in (0, n)])
-        if self.config.dims == 2: x = x.movedim(2 + self.config.slice_axis, 1).flatten(0, 1)
-        return (2 * x - 1 if self.config.signed else x).expand(-1, self.config.in_channels, *x.shape[2:])
+        x = self.cut(2 * x - 1 if self.config.signed else x)
+        return x.expand(-1, self.config.in_channels, *x.shape[2:])
+
+    def cut(self, volume):
+        """(B, C, *grid) -> (B*n, C, h, w), its slices, if dims is 2; volumes as they are."""
+        return volume if self.config.dims == 3 else volume.movedim(2 + self.config.slice_axis, 1).flatten(0, 1)
 
     def stack(self, slices, batch):
-        """(batch*n, C, h, w) slices -> (batch, C, *grid) with the slice axis back in its place; volumes as they are."""
-        if self.config.dims == 3: return slices
-        return slices.unflatten(0, (batch, -1)).movedim(1, 2 + self.config.slice_axis)
+        """The way back: (batch*n, C, h, w) slices -> (batch, C, *grid)."""
+        return slices if self.config.dims == 3 else slices.unflatten(0, (batch, -1)).movedim(1, 2 + self.config.slice_axis)
 
     def parts(self, x):
         """Slices a few at a time, so that a volume of them needs no more memory than a training batch."""
@@ -572,14 +575,21 @@ class ConvVAE(nn.Module):
         return [torch.exp(0.5 * self.encode(part)[1].float()).mean().item() for part in self.parts(self.prepare(x))]
 
     def tokens(self, x):
-        """Volume (B,1,D,H,W) -> indices (B,*grid), or (B,num_codebooks,*grid) for several codebooks; only for 'vq'."""
-        return torch.cat([self.quantizer.nearest_indices(self.encode(part)[0]) for part in self.parts(self.prepare(x))])
+        """Volume (B,1,D,H,W) -> indices (B,*grid), with several codebooks (B,num_codebooks,*grid). ValueError for 'kl'."""
+        if self.config.bottleneck == 'kl': raise ValueError("an autoencoder with bottleneck='kl' has no tokens")
+        parts = torch.cat([self.quantizer.nearest_indices(self.encode(part)[0]) for part in self.parts(self.prepare(x))])
+        if self.config.num_codebooks > 1: return self.stack(parts, len(x))
+        return self.stack(parts[:, None], len(x))[:, 0]
+
+    def from_tokens(self, indices, modality=None):
+        """indices as tokens() gives them -> x_hat (B,1,D,H,W) at the padded size; modality is not used."""
+        slices = self.cut(indices if self.config.num_codebooks > 1 else indices[:, None])
+        z = self.quantizer.lookup(slices if self.config.num_codebooks > 1 else slices[:, 0])
+        return self.decode_volume(self.stack(z, len(indices)))
 
     def decode_volume(self, z, slab=0):
         """Latent (B,latent_dim,d,h,w) as latent() gives it -> (B,1,D,H,W) at the padded size."""
-        if self.config.dims == 2: slices = z.movedim(2 + self.config.slice_axis, 1).flatten(0, 1)
-        else: slices = z
-        x_hat = torch.cat([self.decode(part, slab).mean(1, keepdim=True) for part in self.parts(slices)])
+        x_hat = torch.cat([self.decode(part, slab).mean(1, keepdim=True) for part in self.parts(self.cut(z))])
         return self.stack((x_hat + 1) / 2 if self.config.signed else x_hat, len(z))
 
     def reconstruct(self, x, modality=None, slab=0):

@@ -51,7 +51,8 @@ def read_tokens(path, model, shape):
     """(1,d,h,w) int64 from a .npy file; refused if they are not tokens of this model."""
     try: tokens = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as e: raise ValueError(f'{path}: not a readable .npy file ({e})')
-    grid = tuple(n // 16 for n in shape)
+    books = model.config.num_codebooks
+    grid = (books,) * (books > 1) + model.latent_shape(shape)[1:]
     if tokens.dtype.kind not in 'iu' or tokens.shape != grid: raise ValueError(f'{path}: integers of shape {grid} are needed, got {tokens.dtype} {tokens.shape}')
     if tokens.min() < 0 or tokens.max() >= model.config.num_codes:
         raise ValueError(f'{path}: tokens {tokens.min()}..{tokens.max()}, the model has 0..{model.config.num_codes - 1}')
@@ -75,10 +76,12 @@ def main():
     if not output.endswith(wanted): raise SystemExit(f'--output={output}: must end in {wanted if isinstance(wanted, str) else " or ".join(wanted)}')
     checkpoint = load_checkpoint(ckpt)
     model, data = from_checkpoint(checkpoint).to(device), checkpoint['data']
+    if mode == 'tokens' and not hasattr(model, 'quantizer'): raise SystemExit(f'{ckpt}: this autoencoder has a KL bottleneck, no tokens')
+    if mode == 'translate' and not hasattr(model, 'translate'): raise SystemExit(f'{ckpt}: only a NeuroQuant model translates')
     with autocast(device, dtype):
         if back:
             tokens = read_tokens(input, model, data['shape']).to(device)
-            volume = model.from_tokens(tokens, target).float().clamp(0, 1)
+            volume = model.from_tokens(tokens, target).float().clamp(0, 1)[(..., *(slice(n) for n in data['shape']))]
             if like:
                 Scan(like, data).write(output, volume, own_scale=False)
             else:

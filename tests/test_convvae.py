@@ -152,6 +152,10 @@ def test_reconstruct_and_latent_take_volumes_of_any_size(config):
         assert model.reconstruct(x).shape == x.shape
         z = model.latent(x)
         assert tuple(z.shape[1:]) == model.latent_shape(x.shape[2:])
+        if hasattr(model, 'quantizer'):
+            tokens = model.tokens(x)
+            torch.testing.assert_close(model.from_tokens(tokens)[:, :, :13, :18, :15], model.reconstruct(x), atol=1e-5, rtol=1e-5)
+            assert tokens.shape[-3:] == z.shape[2:] and (tokens.ndim == 5) == (model.config.num_codebooks > 1)
         # zeros at the far ends are what a volume that divides would hold
         whole = F.pad(x, (0, 1, 0, 2, 0, 3))
         if model.config.dims == 3: torch.testing.assert_close(model.reconstruct(whole)[:, :, :13, :18, :15], model.reconstruct(x), atol=1e-5, rtol=1e-5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import TINY, refused, run
-from data import Sessions, prefetch, read_index
+from data import Sessions, augment, prefetch, read_index
 
 MODALITIES = ('T1w', 'T2w')
 
@@ -99,3 +99,28 @@ def test_a_spoilt_volume_is_named(tiny_data):
     with pytest.raises(SystemExit, match=path.name): sessions.volume(0, 0)
     np.save(path, np.zeros((4, 4, 4), np.float32))
     with pytest.raises(SystemExit, match=r'\(4, 4, 4\).*\(32, 48, 32\)'): sessions.volume(0, 0)
+
+def test_scan_batches_are_single_scans_and_a_function_of_their_place(tiny_data):
+    sessions = Sessions(tiny_data, MODALITIES, 'train')
+    for augmented in (False, True):
+        whole = sessions.scan_batch(4, 0, 0, 1, 2, (16, 48, 16), augmented)
+        parts = [sessions.scan_batch(2, 0, rank, 2, 2, (16, 48, 16), augmented) for rank in range(2)]
+        assert torch.equal(whole['x'], torch.cat([p['x'] for p in parts])) and whole['x'].shape == (4, 1, 16, 48, 16)
+    seen = torch.cat([sessions.scan_batch(2, 0, 0, 1, step)['modality'] for step in range(7)])
+    assert np.bincount(seen).tolist() == [7, 7]  # fourteen scans, each once an epoch
+
+def test_augmented_volumes_stay_images_with_a_background_of_zero(tiny_data):
+    volume = np.asarray(Sessions(tiny_data, MODALITIES, 'train').volume(0, 0))
+    rng, changed = np.random.default_rng(0), 0
+    for _ in range(30):
+        x = augment(volume, rng)
+        assert x.shape == volume.shape and x.dtype == np.float32 and x.min() >= 0 and x.max() <= 1
+        assert (x == 0).mean() == pytest.approx((volume == 0).mean(), abs=0.2)
+        changed += not np.array_equal(x, volume)
+    assert changed > 20
+    flips = [np.array_equal(augment(volume, np.random.default_rng(i)), volume[::-1]) for i in range(60)]
+    assert any(flips) and not all(flips)
+
+def test_slices_across_a_given_axis(tiny_data):
+    sessions = Sessions(tiny_data, MODALITIES, 'train')
+    assert {sessions.slice_batch(4, 0, 0, 1, step, axis=1)['x'].shape for step in range(6)} == {(4, 1, 32, 1, 32)}

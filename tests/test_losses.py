@@ -1,7 +1,11 @@
 """Objectives against references, closed forms and invariances."""
+import os
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from losses import (ModalityClassifier, PatchDiscriminator, adversarial_loss, cov_loss, generator_loss, grad_reverse, kl_loss, perceptual_loss,
                     psnr, random_slices, reconstruction_loss, sid_loss, ssim, vad_loss, var_loss)
@@ -154,3 +158,26 @@ def test_perceptual_loss_sums_the_planes():
     x, y = torch.rand(1, 1, 3, 4, 5), torch.rand(1, 1, 3, 4, 5)
     l1 = lambda a, b: (a - b).abs().flatten(1).mean(1)
     torch.testing.assert_close(perceptual_loss(l1, x, y, 1.0), 3 * (x - y).abs().mean())
+
+# ---------------------------------------------------------------- statistics of several processes
+
+def one_of_two(rank, folder, z):
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT='29533')
+    dist.init_process_group('gloo', rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    own = z.chunk(2)[rank].clone().requires_grad_()
+    loss = sid_loss(own, gather=True) + vad_loss(own, gather=True)
+    loss.backward()
+    torch.save((loss.detach(), own.grad), os.path.join(folder, f'rank{rank}.pt'))
+    dist.destroy_process_group()
+
+def test_gathered_statistics_are_those_of_the_joined_batch_and_so_are_the_gradients(tmp_path):
+    z = (torch.randn(4, 3, 2, 3, 2) * torch.tensor([0.3, 1, 0.5]).view(1, 3, 1, 1, 1) + torch.randn(4, 1, 2, 3, 2)).detach()
+    mp.spawn(one_of_two, (str(tmp_path), z), nprocs=2)
+    parts = [torch.load(tmp_path / f'rank{r}.pt', weights_only=True) for r in (0, 1)]
+    whole = z.clone().requires_grad_()
+    loss = sid_loss(whole) + vad_loss(whole)
+    loss.backward()
+    for value, _ in parts: torch.testing.assert_close(value, loss.detach())
+    # parameters get the sum over rows; averaged over two processes that is half the sum of these
+    torch.testing.assert_close(torch.cat([g for _, g in parts]) / 2, whole.grad)

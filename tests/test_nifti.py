@@ -170,3 +170,28 @@ def test_scans_that_do_not_overlap_are_told_apart():
     far[:3, 3] = 500
     with pytest.raises(ValueError) as e: nifti.conform([head(), head()], [np.eye(4), far], (48, 48, 48))
     assert 'does not overlap' in e.value.args[0] and e.value.args[1] == 1
+
+def test_resize_stretches_the_field_of_view_over_the_box_and_back():
+    """DeCo-VAE's grid: 182x218x182 becomes 128x256x128 in small; outer edges stay, so a linear ramp stays that ramp in mm."""
+    shape, box = (46, 54, 46), (32, 64, 32)
+    affine = np.diag([2.0, 2, 2, 1])
+    affine[:3, 3] = (-40, 12, 7)
+    ramp = np.stack(np.meshgrid(*[np.arange(n, dtype=np.float32) for n in shape], indexing='ij')).sum(0) + 1
+    volume = ramp * (np.indices(shape) > 4).all(0)
+    boxes, placement = nifti.conform([volume], [affine], box, resize=True)
+    assert boxes[0].shape == box and placement.lost == 0
+    corner = lambda a, n, side: (a @ np.array([*(np.array(n) * side - 0.5), 1]))[:3]
+    for side in (0, 1): np.testing.assert_allclose(corner(placement.affine, box, side), corner(affine, shape, side), atol=1e-4)
+    back = nifti.restore(boxes[0], placement, affine, shape, placement.low[0], placement.high[0])
+    inner = (slice(8, -4),) * 3
+    assert np.abs(back[inner] - volume[inner]).max() < 2.0
+
+def test_percentiles_of_brain_or_volume():
+    volume = np.zeros((20, 20, 20), np.float32)
+    volume[5:15, 5:15, 5:15] = np.arange(1, 1001).reshape(10, 10, 10)
+    mask = volume > 0
+    for percentiles, of in (((0.5, 99.5), 'brain'), ((0, 99.5), 'volume'), ((2, 98), 'brain')):
+        scaled, low, high = nifti.scale_intensity(volume, mask, percentiles, of)
+        assert [low, high] == pytest.approx(np.percentile(volume[mask] if of == 'brain' else volume, percentiles))
+        inside = (volume > low) & (volume < high)
+        np.testing.assert_allclose(scaled[inside], np.maximum((volume[inside] - low) / (high - low), 1e-4), rtol=1e-5)

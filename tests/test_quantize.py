@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from quantize import VectorQuantizer
+from quantize import VectorQuantizer, make_quantizer
 
 def started(num_codes=8, dim=4, **kwargs):
     """A quantiser whose codes are random and equally used, so that nothing is revived."""
@@ -141,3 +141,37 @@ def test_two_processes_have_the_codebook_of_one(tmp_path):
     for k, v in q.state_dict().items():
         torch.testing.assert_close(a[k], v, rtol=0, atol=1e-5)
         torch.testing.assert_close(b[k], v, rtol=0, atol=1e-5)
+
+# ---------------------------------------------------------------- several codebooks
+
+@pytest.mark.parametrize('codebooks', ['residual', 'split'])
+def test_several_codebooks_round_trip_and_pass_the_gradient_straight_through(codebooks):
+    torch.manual_seed(0)
+    q, z = make_quantizer(8, 6, num_codebooks=3, codebooks=codebooks).train(), torch.randn(4, 6, 3, 3, 3, requires_grad=True)
+    for _ in range(3): q(z.detach())
+    q.eval()
+    z_q, indices, commit = q(z)
+    assert indices.shape == (4, 3, 3, 3, 3) and 0 <= indices.min() and indices.max() < 8
+    assert torch.equal(indices, q.nearest_indices(z))
+    torch.testing.assert_close(z_q, q.lookup(indices))
+    (3 * z_q.sum()).backward()
+    torch.testing.assert_close(z.grad, torch.full_like(z, 3.0))
+    assert commit > 0 and 1 <= q.perplexity() <= 8
+
+def test_residual_codebooks_code_what_is_left_and_split_ones_their_channels():
+    torch.manual_seed(0)
+    z = torch.randn(64, 4, 2, 2, 2)
+    residual, split = (make_quantizer(8, 4, num_codebooks=2, codebooks=k).train() for k in ('residual', 'split'))
+    for _ in range(20): residual(z), split(z)
+    residual.eval(), split.eval()
+    first = residual.parts[0].lookup(residual.parts[0].nearest_indices(z))
+    left = residual.parts[1].lookup(residual.parts[1].nearest_indices(z - first))
+    torch.testing.assert_close(residual.lookup(residual.nearest_indices(z)), first + left)
+    assert (z - first - left).square().mean() < 0.8 * (z - first).square().mean()
+    low = split.parts[0].lookup(split.parts[0].nearest_indices(z[:, :2]))
+    torch.testing.assert_close(split.lookup(split.nearest_indices(z))[:, :2], low)
+
+def test_one_codebook_is_the_plain_quantiser():
+    assert type(make_quantizer(8, 4)) is VectorQuantizer
+    for bad in (dict(num_codebooks=3, codebooks='split'), dict(num_codebooks=2, codebooks='product')):
+        with pytest.raises(ValueError): make_quantizer(8, 4, **bad)

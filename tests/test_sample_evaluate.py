@@ -9,9 +9,9 @@ import pytest
 import torch
 from scipy import ndimage
 
-from conftest import TINY, refused, run
+from conftest import TINY, play, refused, refuses, run
 from common import load_checkpoint
-from evaluate import code_use, dct_codec, scores, summarise
+from evaluate import (channel_cosine, code_use, dct_codec, effective_rank, explained_variance, latent_geometry, moments, scores, summarise)
 from losses import psnr, ssim, ssim_map
 from model import from_checkpoint
 from test_nifti import head, store
@@ -133,8 +133,8 @@ def test_summary_averages_sessions_within_subjects():
     assert s['ci95'] == [2, 8]
 
 def test_code_use_closed_forms():
-    assert code_use(np.array([5, 5, 0, 0])) == {'used': 2, 'perplexity': pytest.approx(2), 'tokens': 10}
-    assert code_use(np.array([9, 0]))['perplexity'] == pytest.approx(1)
+    assert code_use(np.array([[5, 5, 0, 0]])) == {'used': 2, 'perplexity': pytest.approx(2), 'tokens': 10}
+    assert code_use(np.array([[9, 0], [2, 2]])) == {'used': 1.5, 'perplexity': pytest.approx(1.5), 'tokens': 13}
 
 def test_dct_codec_spends_at_most_its_bits_and_gets_better_with_more():
     rng = np.random.default_rng(0)
@@ -147,3 +147,52 @@ def test_dct_codec_spends_at_most_its_bits_and_gets_better_with_more():
     (['--split=other'], ["split 'other'"]), (['--data_dir=/nowhere'], ['/nowhere']), (['--ckpt=/nowhere.pt'], ['/nowhere.pt']), (['--colour=1'], ["'colour'"])])
 def test_evaluate_refusals(trained, tmp_path, args, words):
     assert refused(run('evaluate.py', f'--ckpt={trained[1]}', f'--out_dir={tmp_path}/e', *args), *words)
+
+# ---------------------------------------------------------------- geometry of the latent
+
+def test_latent_geometry_equals_numpy():
+    z = torch.randn(3, 4, 5, 6, 7) @ torch.randn(7, 7) + torch.tensor([0.0, 3, -2, 9]).view(4, 1, 1, 1)
+    rows = z.double().movedim(1, -1).reshape(-1, 4).numpy()
+    np.testing.assert_allclose(channel_cosine(z), np.abs(np.corrcoef(rows.T)), atol=1e-6)
+    unit = rows / np.linalg.norm(rows, axis=0)
+    np.testing.assert_allclose(channel_cosine(z, centred=False), np.abs(unit.T @ unit), atol=1e-6)
+    values = np.sort(np.linalg.eigvalsh(np.cov(rows.T)))[::-1]
+    np.testing.assert_allclose(explained_variance(z), values / values.sum(), atol=1e-6)
+    p = values / values.sum()
+    assert effective_rank(z) == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-6)
+    np.testing.assert_allclose(channel_cosine(torch.from_numpy(rows)), channel_cosine(z), atol=1e-9)
+    total = sum(moments(part) for part in z.split(1))  # gathered volume by volume, one covariance for every number
+    found = latent_geometry(total, 0.5)
+    assert found['effective_rank'] == pytest.approx(effective_rank(z)) and found['explained_variance'] == pytest.approx(explained_variance(z).tolist())
+    assert found['pearson_abs'] == pytest.approx((channel_cosine(z).sum().item() - 4) / 12)
+
+def test_effective_rank_of_known_spectra():
+    q = torch.linalg.qr(torch.cat([torch.ones(100, 1), torch.randn(100, 4)], 1))[0][:, 1:].double()
+    assert effective_rank(q) == pytest.approx(4, abs=1e-4)
+    assert effective_rank(q[:, :1] * torch.ones(1, 4)) == pytest.approx(1, abs=1e-4)
+    assert effective_rank(q * torch.tensor([1.0, 1, 0, 0])) == pytest.approx(2, abs=1e-4)
+    assert effective_rank(5 * q + 3) == pytest.approx(4, abs=1e-4)
+
+# ---------------------------------------------------------------- ConvVAE
+
+@pytest.mark.parametrize('args, latent, bits', [(['--widths=8,8', '--latent_dim=3'], '3x16x24x16', '294912'),
+                                                (['--dims=2', '--widths=8,8,8', '--bottleneck=vq', '--num_codebooks=2', '--latent_dim=4'], '4x8x12x32', '24576')])
+def test_evaluate_compares_autoencoders_and_sample_reconstructs(trained, tmp_path, args, latent, bits):
+    data, neuroquant = trained
+    play('train_vae.py', *TINY, '--kind=convvae', *args, '--iters=2', '--w_ssim=0', f'--data_dir={data}', f'--out_dir={tmp_path}/conv')
+    play('evaluate.py', f'--ckpt={tmp_path}/conv/ckpt.pt,{neuroquant}', f'--data_dir={data}', '--device=cpu', '--max_sessions=2')
+    table = json.loads((tmp_path / 'conv' / 'table.json').read_text())
+    ours, other, *references = table['rows']
+    assert (ours['latent'], ours['bits'], ours['dft']) == (latent, bits, 'no') and other['f'] == '16x'
+    assert len([r for r in references if r['name'].startswith('DCT')]) == 2  # one for each rate
+    assert ours['geometry']['channels'] == int(latent[0]) and 1 <= ours['geometry']['effective_rank'] <= 4
+    assert (ours['geometry']['posterior_sigma'] is None) == ('--dims=2' in args) and not ours['cross'] and other['cross']
+    path = scan(tmp_path)
+    play('sample.py', '--mode=reconstruct', f'--ckpt={tmp_path}/conv/ckpt.pt', f'--input={path}', f'--output={tmp_path}/out.nii.gz', '--device=cpu')
+    assert nib.load(tmp_path / 'out.nii.gz').shape == nib.load(path).shape
+    if '--dims=2' in args:
+        play('sample.py', '--mode=tokens', f'--ckpt={tmp_path}/conv/ckpt.pt', f'--input={path}', f'--output={tmp_path}/t.npy', '--device=cpu')
+        assert np.load(tmp_path / 't.npy').shape == (2, 8, 12, 32)
+        play('sample.py', '--mode=tokens', f'--ckpt={tmp_path}/conv/ckpt.pt', f'--input={tmp_path}/t.npy', f'--output={tmp_path}/back.nii.gz', '--device=cpu')
+    else: assert 'no tokens' in refuses('sample.py', '--mode=tokens', f'--ckpt={tmp_path}/conv/ckpt.pt', f'--input={path}', f'--output={tmp_path}/t.npy', '--device=cpu')
+    assert 'translates' in refuses('sample.py', '--mode=translate', f'--ckpt={tmp_path}/conv/ckpt.pt', f'--input={path}', f'--output={tmp_path}/t.nii', '--device=cpu')

@@ -12,6 +12,7 @@ import torch
 
 from conftest import ROOT, TINY, play, refuses
 from common import load_checkpoint
+from data import Sessions
 from model import from_checkpoint
 
 SHORT = ['--iters_3d=4', '--iters_2d=3', '--cross_start=1', '--cross_ramp=2', '--adv_start=1', '--eval_interval=100']
@@ -101,6 +102,41 @@ def test_checkpoint_holds_what_the_readme_says(tiny_data, tmp_path):
 def test_ablation_switches_leave_no_classifier_behind(tiny_data, tmp_path):
     assert train(tiny_data, tmp_path / 'a', '--w_adv=0.0', '--max_iters=1')['classifier'] is None
 
+KL = ['--kind=convvae', '--widths=8,8', '--latent_dim=3', '--w_ssim=0', '--w_kl=1e-3', '--modalities=T1w', '--patch=24,24,24']
+
+def test_discriminators_learn_nothing_from_the_generators_step_nor_it_from_theirs(tiny_data, tmp_path):
+    args = [*KL, '--gan_dims=3,2', '--max_iters=1', '--ema_decay=0']
+    weak, strong, none, tiny = (train(tiny_data, tmp_path / f'w{w}', *args, f'--w_gan={w}') for w in (0.5, 5.0, 0.0, 1e-30))
+    for k, v in weak['critics'].items(): assert torch.equal(v, strong['critics'][k]), k  # a leak would scale with w_gan
+    assert not all(torch.equal(v, strong['model'][k]) for k, v in weak['model'].items())
+    for k, v in none['model'].items(): assert torch.equal(v, tiny['model'][k]), k  # w_gan 1e-30 is too small for a float to notice
+
+def test_decoder_fine_tuning_leaves_the_encoder_bit_for_bit(tiny_data, tmp_path):
+    before = train(tiny_data, tmp_path / 'a', *KL, '--max_iters=2', '--w_gan=0.1')
+    args = [*KL, '--freeze_encoder=True', '--w_gan=1.0', '--w_perc=60.0', '--perceptual=random', '--max_iters=3', '--w_kl=0', f'--init_from={tmp_path}/a/ckpt.pt']
+    after = train(tiny_data, tmp_path / 'b', *args)
+    for weights in (after['model'], after['ema']):
+        changed = {k.split('.')[0] for k, v in before['model'].items() if not torch.equal(v, weights[k])}
+        assert changed == {'decoder', 'post'}
+    fresh = train(tiny_data, tmp_path / 'c', *args, '--gan_start=5')['critics']  # as they start, before any step
+    assert not any(torch.equal(v, before['critics'][k]) for k, v in fresh.items() if v.ndim > 1)
+    assert 'train/perc_random' in log_of(tmp_path / 'b')[0]
+
+def test_resume_of_a_gan_run_gives_the_same_bits(tiny_data, tmp_path):
+    args = [*KL, '--w_gan=0.1', '--w_sid=1.0', '--w_perc=0.1', '--perceptual=random', '--augment=True', '--gan_start=1']
+    whole = train(tiny_data, tmp_path / 'a', *args, '--max_iters=4')
+    train(tiny_data, tmp_path / 'b', *args, '--max_iters=2')
+    parts = train(tiny_data, tmp_path / 'b', *args, '--max_iters=4', '--init_from=resume')
+    a, b = tensors(whole), tensors(parts)
+    assert a.keys() == b.keys() and [k for k in a if not torch.equal(a[k], b[k])] == []
+
+@pytest.mark.parametrize('args, term', [(['--w_sid=1'], 'sid'), (['--w_cov=1'], 'cov'), (['--w_var=1'], 'var'), (['--bottleneck=vq', '--num_codebooks=2'], 'commit'),
+                                        (['--w_ssim=1'], 'ssim'), (['--w_gan=1', '--gan_dims=2,', '--gan_form=hinge'], 'critic'), (['--kl_reduction=sum'], 'kl')])
+def test_every_term_is_logged_and_finite(args, term, tiny_data, tmp_path):
+    args = [a for a in KL if '--w_kl' not in a or '--bottleneck=vq' not in args] + args
+    train(tiny_data, tmp_path / 'a', *args, '--max_iters=2')
+    assert np.isfinite([line[f'train/{term}'] for line in log_of(tmp_path / 'a')]).all()
+
 @pytest.mark.slow
 def test_a_base_model_overfits_one_pair(tiny_data, tmp_path):
     """Checklist S3: with attention, FiLM and the auxiliary losses off, one session is learned to at least 30 dB."""
@@ -111,11 +147,30 @@ def test_a_base_model_overfits_one_pair(tiny_data, tmp_path):
           '--joint=none', '--lr=2e-3', '--lr_decay_iters=600', '--ema_decay=0.9', '--log_interval=50', f'--out_dir={tmp_path}/a')
     assert log_of(tmp_path / 'a')[-1]['val/psnr_db'] > 30
 
+@pytest.mark.slow
+def test_swapped_film_changes_the_contrast_and_not_the_anatomy(tmp_path):
+    """One set of codes under the two modalities' FiLM, after the demo's first 300 steps: fluid turns from dark to bright, the brain stays."""
+    play('train_vae.py', f'{ROOT}/config/demo.py', '--max_iters=300', f'--data_dir={tmp_path}/data', f'--out_dir={tmp_path}/out', '--cross_start=100')
+    checkpoint = load_checkpoint(tmp_path / 'out' / 'ckpt.pt')
+    model, test = from_checkpoint(checkpoint), Sessions(tmp_path / 'data', ('T1w', 'T2w'), 'test')
+    for i in range(min(test.n, 5)):
+        labels = np.load(tmp_path / 'data' / test.rows[i]['dseg'])
+        fluid, white = np.isin(labels, (4, 43, 14, 15)), np.isin(labels, (2, 41))
+        x = torch.tensor(test.volume(i, 0))[None, None]
+        with torch.no_grad():
+            tokens = model.tokens(x)
+            t1, t2 = (model.from_tokens(tokens, m)[0, 0].numpy() for m in (0, 1))
+        assert t1[fluid].mean() < t1[white].mean() - 0.1 and t2[fluid].mean() > t2[white].mean() + 0.1
+        a, b = t1 > 0.15, t2 > 0.15
+        assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.9
+
 @pytest.mark.parametrize('args, words', [
     (['--lrr=1'], ["unknown key 'lrr'", "'lr'"]), (['--lr=fast'], ['lr must be float']), (['--joint=both'], ['sequential, interleaved or none']),
     (['--film=False'], ['w_cross', 'film=True']), (['--data_dir=/nowhere/at/all'], ['/nowhere/at/all', 'prepare.py']),
     (['--modalities=T1w,FLAIR'], ['FLAIR', 'it has T1w, T2w']), (['--widths=16,16,16'], ['widths', 'four']),
     (['--patch=24,48,32'], ['24', 'multiple of 16']), (['--init_from=resume'], ['ckpt.pt', 'no such checkpoint']),
+    (['--kind=gan'], ['neuroquant or convvae']), (['--kind=convvae', '--w_perc=1'], ['squeezenet1_1', 'no path given']),
+    (['--kind=convvae', '--bottleneck=vq', '--num_codebooks=3', '--codebooks=split'], ['4 channels', '3 codebooks']), (['--recon=l3'], ['l1 or l2']),
     (['--out_dir=/proc/nowhere'], ['/proc/nowhere', 'cannot write']), (['--init_from=pytest.ini'], ['pytest.ini', 'not a readable checkpoint'])])
 def test_bad_settings_end_with_one_line(args, words, tiny_data, tmp_path):
     line = refuses('train_vae.py', *TINY, f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/out', *args)

@@ -120,14 +120,15 @@ def dct_codec(x, bits):
     band = np.minimum((radius * 48).astype(np.int64), 63)
     size = np.bincount(band.ravel(), minlength=64)
     def cost(step):
-        symbol = np.trunc(c / step)
+        symbol = np.trunc(c / step).astype(np.int64)
         at = symbol != 0
-        pairs, counts = np.unique(np.stack([band[at], symbol[at]]), axis=1, return_counts=True)
-        zeros = size - np.bincount(pairs[0].astype(np.int64), counts, minlength=64)
+        keys, counts = np.unique((band[at] << 40) + symbol[at], return_counts=True)
+        of = (keys + (1 << 39)) >> 40  # the band back
+        zeros = size - np.bincount(of, counts, minlength=64)
         entropy = lambda n, of: (n * np.log2(np.maximum(of, 1) / np.maximum(n, 1))).sum()
-        return entropy(counts, size[pairs[0].astype(np.int64)]) + entropy(zeros, size)
+        return entropy(counts, size[of]) + entropy(zeros, size)
     fine, coarse = np.abs(c).max() * 1e-6, np.abs(c).max() * 1.01
-    for _ in range(40):
+    for _ in range(26):
         middle = math.sqrt(fine * coarse)
         fine, coarse = (fine, middle) if cost(middle) <= bits else (middle, coarse)
     symbol = np.trunc(c / coarse)
@@ -184,7 +185,7 @@ def judge(model, test, n):
                 total = total + moments(model.latent(x[m], m))
                 if hasattr(model, 'posterior_sigma'): sigmas += model.posterior_sigma(x[m])
                 if books:
-                    for k, book in enumerate(model.tokens(x[m]).view(books, -1).cpu()): counts[m, k] += np.bincount(book, minlength=counts.shape[2])
+                    for k, book in enumerate(model.tokens(x[m]).reshape(books, -1).cpu()): counts[m, k] += np.bincount(book, minlength=counts.shape[2])
                 fidelity[test.modalities[m]].append((subject, scores(x_hat[m], x[m])))
             if hasattr(model, 'translate') and model.config.film: cross_modal(model, test.modalities, subject, x, cross)
         if shown is None and len(x) == len(test.modalities):

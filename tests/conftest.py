@@ -15,29 +15,36 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 def run(script, *args, **kwargs):
-    """A script of the project as a user runs it; returns the finished process with its text output."""
-    return subprocess.run([sys.executable, os.path.join(ROOT, script), *map(str, args)], capture_output=True, text=True,
-                          cwd=kwargs.pop('cwd', ROOT), **kwargs)
+    """A script of the project as a user runs it; returns the finished process with its text output.
 
-def play(script, *args):
-    """A script of the project in this process, which saves the seconds an import of torch takes; returns what it printed.
-
-    SystemExit comes through, as from a script that refuses.
+    prepare.py, which starts processes, and calls with settings of their own get a new interpreter. The others run in this one,
+    which saves the seconds that importing torch takes; any exception but SystemExit comes through.
     """
+    if script == 'prepare.py' or kwargs:
+        return subprocess.run([sys.executable, os.path.join(ROOT, script), *map(str, args)], capture_output=True, text=True,
+                              cwd=kwargs.pop('cwd', ROOT), **kwargs)
     argv, handlers = sys.argv, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    sys.argv, printed = [script, *map(str, args)], io.StringIO()
+    sys.argv, out, code = [script, *map(str, args)], io.StringIO(), 0
     try:
-        with contextlib.redirect_stdout(printed): runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
+        with contextlib.redirect_stdout(out): runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
+    except SystemExit as e: code = e.code
     finally:
         sys.argv = argv
         for s, handler in handlers.items(): signal.signal(s, handler)
-    return printed.getvalue()
+    said = code if isinstance(code, str) else ''
+    return subprocess.CompletedProcess(script, 1 if said else code or 0, out.getvalue(), said)
+
+def play(script, *args):
+    """What a script printed that has to succeed."""
+    done = run(script, *args)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 def refuses(script, *args):
-    """The one line with which a script, played with these arguments, ends."""
-    with pytest.raises(SystemExit) as stopped: play(script, *args)
-    assert isinstance(stopped.value.code, str) and '\n' not in stopped.value.code, stopped.value.code
-    return stopped.value.code
+    """The one line with which a script ends that has to refuse."""
+    done = run(script, *args)
+    assert done.returncode and '\n' not in done.stderr, done
+    return done.stderr
 
 def refused(process, *words):
     """True if the script ended with an error of one line that holds all the words, and no traceback."""

@@ -77,13 +77,14 @@ def augment(volume, rng):
 class Sessions:
     """The sessions of one split, as batches. modalities: those wanted, in the model's order; a session may lack some.
 
-    data_dir, split: as read_index. shape: (D,H,W) of every volume. box: how scans got there, as arguments of nifti.conform. n: number of sessions.
+    data_dir, split: as read_index. shape: (D,H,W) of every volume. box: how scans got there, as arguments of nifti.conform; voxel_mm: its voxels. n: number of sessions.
     """
     def __init__(self, data_dir, modalities, split):
         self.data_dir, self.modalities = data_dir, tuple(modalities)
         self.rows, dataset = read_index(data_dir, modalities, split)
         self.shape = tuple(dataset['shape'])
         self.box = {k: dataset[k] for k in ('shape', 'spacing_mm', 'resize', 'percentiles', 'percentiles_of') if k in dataset}
+        self.voxel_mm = dataset.get('voxel_mm', [dataset['spacing_mm']] * 3)
         self.n = len(self.rows)
         self.scans = [(i, m) for i, row in enumerate(self.rows) for m, name in enumerate(self.modalities) if row.get(name)]
 

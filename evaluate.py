@@ -183,7 +183,8 @@ def judge(model, test, n):
                 x[m] = torch.tensor(test.volume(i, m), dtype=torch.float32, device=device)[None, None]
                 x_hat[m] = model.reconstruct(x[m], m).float()
                 total = total + moments(model.latent(x[m], m))
-                if hasattr(model, 'posterior_sigma'): sigmas += model.posterior_sigma(x[m])
+                logvar = model.posterior(x[m])[1]
+                if logvar is not None: sigmas.append(torch.exp(0.5 * logvar.float()).mean().item())
                 if books:
                     for k, book in enumerate(model.tokens(x[m]).reshape(books, -1).cpu()): counts[m, k] += np.bincount(book, minlength=counts.shape[2])
                 fidelity[test.modalities[m]].append((subject, scores(x_hat[m], x[m])))

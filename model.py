@@ -4,6 +4,7 @@ Shapes: x (B, 1, D, H, W) in [0, 1], background exactly 0, RAS+ at 1 mm, axes (l
 latents (B, C, d, h, w) at 1/16 of the size. An axis of length 1 makes x a batch of slices and names the missing axis: layers
 read the plane from the shape, so volumes and slices share one set of weights and no flag is passed.
 """
+import hashlib
 import math
 from dataclasses import asdict, dataclass
 
@@ -320,6 +321,14 @@ class NeuroQuant(nn.Module):
         z_anat, z_mod = self.encode(x)
         return self.decode(self.quantizer.lookup(self.quantizer.nearest_indices(z_anat)), self.film(z_mod, modality))
 
+    def posterior(self, x):
+        """x (B,1,D,H,W) -> what a flow models: z_anat before quantisation (B,Ca,d,h,w), and None for its log-variance."""
+        return self.encode(x)[0], None
+
+    def from_latent(self, z, modality):
+        """A generated z_anat (B,Ca,d,h,w), quantised, in the contrast of a modality -> x_hat (B,1,D,H,W)."""
+        return self.from_tokens(self.quantizer.nearest_indices(z), modality)
+
     def latent(self, x, modality=None):
         """Frozen features for probes: (z_q, z_mod) as (B, Ca + Cm, d, h, w)."""
         z_anat, z_mod = self.encode(x)
@@ -357,6 +366,10 @@ class ConvVAEConfig:
     revive: float = 0.1
     slice_axis: int = 2              # of dims=2: volumes are cut across this axis, 2 for axial slices
     signed: bool = False             # the network itself works in [-1, 1], as Stable Diffusion's weights do
+
+def group_norm(channels):
+    """MAISI's: 32 groups, or the largest power of 2 that divides fewer or odd channels."""
+    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
 
 def make_conv(dims, *args, **kwargs):
     return (nn.Conv2d if dims == 2 else nn.Conv3d)(*args, **kwargs)
@@ -411,7 +424,7 @@ class ResBlock(nn.Module):
     """x + conv(SiLU(norm(conv(SiLU(norm(x)))))); a 1-wide convolution on the skip where the channels change."""
     def __init__(self, dims, c_in, c_out):
         super().__init__()
-        self.norm1, self.norm2 = (nn.GroupNorm(min(32, c), c, eps=1e-6) for c in (c_in, c_out))
+        self.norm1, self.norm2 = group_norm(c_in), group_norm(c_out)
         self.conv1 = make_conv(dims, c_in, c_out, 3, padding=1)
         self.conv2 = make_conv(dims, c_out, c_out, 3, padding=1)
         self.skip = make_conv(dims, c_in, c_out, 1) if c_in != c_out else nn.Identity()
@@ -433,7 +446,7 @@ class Attention(nn.Module):
     def __init__(self, channels, head_width=None):
         super().__init__()
         self.heads = channels // (head_width or channels)
-        self.norm = nn.GroupNorm(min(32, channels), channels, eps=1e-6)
+        self.norm = group_norm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
 
@@ -450,7 +463,7 @@ class NormAct(nn.Module):
     """Group norm, with a SiLU if act."""
     def __init__(self, channels, act):
         super().__init__()
-        self.norm, self.act = nn.GroupNorm(min(32, channels), channels, eps=1e-6), act
+        self.norm, self.act = group_norm(channels), act
 
     def forward(self, x):
         return F.silu(self.norm(x)) if self.act else self.norm(x)
@@ -505,7 +518,6 @@ class ConvVAE(nn.Module):
         c = self.config = config
         for key, allowed in (('dims', (2, 3)), ('layout', ('maisi', 'sd')), ('bottleneck', ('kl', 'vq')), ('slice_axis', (0, 1, 2))):
             if getattr(c, key) not in allowed: raise ValueError(f'{key}={getattr(c, key)!r}: one of {allowed}')
-        if any(w < 8 or w % min(32, w) for w in c.widths): raise ValueError(f'widths {c.widths}: each at least 8, from 32 on a multiple of 32')
         self.factor = 2 ** (len(c.widths) - 1)
         head = c.latent_dim * (2 if c.layout == 'sd' and c.bottleneck == 'kl' else 1)
         self.encoder, self.decoder = conv_encoder(c, head), conv_decoder(c)
@@ -563,16 +575,25 @@ class ConvVAE(nn.Module):
         """Slices a few at a time, so that a volume of them needs no more memory than a training batch."""
         return x.split(16) if self.config.dims == 2 else [x]
 
-    def latent(self, x, modality=None, slab=0):
-        """Volume (B,1,D,H,W) -> (B, latent_dim, d, h, w): mu, or the quantised latent. dims=2 keeps the slice axis whole."""
-        z = torch.cat([self.encode(part, slab)[0] for part in self.parts(self.prepare(x))])
-        if self.config.bottleneck == 'vq': z = self.quantizer.lookup(self.quantizer.nearest_indices(z))
-        return self.stack(z, len(x))
+    def posterior(self, x, slab=0):
+        """Volume (B,1,D,H,W) of any size -> mean and log-variance (B,latent_dim,d,h,w); for 'vq' the unquantised latent and None."""
+        found = [self.encode(part, slab) for part in self.parts(self.prepare(x))]
+        mu, logvar = (self.stack(torch.cat(t), len(x)) if t[0] is not None else None for t in zip(*found))
+        return mu, logvar
 
-    def posterior_sigma(self, x):
-        """Volume (B,1,D,H,W) -> the posterior's mean standard deviation, as a list of one number per part; empty for 'vq'."""
-        if self.config.bottleneck == 'vq': return []
-        return [torch.exp(0.5 * self.encode(part)[1].float()).mean().item() for part in self.parts(self.prepare(x))]
+    def latent(self, x, modality=None, slab=0):
+        """Volume (B,1,D,H,W) -> (B,latent_dim,d,h,w): mu, or the quantised latent. dims=2 keeps the slice axis whole."""
+        z = self.posterior(x, slab)[0]
+        return z if self.config.bottleneck == 'kl' else self.quantized(z)
+
+    def quantized(self, z):
+        """Volume of latents (B,latent_dim,d,h,w) -> the same of codes."""
+        slices = self.cut(z)
+        return self.stack(self.quantizer.lookup(self.quantizer.nearest_indices(slices)), len(z))
+
+    def from_latent(self, z, modality=None):
+        """A generated latent (B,latent_dim,d,h,w) -> x_hat (B,1,D,H,W) at the padded size; modality is not used."""
+        return self.decode_volume(z if self.config.bottleneck == 'kl' else self.quantized(z))
 
     def tokens(self, x):
         """Volume (B,1,D,H,W) -> indices (B,*grid), with several codebooks (B,num_codebooks,*grid). ValueError for 'kl'."""
@@ -611,6 +632,112 @@ class ConvVAE(nn.Module):
         """Nothing is coded beside the latent."""
         return 0
 
+# ---------------------------------------------------------------- FlowUNet
+
+@dataclass
+class FlowUNetConfig:
+    """Defaults: MAISI's U-Net without conditions, 178,566,276 parameters; DeCo-VAE's paper states none."""
+    in_channels: int = 4
+    widths: tuple = (64, 128, 256, 512)          # per level; every level but the last halves the size
+    res_blocks: int = 2                          # per level on the way down; one more on the way up
+    attention: tuple = (False, False, True, True)
+    head_width: int = 32
+    classes: tuple = ()                          # rows of an embedding per class condition, the last row for "not known"
+    vectors: tuple = ()                          # length of each condition vector; MAISI's (3,) is the voxel size in units of 10 um
+
+class TimeResBlock(nn.Module):
+    """skip(x) + conv(SiLU(norm(conv(SiLU(norm(x))) + linear(SiLU(emb))))); resample 'up' or 'down' changes both branches first."""
+    def __init__(self, c_in, c_out, c_emb, resample=''):
+        super().__init__()
+        self.resample = resample
+        self.norm1, self.norm2 = group_norm(c_in), group_norm(c_out)
+        self.conv1 = nn.Conv3d(c_in, c_out, 3, padding=1)
+        self.conv2 = nn.Conv3d(c_out, c_out, 3, padding=1)
+        self.emb = nn.Linear(c_emb, c_out)
+        self.skip = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x, emb, size=None):
+        """size: of the result, for 'up', which may be one less than twice the input's where a level was odd."""
+        h = F.silu(self.norm1(x))
+        if self.resample == 'down': x, h = (F.avg_pool3d(t, [min(2, n) for n in t.shape[2:]], ceil_mode=True) for t in (x, h))
+        if self.resample == 'up': x, h = (F.interpolate(t, size=size, mode='nearest') for t in (x, h))
+        h = self.conv1(h) + self.emb(F.silu(emb))[:, :, None, None, None]
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+
+class UNetLevel(nn.Module):
+    """Residual blocks, each with attention if asked, and perhaps a resampling block after them."""
+    def __init__(self, c_ins, c_out, c_emb, attention, head_width, resample=''):
+        super().__init__()
+        self.blocks = nn.ModuleList(TimeResBlock(c, c_out, c_emb) for c in c_ins)
+        self.attentions = nn.ModuleList(Attention(c_out, head_width) if attention else nn.Identity() for _ in c_ins)
+        self.resampler = TimeResBlock(c_out, c_out, c_emb, resample) if resample else None
+
+class FlowUNet(nn.Module):
+    """Velocity of a flow on latents: x_t (B,C,d,h,w), t (B,) in [0,1], 0 = noise, 1 = data -> v (B,C,d,h,w), DeCo eq. 2.
+
+    cond, a dict: 'classes' (B, len(config.classes)) int64, 'vectors' a list of (B, n) float; None, or a key left out, is "not
+    known": the last class, vectors of 0. Inside, time runs as in MAISI's weights: 1000 (1 - t), so that 1000 is noise.
+    Buffers latent_mean, latent_sd (C,): the autoencoder's latents are x_1 latent_sd + latent_mean, see normalise().
+    """
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        if len(c.attention) != len(c.widths): raise ValueError(f'attention {c.attention}: one value for each of widths {c.widths}')
+        w, n = c.widths, 4 * c.widths[0]
+        mlp = lambda c_in: nn.Sequential(nn.Linear(c_in, n), nn.SiLU(), nn.Linear(n, n))
+        self.time = mlp(w[0])
+        self.class_embeddings = nn.ModuleList(nn.Embedding(rows, n) for rows in c.classes)
+        self.vector_mlps = nn.ModuleList(mlp(length) for length in c.vectors)
+        c_emb, last = n * (1 + len(c.vectors)), len(w) - 1
+        self.conv_in = nn.Conv3d(c.in_channels, w[0], 3, padding=1)
+        self.down = nn.ModuleList(UNetLevel([w[max(i - 1, 0)]] + [w[i]] * (c.res_blocks - 1), w[i], c_emb, c.attention[i], c.head_width,
+                                            'down' if i < last else '') for i in range(len(w)))
+        self.middle = nn.ModuleList([TimeResBlock(w[-1], w[-1], c_emb), Attention(w[-1], c.head_width), TimeResBlock(w[-1], w[-1], c_emb)])
+        self.up = nn.ModuleList()
+        for i in range(last, -1, -1):  # inputs: what comes from below beside the skips of this level and one of the level above
+            below, skips = [w[min(i + 1, last)]] + [w[i]] * c.res_blocks, [w[i]] * c.res_blocks + [w[max(i - 1, 0)]]
+            self.up.append(UNetLevel([a + b for a, b in zip(below, skips)], w[i], c_emb, c.attention[i], c.head_width, 'up' if i else ''))
+        self.norm_out = group_norm(w[0])
+        self.conv_out = nn.Conv3d(w[0], c.in_channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+        self.register_buffer('latent_mean', torch.zeros(c.in_channels))
+        self.register_buffer('latent_sd', torch.ones(c.in_channels))
+
+    def normalise(self, z):
+        """An autoencoder's latent (B,C,d,h,w) -> x_1 of the flow, of mean 0 and variance 1 over the training set."""
+        return (z - self.latent_mean[:, None, None, None]) / self.latent_sd[:, None, None, None]
+
+    def denormalise(self, x):
+        """The way back, for the decoder."""
+        return x * self.latent_sd[:, None, None, None] + self.latent_mean[:, None, None, None]
+
+    def embed(self, t, cond):
+        """(B,) and conditions -> (B, 4 widths[0] (1 + vectors)): sines of time, plus classes, beside vectors."""
+        half = self.config.widths[0] // 2
+        angle = 1000 * (1 - t.float())[:, None] * torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
+        emb, cond = self.time(torch.cat([angle.cos(), angle.sin()], 1)), cond or {}
+        for k, table in enumerate(self.class_embeddings):
+            chosen = cond['classes'][:, k] if 'classes' in cond else torch.full_like(t, table.num_embeddings - 1, dtype=torch.int64)
+            emb = emb + table(chosen)
+        vectors = cond.get('vectors') or [emb.new_zeros(len(t), length) for length in self.config.vectors]
+        return torch.cat([emb, *[mlp(v.to(emb.dtype)) for mlp, v in zip(self.vector_mlps, vectors)]], 1)
+
+    def forward(self, x_t, t, cond=None):
+        emb, h = self.embed(t, cond), self.conv_in(x_t)
+        skips = [h]
+        for level in self.down:
+            for block, attention in zip(level.blocks, level.attentions): skips.append(h := attention(block(h, emb)))
+            if level.resampler: skips.append(h := level.resampler(h, emb))
+        first, attention, second = self.middle
+        h = second(attention(first(h, emb)), emb)
+        for level in self.up:
+            for block, attention in zip(level.blocks, level.attentions): h = attention(block(torch.cat([h, skips.pop()], 1), emb))
+            if level.resampler: h = level.resampler(h, emb, size=skips[-1].shape[2:])
+        return self.conv_out(F.silu(self.norm_out(h)))
+
 # ---------------------------------------------------------------- cost and checkpoints
 
 def step_flops(model, shape):
@@ -623,7 +750,22 @@ def step_flops(model, shape):
     with FlopCounterMode(display=False) as decoding: twin.decode(z, *film)
     return encoding.get_total_flops(), decoding.get_total_flops()
 
-KINDS = {'neuroquant': (NeuroQuant, NeuroQuantConfig), 'convvae': (ConvVAE, ConvVAEConfig)}
+def unet_flops(model, shape):
+    """FLOP of one forward pass of a FlowUNet on a (C,d,h,w) latent."""
+    with torch.device('meta'):
+        twin = FlowUNet(model.config)
+        with FlopCounterMode(display=False) as counter: twin(torch.empty(1, *shape), torch.empty(1))
+    return counter.get_total_flops()
+
+KINDS = {'neuroquant': (NeuroQuant, NeuroQuantConfig), 'convvae': (ConvVAE, ConvVAEConfig),
+         'flowunet': (FlowUNet, FlowUNetConfig)}
+
+def encoder_hash(model):
+    """16 hex digits that name an autoencoder's encoder and codebook: equal for two that differ in the decoder alone."""
+    digest = hashlib.sha256(repr(sorted(model_args(model).items())).encode())
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(('decoder.', 'post.', 'film', 'mod_')): digest.update(tensor.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 def model_args(model):
     """Everything needed to build the model again: its kind and every field of its config."""

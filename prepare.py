@@ -169,7 +169,9 @@ def make_session(s, subject, session, scans):
         facts['orientation'][modality] = native.orientation
         facts['spacing'][modality] = 'x'.join(f'{v:.2g}' for v in native.spacing_mm)
         if placement.estimated[k]: facts['estimated'].append(scans[modality])
-    if good: facts['lost'] = placement.lost
+    if good:
+        facts['lost'] = placement.lost
+        facts['voxel_mm'] = [float(v) for v in np.sqrt((placement.affine[:3, :3] ** 2).sum(0))]
     return facts
 
 def work(s, job):
@@ -279,7 +281,7 @@ def main(s):
     text = report(facts, table, notes)
     labels = {str(k): v for k, v in synth.LABELS.items()} if s['source'] == 'phantom' else {}
     write_text(os.path.join(s['out_dir'], 'dataset.json'), json.dumps(keep | {
-        'modalities': columns, 'axes': 'RAS+', 'labels': labels,
+        'modalities': columns, 'axes': 'RAS+', 'voxel_mm': np.median([f.get('voxel_mm', [s['spacing_mm']] * 3) for f in used], 0).tolist(), 'labels': labels,
         'sessions': dict(Counter(row['split'] for row in table))}, indent=1))
     write_text(os.path.join(s['out_dir'], 'report.txt'), text)
     write_text(os.path.join(s['out_dir'], 'subjects.tsv'), '\n'.join(  # last: without it the folder does not count as data

@@ -1,6 +1,7 @@
 """Third-party networks and their weights, from files of yours: nothing is downloaded.
 
-LPIPS (perceptual distance) on a SqueezeNet, AlexNet or VGG16 trunk; MAISI's and Stable Diffusion's autoencoders into ConvVAE.
+LPIPS (perceptual distance) on a SqueezeNet, AlexNet or VGG16 trunk; MAISI's and Stable Diffusion's autoencoders into ConvVAE, MAISI's
+U-Net into FlowUNet.
 """
 import os
 import re
@@ -9,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import Attention, ConvLayer, ConvVAE, ConvVAEConfig, NormAct
+from model import Attention, ConvLayer, ConvVAE, ConvVAEConfig, FlowUNet, FlowUNetConfig, NormAct
 
 # ---------------------------------------------------------------- reading
 
@@ -118,6 +119,48 @@ def sd_rearranged(state):
             if all(k in state for k in parts): state[f'{half}.mid_block.attentions.0.qkv.{leaf}'] = torch.cat([state.pop(k) for k in parts])
         if f'quant_conv.{leaf}' in state: state[f'mu_head.{leaf}'], state[f'logvar_head.{leaf}'] = state.pop(f'quant_conv.{leaf}').chunk(2)
     return state
+
+# ---------------------------------------------------------------- MAISI's U-Net
+
+VECTORS = ('top_region_index_layer', 'bottom_region_index_layer', 'spacing_layer', 'meta_layer')  # in the order of concatenation
+
+def load_maisi_unet(state_dict):
+    """NVIDIA's or DeCo-VAE's MAISI diffusion U-Net -> FlowUNet (widths, attention, conditions read from the shapes), in eval mode.
+
+    Accepts a bare state dict or one under 'unet' or 'unet_state_dict', then with scale_factor and global_mean beside it. Same velocity, data - noise, of the same x_t: our t is
+    their timestep t' as 1 - t'/1000. ValueError naming what does not fit.
+    """
+    sd, mean = 1 / float(state_dict.get('scale_factor', 1.0)), float(state_dict.get('global_mean', 0.0))  # beside DeCo's weights
+    state = bare(state_dict, ('unet', 'unet_state_dict', 'state_dict'))
+    if not {'conv_in.conv.weight', 'time_embed.0.weight', 'down_blocks.0.resnets.0.conv1.conv.weight'} <= state.keys():
+        raise ValueError('not a MAISI U-Net: no conv_in.conv, time_embed.0 or down_blocks.0.resnets.0')
+    levels = 1 + max(int(k.split('.')[1]) for k in state if k.startswith('down_blocks.'))
+    blocks = 1 + max(int(k.split('.')[3]) for k in state if k.startswith('down_blocks.0.resnets.'))
+    vectors = [name for name in VECTORS if f'{name}.0.weight' in state]
+    attention = tuple(f'down_blocks.{i}.attentions.0.norm.weight' in state for i in range(levels))
+    model = FlowUNet(FlowUNetConfig(
+        in_channels=state['conv_in.conv.weight'].shape[1], widths=tuple(len(state[f'down_blocks.{i}.resnets.0.conv1.conv.weight']) for i in range(levels)),
+        res_blocks=blocks, attention=attention, vectors=tuple(state[f'{name}.0.weight'].shape[1] for name in vectors),
+        classes=(len(state['class_embedding.weight']),) if 'class_embedding.weight' in state else ()))
+    state |= {'latent_sd': torch.full_like(model.latent_sd, sd), 'latent_mean': torch.full_like(model.latent_mean, mean)}
+    theirs = {'conv_in': 'conv_in.conv', 'norm_out': 'out.0', 'conv_out': 'out.2.conv', 'class_embeddings.0': 'class_embedding',
+              **{f'time.{k}': f'time_embed.{k}' for k in (0, 2)}, **{f'vector_mlps.{n}.{k}': f'{name}.{k}' for n, name in enumerate(vectors) for k in (0, 2)}}
+    def block(ours, name):
+        theirs.update({f'{ours}.{a}': f'{name}.{b}' for a, b in (('norm1', 'norm1'), ('conv1', 'conv1.conv'), ('emb', 'time_emb_proj'), ('norm2', 'norm2'),
+                                                                 ('conv2', 'conv2.conv'), ('skip', 'skip_connection.conv'))})
+    def attend(ours, name):
+        theirs.update({f'{ours}.norm': f'{name}.norm', f'{ours}.qkv': f'{name}.attn.qkv', f'{ours}.proj': f'{name}.attn.out_proj'})
+        for leaf in ('weight', 'bias'):  # ours has q, k and v in one matrix
+            parts = [f'{name}.attn.to_{p}.{leaf}' for p in 'qkv']
+            if all(k in state for k in parts): state[f'{name}.attn.qkv.{leaf}'] = torch.cat([state.pop(k) for k in parts])
+    for side, resampler, stages in (('down', 'downsampler', model.down), ('up', 'upsampler', model.up)):
+        for i, level in enumerate(stages):
+            for j, layer in enumerate(level.attentions):
+                block(f'{side}.{i}.blocks.{j}', f'{side}_blocks.{i}.resnets.{j}')
+                if isinstance(layer, Attention): attend(f'{side}.{i}.attentions.{j}', f'{side}_blocks.{i}.attentions.{j}')
+            block(f'{side}.{i}.resampler', f'{side}_blocks.{i}.{resampler}')
+    block('middle.0', 'middle_block.resnet_1'), attend('middle.1', 'middle_block.attention'), block('middle.2', 'middle_block.resnet_2')
+    return fill(model, state, theirs)
 
 # ---------------------------------------------------------------- LPIPS
 

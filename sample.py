@@ -1,12 +1,15 @@
-"""Use a trained autoencoder on NIfTI scans.
+"""Use a trained autoencoder on NIfTI scans, or a trained flow to generate some.
 
     python sample.py --mode=reconstruct --ckpt=out/RUN/best.pt --input=t1.nii.gz --output=rec.nii.gz --source=T1w
     python sample.py --mode=translate   --ckpt=out/RUN/best.pt --input=t1.nii.gz --output=t2.nii.gz  --source=T1w --target=T2w
     python sample.py --mode=tokens      --ckpt=out/RUN/best.pt --input=t1.nii.gz --output=t1.npy
     python sample.py --mode=tokens      --ckpt=out/RUN/best.pt --input=t1.npy    --output=back.nii.gz --target=T1w [--like=t1.nii.gz]
+    python sample.py --mode=generate    --ckpt=out/FLOW/best.pt --n=4 --seed=0 --steps=30 --output=DIR [--target=T1w --sex=F --age=40]
 
 The scan goes through the steps of prepare.py (nifti.conform) into the model's box and back onto its own grid, in its own
 orientation and affine: a viewer overlays input and output voxel by voxel. What does not fit the box comes back as 0.
+generate writes a volume per sample (with NeuroQuant one per modality, aligned), latents.npy, montage.png and, where the training
+data is at hand, nearest.md: how close each comes to a training scan, beside how close held-out scans come.
 """
 import os
 import sys
@@ -15,17 +18,28 @@ import numpy as np
 import torch
 
 import nifti
-from common import autocast, configure, load_checkpoint, start_processes
+from common import autocast, configure, load_checkpoint, make_out_dir, start_processes, write_text
+from data import random, read_index
+from flow import sample
+from latents import Latents, encode_conditions, nearest, value_of
 from losses import psnr
-from model import from_checkpoint
+from model import FlowUNet, NeuroQuant, encoder_hash, from_checkpoint
 
 # ---------------------------------------------------------------- settings
-mode = 'reconstruct'      # reconstruct | translate | tokens
+mode = 'reconstruct'      # reconstruct | translate | tokens | generate
 ckpt = 'out/neuroquant/best.pt'
 input = ''                # .nii or .nii.gz; for tokens also .npy
 output = ''
 source = 'T1w'            # modality of the input
 target = 'T2w'            # of translate, and of tokens back to a volume
+n = 4                     # of generate, as the following: how many
+seed = 0                  # sample i of a seed is the same however many are drawn and whichever decoder shows it
+steps = 30
+method = 'euler'          # or 'heun', twice the calls per step
+guidance = 1.0            # above 1: away from the unconditional flow
+sex = ''                  # F or M; sex, age and target (the modality) condition a flow that was trained with them
+age = ''                  # years
+vae = ''                  # another autoencoder with the same encoder, such as one with a fine-tuned decoder
 like = ''                 # scan whose grid a volume from tokens is put on; '' for the box itself, centred at 0 mm
 device = ''
 dtype = 'float32'         # bfloat16 for autocast
@@ -58,6 +72,105 @@ def read_tokens(path, model, shape):
         raise ValueError(f'{path}: tokens {tokens.min()}..{tokens.max()}, the model has 0..{model.config.num_codes - 1}')
     return torch.from_numpy(tokens.astype(np.int64))[None]
 
+# ---------------------------------------------------------------- new volumes
+
+def box_affine(checkpoint):
+    """Affine of a box of no scan: axes of the scanner, 0 mm in its middle."""
+    size = np.array(checkpoint['voxel_mm'], float)
+    affine = np.diag([*size, 1.0])
+    affine[:3, 3] = -(np.array(checkpoint['data']['shape']) - 1) / 2 * size
+    return nifti.Native(affine, tuple(checkpoint['data']['shape']), 'RAS', tuple(size))
+
+def generate(flow, checkpoint):
+    """Draw n latents, decode them, write volumes, latents, a montage and the table of nearest training scans."""
+    if steps < 1 or n < 1: raise SystemExit(f'--steps={steps} --n={n}: at least 1 each')
+    vae_path = vae or checkpoint['config']['vae']
+    vae_checkpoint = load_checkpoint(vae_path)
+    if vae_checkpoint['model_args']['kind'] == 'flowunet': raise SystemExit(f'--vae={vae_path}: this is a flow, not an autoencoder')
+    autoencoder = from_checkpoint(vae_checkpoint).to(device)
+    if encoder_hash(autoencoder) != checkpoint['encoder_hash']:
+        raise SystemExit(f'{vae_path}: not the autoencoder whose latents this flow was trained on, nor one with the same encoder')
+    names, shape = tuple(vae_checkpoint['config']['modalities']), checkpoint['data']['shape']
+    cond = wanted_conditions(checkpoint, names)
+    x = []
+    for i in range(n):  # one at a time: the batch would change the last bits
+        noise = torch.from_numpy(random(seed, 7, i).standard_normal((1, *checkpoint['latent_shape']), dtype=np.float32)).to(device)
+        x.append(sample(flow, noise, steps, method, cond, checkpoint['config']['shift'], guidance))
+    z = flow.denormalise(torch.cat(x))
+    shown = names if isinstance(autoencoder, NeuroQuant) else ('',)
+    make_out_dir(output)
+    np.save(os.path.join(output, 'latents.npy'), z.cpu().numpy())
+    volumes = {name: torch.cat([autoencoder.from_latent(one, name or None) for one in z.split(1)]).float().clamp(0, 1).cpu().numpy()[:, 0, :shape[0], :shape[1], :shape[2]]
+               for name in shown}
+    for name, found in volumes.items():
+        for i, volume in enumerate(found): nifti.write(os.path.join(output, f'sample_{i:03d}{"_" * bool(name)}{name}.nii.gz'), volume, box_affine(checkpoint))
+    print(f'{n} new brains{" in " + ", ".join(shown) if shown[0] else ""}: {output}')
+    montage(os.path.join(output, 'montage.png'), volumes)
+    compare_with_training(checkpoint, names, z.cpu().numpy(), volumes, shown)
+
+def wanted_conditions(checkpoint, names):
+    """--target, --sex and --age as the flow takes them; refused if it was not trained with them. target counts only if it was."""
+    known, value = checkpoint['conditions'], {}
+    for name, given in (('sex', sex), ('age', age)):
+        if given == '': continue
+        if name not in known: raise SystemExit(f"--{name}={given}: this flow was trained with conditions {', '.join(known) or 'none'}")
+        value[name] = value_of({name: str(given)}, name)
+        if value[name] is None: raise SystemExit(f'--{name}={given}: ' + ('F or M' if name == 'sex' else 'a number of years'))
+    if 'modality' in known:
+        if target not in names: raise SystemExit(f"--target={target}: this flow knows {', '.join(names)}")
+        value['modality'] = target
+    cond = encode_conditions([value], known, names) if value else None
+    return cond and {k: v.to(device) if k == 'classes' else [t.to(device) for t in v] for k, v in cond.items()}
+
+def montage(path, volumes):
+    """PNG: a row per sample and modality, middle slices of the three planes."""
+    try: import matplotlib
+    except ImportError: return print('no picture: pip install matplotlib to get one')
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    rows = [(f'{i} {name}', found[i]) for i in range(min(n, 8)) for name, found in volumes.items()]
+    fig, axes = plt.subplots(3, len(rows), figsize=(1.9 * len(rows), 6), squeeze=False)
+    for column, (title, volume) in enumerate(rows):
+        for plane in range(3):
+            axes[plane, column].imshow(np.take(volume, volume.shape[plane] // 2, plane).T, origin='lower', cmap='gray', vmin=0, vmax=1)
+            axes[plane, column].set_axis_off()
+        axes[0, column].set_title(title, fontsize=9)
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+    print(f'picture: {path}')
+
+def compare_with_training(checkpoint, names, z, volumes, shown):
+    """nearest.md: root-mean-square distance to the nearest training latent and volume, for new brains and for held-out scans."""
+    c = checkpoint['config']
+    if not (os.path.isdir(c['latents_dir']) and os.path.isdir(c['data_dir'])):
+        return print(f"no table of nearest training scans: {c['latents_dir']} or {c['data_dir']} is not here")
+    train = Latents(c['latents_dir'], c['data_dir'], names, 'train', ())
+    held = [s for s in ('val', 'test') if any(row['split'] == s for row in read_index(c['data_dir'], names)[0])]
+    others = [Latents(c['latents_dir'], c['data_dir'], names, s, ()) for s in held]
+    places = [(part, k) for part in others for k in range(part.n)][:50]
+    m = names.index(shown[0]) if shown[0] else None  # volumes are compared in one modality
+    def volume(part, k):
+        row, modality = part.scans[k]
+        return np.asarray(np.load(os.path.join(c['data_dir'], row[names[modality]]), mmap_mode='r'), np.float32)
+    of_modality = [k for k in range(train.n) if m in (None, train.scans[k][1])]
+    latent = nearest([*z, *[part.load(k)[0] for part, k in places]], ((k, train.load(k)[0]) for k in range(train.n)))
+    seen = [(part, k) for part, k in places if m in (None, part.scans[k][1])]
+    image = nearest([*volumes[shown[0]], *[volume(part, k) for part, k in seen]], ((k, volume(train, k)) for k in of_modality))
+    lines = ['Root-mean-square distance to the nearest training scan: of latents (posterior means), and of volumes'
+             + (f' ({shown[0]})' if shown[0] else '') + '. A blurred volume is close to many.', '',
+             '| new brain | latent | nearest | volume | nearest |', '| --- | --- | --- | --- | --- |']
+    who = lambda k: f"{train.scans[k][0]['subject']} {names[train.scans[k][1]]}"
+    lines += [f'| {i} | {latent[i][1]:.4f} | {who(latent[i][0])} | {image[i][1]:.4f} | {who(image[i][0])} |' for i in range(n)]
+    held_latent, held_image = ([d for _, d in found[n:]] for found in (latent, image))
+    if places:
+        spread = lambda d: f'{np.min(d):.4f} / {np.median(d):.4f}' if d else ''
+        lines.append(f'| {len(places)} held-out scans, least / median | {spread(held_latent)} | | {spread(held_image)} | |')
+        close = [i for i in range(n) if latent[i][1] < min(held_latent)]
+        if close: lines += ['', f'warning: new brains {", ".join(map(str, close))} lie closer to a training latent than any held-out scan does: memorised?']
+    write_text(os.path.join(output, 'nearest.md'), '\n'.join(lines) + '\n')
+    print('\n'.join(lines))
+
 def write_tokens(path, tokens):
     part = f'{path}.part.npy'
     try:
@@ -69,13 +182,19 @@ def write_tokens(path, tokens):
 def main():
     global device
     _, _, device = start_processes(device)
-    if mode not in ('reconstruct', 'translate', 'tokens'): raise SystemExit(f'--mode={mode}: reconstruct, translate or tokens')
-    if not input or not output: raise SystemExit('give --input=FILE and --output=FILE')
+    if mode not in ('reconstruct', 'translate', 'tokens', 'generate'): raise SystemExit(f'--mode={mode}: reconstruct, translate, tokens or generate')
+    if not output or (not input and mode != 'generate'): raise SystemExit('give --input=FILE and --output=FILE; generate wants --output=DIR')
+    if mode == 'generate':
+        checkpoint = load_checkpoint(ckpt)
+        flow = from_checkpoint(checkpoint).to(device)
+        if not isinstance(flow, FlowUNet): raise SystemExit(f'{ckpt}: an autoencoder; generate wants a flow (train_flow.py)')
+        with autocast(device, dtype): return generate(flow, checkpoint)
     back = mode == 'tokens' and input.endswith('.npy')
     wanted = '.npy' if mode == 'tokens' and not back else ('.nii', '.nii.gz')
     if not output.endswith(wanted): raise SystemExit(f'--output={output}: must end in {wanted if isinstance(wanted, str) else " or ".join(wanted)}')
     checkpoint = load_checkpoint(ckpt)
     model, data = from_checkpoint(checkpoint).to(device), checkpoint['data']
+    if isinstance(model, FlowUNet): raise SystemExit(f'{ckpt}: a flow; {mode} wants an autoencoder, a flow generates')
     if mode == 'tokens' and not hasattr(model, 'quantizer'): raise SystemExit(f'{ckpt}: this autoencoder has a KL bottleneck, no tokens')
     if mode == 'translate' and not hasattr(model, 'translate'): raise SystemExit(f'{ckpt}: only a NeuroQuant model translates')
     with autocast(device, dtype):
@@ -85,9 +204,7 @@ def main():
             if like:
                 Scan(like, data).write(output, volume, own_scale=False)
             else:
-                affine = np.diag([data['spacing_mm']] * 3 + [1.0])
-                affine[:3, 3] = [-(n - 1) / 2 * data['spacing_mm'] for n in data['shape']]
-                nifti.write(output, volume[0, 0].cpu().numpy(), nifti.Native(affine, tuple(data['shape']), 'RAS', (data['spacing_mm'],) * 3))
+                nifti.write(output, volume[0, 0].cpu().numpy(), box_affine(checkpoint))
             print(f'{tokens.numel()} tokens as {target}: {output}')
             return
         scan = Scan(input, data)

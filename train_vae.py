@@ -225,13 +225,17 @@ def save(name):
         'classifier': classifier.state_dict() if classifier else None, 'optimizer': optimizer.state_dict(),
         'critics': critics.state_dict(), 'critic_optimizer': critic_optimizer.state_dict() if critics else None,
         'model_args': model_args(raw_model), 'config': config,
-        'data': train_set.box, 'iter_num': it, 'best_val': best_val, 'git_commit': git_commit()})
+        'data': train_set.box, 'voxel_mm': train_set.voxel_mm, 'iter_num': it, 'best_val': best_val, 'git_commit': git_commit()})
 
 if __name__ == '__main__':
     config = configure(globals(), sys.argv[1:])
     rank, world, device = start_processes(device)
     if joint not in ('sequential', 'interleaved', 'none'): raise SystemExit(f'--joint={joint}: sequential, interleaved or none')
-    if kind not in KINDS: raise SystemExit(f'--kind={kind}: {" or ".join(KINDS)}')
+    if kind not in ('neuroquant', 'convvae'): raise SystemExit(f'--kind={kind}: neuroquant or convvae')
+    for key, value, allowed in (('recon', recon, ('l1', 'l2')), ('kl_reduction', kl_reduction, ('mean', 'sum')), ('gan_form', gan_form, ('least_squares', 'hinge')),
+                                ('var_form', var_form, ('hinge_std', 'two_sided_var'))):
+        if value not in allowed: raise SystemExit(f'--{key}={value}: {" or ".join(allowed)}')
+    if not set(gan_dims) <= {2, 3}: raise SystemExit(f'--gan_dims={gan_dims}: of 3 and 2')
     if kind == 'neuroquant' and not film and w_cross > 0: raise SystemExit('w_cross > 0 needs film=True: without FiLM there is no modality to swap')
     if device == 'cpu': dtype, compile = 'float32', False
     stop = min(max_iters, iters if kind == 'convvae' else iters_3d + (iters_2d if joint == 'sequential' else 0))

@@ -186,7 +186,7 @@ def test_slab_by_slab_equals_the_whole_to_1e_5(config, slab):
 def test_encode_refuses_sizes_that_do_not_divide():
     with pytest.raises(ValueError, match='multiple of 4'): make().encode(torch.rand(1, 1, 16, 18, 16))
 
-@pytest.mark.parametrize('config', [dict(dims=4), dict(bottleneck='ae'), dict(layout='unet'), dict(widths=(8, 40)),
+@pytest.mark.parametrize('config', [dict(dims=4), dict(bottleneck='ae'), dict(layout='unet'),
                                     dict(bottleneck='vq', num_codebooks=3, codebooks='split'), dict(bottleneck='vq', num_codebooks=2, codebooks='sum')])
 def test_configs_that_make_no_sense_are_refused(config):
     with pytest.raises(ValueError): make(**config)

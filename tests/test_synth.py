@@ -56,7 +56,7 @@ def test_cortex_is_folded():
 
 def test_sex_can_be_found_from_volumes_of_structures():
     """Fisher's discriminant on standardised log volumes, trained on half of 120 subjects, tested on the others."""
-    people = [phantom(i, (56, 72, 56), 0, ()) for i in range(1, 121)]
+    people = [phantom(i, (60, 76, 60), 0, ()) for i in range(1, 121)]
     groups = [(2, 41), (3, 42), (4, 43), (10, 49), (11, 50), (12, 51), (17, 53), (8, 47), (16,)]
     x = np.log([[np.isin(p['labels'], g).sum() + 1 for g in groups] for p in people])
     y = np.array([p['sex'] == 'F' for p in people])

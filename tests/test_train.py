@@ -36,7 +36,7 @@ def assert_same_run(a, b, out_a, out_b):
     assert a.keys() == b.keys() and [k for k in a if not torch.equal(a[k], b[k])] == []
     assert log_of(out_a) == log_of(out_b)
 
-@pytest.mark.parametrize('config', sorted(os.path.basename(p) for p in glob.glob(os.path.join(ROOT, 'config', '*.py'))))
+@pytest.mark.parametrize('config', sorted(os.path.basename(p) for p in glob.glob(os.path.join(ROOT, 'config', '*.py')) if 'flow' not in p))
 def test_every_config_trains_saves_and_resumes(config, tiny_data, tmp_path):
     """Smoke: three steps, across the change of phase where there is one, then a resume of one more."""
     settings = runpy.run_path(os.path.join(ROOT, 'config', config))
@@ -135,7 +135,7 @@ def test_resume_of_a_gan_run_gives_the_same_bits(tiny_data, tmp_path):
 def test_every_term_is_logged_and_finite(args, term, tiny_data, tmp_path):
     args = [a for a in KL if '--w_kl' not in a or '--bottleneck=vq' not in args] + args
     train(tiny_data, tmp_path / 'a', *args, '--max_iters=2')
-    assert np.isfinite([line[f'train/{term}'] for line in log_of(tmp_path / 'a')]).all()
+    assert np.isfinite([line[f'train/{term}'] for line in log_of(tmp_path / 'a') if 'lr' in line]).all()
 
 @pytest.mark.slow
 def test_a_base_model_overfits_one_pair(tiny_data, tmp_path):

@@ -282,6 +282,7 @@ def main():
     modalities, rates = [], []
     for path, checkpoint in zip(paths, checkpoints):
         model = from_checkpoint(checkpoint).to(device)
+        if not hasattr(model, 'reconstruct'): raise SystemExit(f'{path}: a flow, not an autoencoder')
         known = tuple(checkpoint['config']['modalities'])
         modalities += [m for m in known if m not in modalities]
         test = Sessions(data_dir, known, split)

@@ -523,7 +523,9 @@ class ConvVAE(nn.Module):
         self.encoder, self.decoder = conv_encoder(c, head), conv_decoder(c)
         self.mu_head = make_conv(c.dims, head, c.latent_dim, 1)
         self.post = make_conv(c.dims, c.latent_dim, c.latent_dim, 1)
-        if c.bottleneck == 'kl': self.logvar_head = make_conv(c.dims, head, c.latent_dim, 1)
+        if c.bottleneck == 'kl':
+            self.logvar_head = make_conv(c.dims, head, c.latent_dim, 1)
+            nn.init.constant_(self.logvar_head.bias, -5.0)  # near 0, as in MAISI, noise drowns a new encoder's code
         else: self.quantizer = make_quantizer(c.num_codes, c.latent_dim, c.code_decay, c.revive, c.num_codebooks, c.codebooks)
 
     def check_size(self, shape):

@@ -279,7 +279,7 @@ if __name__ == '__main__':
         differ = [f'{k} {start["model_args"].get(k)!r} there, {ours.get(k)!r} here' for k in start['model_args'] | ours
                   if start['model_args'].get(k) != ours.get(k)]
         if differ: raise SystemExit(f'--init_from={init_from}: checkpoint of another model: {"; ".join(differ)}')
-        raw_model.load_state_dict(start['model'])
+        raw_model.load_state_dict(start['model'] if init_from == 'resume' else start['ema'] or start['model'])  # what is judged goes on
         if init_from == 'resume': resumed = start
     raw_model.to(device, memory_format=torch.channels_last if kind == 'convvae' and dims == 2 else torch.channels_last_3d)
     if classifier: classifier.to(device)

@@ -8,14 +8,16 @@ widths = (16, 32, 64)
 res_blocks = 1
 
 batch_size = 2
-iters = 600
+patch = (24, 24, 24)
+iters = 1000
 lr = 1e-3
 min_lr = 1e-5
+beta2 = 0.99
 warmup_iters = 20
-lr_decay_iters = 600
+lr_decay_iters = 1000
 ema_decay = 0.99
-eval_interval = 300
-log_interval = 50
+eval_interval = 500
+log_interval = 100
 
 w_ssim = 0.0
 w_kl = 5e-4

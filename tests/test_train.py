@@ -116,7 +116,7 @@ def test_decoder_fine_tuning_leaves_the_encoder_bit_for_bit(tiny_data, tmp_path)
     args = [*KL, '--freeze_encoder=True', '--w_gan=1.0', '--w_perc=60.0', '--perceptual=random', '--max_iters=3', '--w_kl=0', f'--init_from={tmp_path}/a/ckpt.pt']
     after = train(tiny_data, tmp_path / 'b', *args)
     for weights in (after['model'], after['ema']):
-        changed = {k.split('.')[0] for k, v in before['model'].items() if not torch.equal(v, weights[k])}
+        changed = {k.split('.')[0] for k, v in before['ema'].items() if not torch.equal(v, weights[k])}
         assert changed == {'decoder', 'post'}
     fresh = train(tiny_data, tmp_path / 'c', *args, '--gan_start=5')['critics']  # as they start, before any step
     assert not any(torch.equal(v, before['critics'][k]) for k, v in fresh.items() if v.ndim > 1)

@@ -1,7 +1,8 @@
-"""Costs: FLOP of a volume, a step on slices against volumes of depth 1, and the MAISI autoencoder against MONAI's.
+"""Costs: FLOP of a volume, a step on slices against volumes of depth 1, MAISI's networks against MONAI's, Heun against Euler.
 
     python bench.py                      # NeuroQuant, on a GPU or a CPU; --slices=2 --repeats=3 keeps it short on a CPU
-    python bench.py --vs=monai           # forward and backward of the same autoencoder, the same weights, in turns (needs monai)
+    python bench.py --vs=monai           # forward and backward of the same networks, the same weights, in turns (needs monai)
+    python bench.py --samplers=out/demo_flow/best.pt  # error of a flow's samples at equal numbers of calls
 
 Times are medians of `repeats` steps after a warm-up, forward and backward, in milliseconds.
 """
@@ -17,19 +18,22 @@ import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as networks
-from common import autocast, configure, start_processes
+from common import autocast, configure, load_checkpoint, start_processes
+from flow import sample
 from losses import reconstruction_loss
-from pretrained import load_maisi_vae
+from pretrained import load_maisi_unet, load_maisi_vae
 
 # ---------------------------------------------------------------- settings
 vs = ''                  # 'monai'
+samplers = ''            # checkpoint of a flow
 shape = (144, 192, 144)  # of NeuroQuant's volume
 size = 48                # of the cube for --vs=monai
 slices = 8
 repeats = 5
 device = ''
 dtype = 'float32'
-only = ''                # of --vs=monai, used by itself: 'nanomri' or 'monai', one measurement in a process of its own
+latent = 16              # of the cube that its U-Net gets
+only = ''                # of --vs=monai, used by itself: 'vae nanomri', 'unet monai', ...: one measurement in a process of its own
 
 def milliseconds(step):
     """Median and spread of `repeats` calls after one that warms up."""
@@ -72,26 +76,37 @@ def bench_neuroquant():
 
 # ---------------------------------------------------------------- MAISI against MONAI
 
-def monai_maisi():
+def monai_vae():
     from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
     return AutoencoderKlMaisi(  # NVIDIA's released settings but for norm_float16, which a CPU cannot run
         spatial_dims=3, in_channels=1, out_channels=1, num_channels=(64, 128, 256), latent_channels=4, num_res_blocks=(2, 2, 2),
         norm_num_groups=32, norm_eps=1e-6, attention_levels=(False, False, False), with_encoder_nonlocal_attn=False,
         with_decoder_nonlocal_attn=False, num_splits=4, dim_split=1, norm_float16=False, print_info=False)
 
+def monai_unet():
+    from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
+    return DiffusionModelUNetMaisi(
+        spatial_dims=3, in_channels=4, out_channels=4, num_channels=(64, 128, 256, 512), attention_levels=(False, False, True, True),
+        num_head_channels=(0, 0, 32, 32), num_res_blocks=2, resblock_updown=True, include_fc=True, use_flash_attention=device.startswith('cuda'))
+
 def measure():
     """One line of JSON: median ms of forward and backward, and how far memory rose above the model's own, in MiB."""
-    net = monai_maisi()
-    if only == 'nanomri': net = load_maisi_vae(net.state_dict())
+    what, who = only.split()
+    net, ours = (monai_vae if what == 'vae' else monai_unet)(), who == 'nanomri'
+    if ours: net = (load_maisi_vae if what == 'vae' else load_maisi_unet)(net.state_dict())
     net.to(device).train()
-    x, cuda = torch.rand(1, 1, size, size, size, device=device), device.startswith('cuda')
+    cuda, t = device.startswith('cuda'), torch.full((1,), 0.3, device=device)
+    x = torch.rand(1, 1, *[size] * 3, device=device) if what == 'vae' else torch.randn(1, 4, *[latent] * 3, device=device)
+    for p in net.parameters(): p.grad = torch.zeros_like(p)
     if cuda: torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if cuda else resident()
     def step():
         with autocast(device, dtype):
-            out = net(x)
-            x_hat, mu = (out['x_hat'], out['mu']) if only == 'nanomri' else out[:2]
-            loss = (x_hat - x).abs().mean() + 1e-3 * mu.square().mean()
+            if what == 'vae':
+                out = net(x)
+                x_hat, mu = (out['x_hat'], out['mu']) if ours else out[:2]
+                loss = (x_hat - x).abs().mean() + 1e-3 * mu.square().mean()
+            else: loss = (net(x, t if ours else 1000 * (1 - t)) - x).square().mean()
         loss.backward()
         net.zero_grad(set_to_none=False)
     ms, _ = milliseconds(step)
@@ -104,17 +119,33 @@ def resident():
 def bench_monai(turns=3):
     try: import monai
     except ImportError: raise SystemExit('--vs=monai needs MONAI: pip install -r requirements-dev.txt')
-    found = {'nanomri': [], 'monai': []}
-    for _ in range(turns):
-        for who in found:
-            args = [f'--only={who}', f'--device={device}', f'--dtype={dtype}', f'--size={size}', f'--repeats={repeats}']
-            done = subprocess.run([sys.executable, __file__, *args], capture_output=True, text=True)
-            if done.returncode: raise SystemExit(f'{who}: {done.stderr.strip().splitlines()[-1]}')
-            found[who].append(json.loads(done.stdout.strip().splitlines()[-1]))
-    ms, mib = ({who: statistics.median(f[key] for f in runs) for who, runs in found.items()} for key in ('ms', 'mib'))
-    print(f'MAISI autoencoder, {size}^3, batch 1, forward and backward on {device} in {dtype}, medians of {turns} runs in turn, MONAI {monai.__version__}:\n'
-          f'  time   {ms["nanomri"]:.0f} ms against {ms["monai"]:.0f} ms: ratio {ms["nanomri"] / ms["monai"]:.2f}\n'
-          f'  memory {mib["nanomri"]:.0f} MiB against {mib["monai"]:.0f} MiB: ratio {mib["nanomri"] / mib["monai"]:.2f}')
+    for what, title in (('vae', f'MAISI autoencoder, {size}^3'), ('unet', f'MAISI U-Net, 4x{latent}^3')):
+        found = {'nanomri': [], 'monai': []}
+        for _ in range(turns):
+            for who in found:
+                args = [f'--only={what} {who}', f'--device={device}', f'--dtype={dtype}', f'--size={size}', f'--latent={latent}', f'--repeats={repeats}']
+                done = subprocess.run([sys.executable, __file__, *args], capture_output=True, text=True)
+                if done.returncode: raise SystemExit(f'{who}: {done.stderr.strip().splitlines()[-1]}')
+                found[who].append(json.loads(done.stdout.strip().splitlines()[-1]))
+        ms, mib = ({who: statistics.median(f[key] for f in runs) for who, runs in found.items()} for key in ('ms', 'mib'))
+        print(f'{title}, batch 1, forward and backward on {device} in {dtype}, medians of {turns} runs in turn, MONAI {monai.__version__}:\n'
+              f'  time   {ms["nanomri"]:.0f} ms against {ms["monai"]:.0f} ms: ratio {ms["nanomri"] / ms["monai"]:.2f}\n'
+              f'  memory {mib["nanomri"]:.0f} MiB against {mib["monai"]:.0f} MiB: ratio {mib["nanomri"] / mib["monai"]:.2f}')
+
+# ---------------------------------------------------------------- Heun against Euler
+
+@torch.no_grad()
+def bench_samplers():
+    """Root-mean-square distance to the same noise followed with 200 Heun steps, at equal numbers of calls of the network."""
+    checkpoint = load_checkpoint(samplers)
+    flow = networks.from_checkpoint(checkpoint).to(device)
+    noise = torch.randn(4, *checkpoint['latent_shape'], generator=torch.Generator().manual_seed(0)).to(device)
+    with autocast(device, dtype):
+        exact = sample(flow, noise, 200, 'heun')
+        print(f'{samplers}, 4 samples, RMS distance to 200 Heun steps, in sd of the latent\n\n| calls | Euler | Heun |\n| --- | --- | --- |')
+        for calls in (4, 8, 16, 30, 60):
+            errors = [(sample(flow, noise, n, method) - exact).square().mean().sqrt().item() for method, n in (('euler', calls), ('heun', calls // 2))]
+            print(f'| {calls} | {errors[0]:.4f} | {errors[1]:.4f} |')
 
 if __name__ == '__main__':
     configure(globals(), sys.argv[1:])
@@ -123,4 +154,5 @@ if __name__ == '__main__':
     torch.manual_seed(0)
     if only: measure()
     elif vs: bench_monai()
+    elif samplers: bench_samplers()
     else: bench_neuroquant()

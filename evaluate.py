@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 import torch
-from scipy import fft, ndimage
+from scipy import fft, ndimage, optimize, special, stats
 from tqdm import tqdm
 
 from common import autocast, configure, load_checkpoint, make_out_dir, start_processes, write_text
@@ -106,6 +106,91 @@ def latent_geometry(m, sigma):
     return {'channels': C, 'cos_raw': cosine_of(m, False)[off].mean().item() if C > 1 else None,
             'pearson_abs': cosine_of(m, True)[off].mean().item() if C > 1 else None, 'effective_rank': rank_of(shares),
             'explained_variance': shares.tolist(), 'channel_sd': covariance(m).diagonal().sqrt().tolist(), 'posterior_sigma': sigma}
+
+# ---------------------------------------------------------------- distances between sets
+
+def frechet_parts(mu1, cov1, mu2, cov2):
+    """Mean part |mu1 - mu2|^2 and covariance part tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)) of the Frechet distance, float64."""
+    mu1, cov1, mu2, cov2 = (torch.as_tensor(t, dtype=torch.float64) for t in (mu1, cov1, mu2, cov2))
+    values, vectors = torch.linalg.eigh(cov1)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()  # symmetric, with the eigenvalues of cov1 cov2
+    return (mu1 - mu2).square().sum().item(), (cov1.trace() + cov2.trace() - 2 * cross).item()
+
+def frechet_distance(mu1, cov1, mu2, cov2):
+    """Squared Frechet distance between two Gaussians, the "FID" of features; mu (C,), cov (C,C), arrays or tensors."""
+    return sum(frechet_parts(mu1, cov1, mu2, cov2))
+
+# ---------------------------------------------------------------- label maps
+
+def dice(a, b, labels):
+    """Label maps a, b (D,H,W) of one shape -> {label: 2 |a and b| / (|a| + |b|)}, nan where neither has the label."""
+    a, b = np.asarray(a), np.asarray(b)
+    if a.shape != b.shape: raise ValueError(f'dice of label maps of shapes {a.shape} and {b.shape}')
+    result = {}
+    for label in labels:
+        x, y = a == label, b == label
+        result[label] = float(2 * (x & y).sum() / (x.sum() + y.sum())) if x.any() or y.any() else float('nan')
+    return result
+
+def region_volumes_mm3(seg, labels, spacing_mm):
+    """Label map (D,H,W) -> {label: volume in mm3}. spacing_mm: one number or three. labels: numbers, or {name: numbers to add up}."""
+    voxel = float(np.prod(np.broadcast_to(spacing_mm, 3)))
+    merged = labels if isinstance(labels, dict) else {label: (label,) for label in labels}
+    return {name: voxel * int(np.isin(seg, parts).sum()) for name, parts in merged.items()}
+
+# ---------------------------------------------------------------- what a latent knows
+
+def auc(score, positive):
+    """Area under the ROC curve: the chance that a positive scores above a negative, ties counting half."""
+    rank = stats.rankdata(score)
+    n = positive.sum()
+    return float((rank[positive].sum() - n * (n + 1) / 2) / (n * (len(positive) - n)))
+
+def logistic(x, y, ridge):
+    """Weights and bias that minimise mean log loss + ridge |w|^2 / 2 for y in {0, 1}, by L-BFGS."""
+    def loss(p):
+        margin = x @ p[:-1] + p[-1]
+        residual = special.expit(margin) - y
+        return np.logaddexp(0, margin).mean() - (y * margin).mean() + ridge * (p[:-1] ** 2).sum() / 2, np.append(x.T @ residual / len(y) + ridge * p[:-1], residual.mean())
+    return optimize.minimize(loss, np.zeros(x.shape[1] + 1), jac=True, method='L-BFGS-B', options={'maxiter': 500}).x
+
+def linear_probe(z, y, groups, folds=5, ridge=0.1):
+    """Can a linear function of frozen features tell two classes apart? Cross-validated, no group on both sides of a fold.
+
+    z (N, features), or (N, C, d, h, w), flattened; y (N,) two values; groups (N,), such as subjects. Features are standardised and
+    the ridge-logistic regression fitted on the training folds alone; with more features than rows, in the span of the rows, which
+    is the same. returns dict: accuracy, balanced_accuracy, auc, per session; subject_accuracy, by the mean score of a group;
+    n, n_groups, ci95 of accuracy by bootstrap of groups. ValueError with one class or fewer groups of a class than folds.
+    """
+    z, y, groups = np.asarray(z, np.float64).reshape(len(z), -1), np.asarray(y), np.asarray(groups)
+    classes = np.unique(y)
+    if len(classes) != 2: raise ValueError(f'a probe needs two classes, got {len(classes)}')
+    positive = y == classes[1]
+    first = {g: positive[groups == g][0] for g in np.unique(groups)}
+    rng, fold_of = random(seed, 8), {}
+    for value in (False, True):
+        members = [g for g in first if first[g] == value]
+        if len(members) < folds: raise ValueError(f'{len(members)} subjects of class {classes[int(value)]}: at least {folds} are needed')
+        fold_of |= {members[k]: place % folds for place, k in enumerate(rng.permutation(len(members)))}  # each fold has both classes
+    fold, score = np.array([fold_of[g] for g in groups]), np.zeros(len(y))
+    for k in range(folds):
+        train = fold != k
+        mean, sd = z[train].mean(0), z[train].std(0)
+        x = (z - mean) / np.where(sd > 1e-12, sd, 1)
+        if x.shape[1] > train.sum():
+            _, _, axes = np.linalg.svd(x[train], full_matrices=False)
+            x = x @ axes.T
+        weights = logistic(x[train], positive[train].astype(float), ridge)
+        score[~train] = x[~train] @ weights[:-1] + weights[-1]
+    right = (score > 0) == positive
+    names = np.array(list(first))
+    by_group = np.array([right[groups == g].mean() for g in names])
+    votes = np.array([(score[groups == g].mean() > 0) == first[g] for g in names])
+    boot = by_group[random(seed, 9).integers(len(names), size=(2000, len(names)))].mean(1)
+    return {'accuracy': float(right.mean()), 'balanced_accuracy': float((right[positive].mean() + right[~positive].mean()) / 2),
+            'auc': auc(score, positive), 'subject_accuracy': float(votes.mean()), 'n': len(y), 'n_groups': len(names),
+            'ci95': [float(q) for q in np.quantile(boot, [0.025, 0.975])]}
 
 # ---------------------------------------------------------------- reference rows
 

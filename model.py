@@ -115,9 +115,13 @@ class NeuroQuantConfig:
     revive: float = 0.1                 # codes used less than this fraction of the mean use are replaced
 
 class Encoder(nn.Module):
-    """x (B, 1, D, H, W) -> F_4 (B, C4, D/16, H/16, W/16): a stem at full size and four blocks, NeuroQuant 3.2."""
+    """x (B, 1, D, H, W) -> F_4 (B, C4, D/16, H/16, W/16): a stem at full size and four blocks, NeuroQuant 3.2.
+
+    checkpointing: recompute the half-size block in the backward pass instead of keeping what is inside it.
+    """
     def __init__(self, c):
         super().__init__()
+        self.checkpointing = False
         channels = (c.widths[0] // 2, *c.widths)  # half the width at full size, where memory is dear
         self.stem = Conv(1, channels[0], 3, padding=1)
         self.blocks = nn.ModuleList(EncoderBlock(a, b, c.res_blocks, c.attention and level in c.attn_levels)
@@ -125,7 +129,8 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         h = self.stem(x)
-        for block in self.blocks: h = block(h)
+        for i, block in enumerate(self.blocks):
+            h = checkpoint(block, h, use_reentrant=False) if self.checkpointing and self.training and i == 0 else block(h)
         return h
 
 class EncoderBlock(nn.Module):
@@ -481,9 +486,12 @@ class Stack(nn.Module):
     def __init__(self, blocks):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
+        self.checkpointing = False  # in training, keep only what lies between blocks
 
     def forward(self, x, slab=0):
-        for block in self.blocks: x = block.slabs(x, slab) if slab else block(x)
+        for block in self.blocks:
+            if slab: x = block.slabs(x, slab)
+            else: x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
         return x
 
 def conv_encoder(c, out):

@@ -113,7 +113,7 @@ ema_decay = 0.999        # average of the weights, validated and used by evaluat
 device = ''              # '' picks cuda when there is one
 dtype = 'bfloat16'       # bfloat16 autocast, or float32; on a CPU float32 is used
 compile = True           # torch.compile of encoder and decoder; on a CPU never
-checkpointing = False    # recompute the decoder's half- and full-size stages in the backward pass: less memory, more time
+checkpointing = False    # recompute the large stages in the backward pass: less memory, more time
 seed = 0
 
 # ---------------------------------------------------------------- functions of the run
@@ -213,9 +213,13 @@ def validate():
             with autocast(device, dtype): x_hat = judge.reconstruct(x, m)
             total[m] += torch.tensor([psnr(x_hat.clamp(0, 1), x).item(), 1.0])
     if world > 1: dist.all_reduce(total)
-    raw_model.train()
+    train_mode()
     record = {f'val/psnr_db/{name}': s / k for name, (s, k) in zip(modalities, total.tolist()) if k}
     return record | {'val/psnr_db': sum(record.values()) / len(record), 'val/n_sessions': n}
+
+def train_mode():
+    raw_model.train()
+    if freeze_encoder and hasattr(raw_model, 'quantizer'): raw_model.quantizer.eval()  # the codebook is the encoder's
 
 def save(name):
     """Everything a resumed run needs; the optimiser is plain tensors, the data's place follows from iter_num."""
@@ -237,6 +241,9 @@ if __name__ == '__main__':
         if value not in allowed: raise SystemExit(f'--{key}={value}: {" or ".join(allowed)}')
     if not set(gan_dims) <= {2, 3}: raise SystemExit(f'--gan_dims={gan_dims}: of 3 and 2')
     if kind == 'neuroquant' and not film and w_cross > 0: raise SystemExit('w_cross > 0 needs film=True: without FiLM there is no modality to swap')
+    if kind == 'neuroquant' and freeze_encoder: raise SystemExit("freeze_encoder is for kind='convvae'")
+    if kind == 'convvae' and dims == 2 and patch: raise SystemExit('patch is for volumes; with dims=2 whole slices are used')
+    if kind == 'convvae' and bottleneck == 'vq' and max(w_kl, w_sid, w_cov, w_var) > 0: raise SystemExit("w_kl, w_sid, w_cov and w_var need bottleneck='kl'")
     if device == 'cpu': dtype, compile = 'float32', False
     stop = min(max_iters, iters if kind == 'convvae' else iters_3d + (iters_2d if joint == 'sequential' else 0))
 
@@ -287,7 +294,7 @@ if __name__ == '__main__':
     if freeze_encoder:
         for name, p in raw_model.named_parameters(): p.requires_grad_(name.startswith(('decoder.', 'post.')))
     ema = copy.deepcopy(raw_model).requires_grad_(False).eval() if ema_decay > 0 else None
-    raw_model.decoder.checkpointing = checkpointing
+    for half in (raw_model.encoder, raw_model.decoder): half.checkpointing = checkpointing
     def make_optimizer(parameters):
         groups = [{'params': [p for p in parameters if p.ndim > 1], 'weight_decay': weight_decay},  # no decay on biases and norms
                   {'params': [p for p in parameters if p.ndim <= 1], 'weight_decay': 0.0}]
@@ -332,7 +339,7 @@ if __name__ == '__main__':
     for sig in (signal.SIGINT, signal.SIGTERM): signal.signal(sig, lambda number, frame: asked_to_stop.append(number))
 
     # ------------------------------------------------------------ loop
-    raw_model.train()
+    train_mode()
     first = it
     batches = prefetch(make_batch, (micro for i in range(it, stop) for micro in micro_steps(i)), device)
     clock, waited, seen, done_flops, logged = time.perf_counter(), 0.0, {}, 0.0, it

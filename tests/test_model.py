@@ -174,7 +174,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
     x, modality, gradients = torch.rand(2, 1, 32, 32, 32), torch.tensor([0, 1]), []
     for on in (False, True):
         model = tiny().train()
-        model.decoder.checkpointing = on
+        model.encoder.checkpointing = model.decoder.checkpointing = on
         torch.manual_seed(1)
         model(x, modality)['x_hat'].square().mean().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])

@@ -122,6 +122,17 @@ def test_decoder_fine_tuning_leaves_the_encoder_bit_for_bit(tiny_data, tmp_path)
     assert not any(torch.equal(v, before['critics'][k]) for k, v in fresh.items() if v.ndim > 1)
     assert 'train/perc_random' in log_of(tmp_path / 'b')[0]
 
+def test_decoder_fine_tuning_leaves_the_codebook_too(tiny_data, tmp_path):
+    args = ['--kind=convvae', '--widths=8,8', '--latent_dim=3', '--bottleneck=vq', '--w_ssim=0', '--modalities=T1w', '--max_iters=2']
+    before = train(tiny_data, tmp_path / 'a', *args)['ema']
+    after = train(tiny_data, tmp_path / 'b', *args, '--freeze_encoder=True', f'--init_from={tmp_path}/a/ckpt.pt')['model']
+    assert {k.split('.')[0] for k, v in before.items() if not torch.equal(v, after[k])} == {'decoder', 'post'}
+
+def test_checkpointing_of_convvae_changes_memory_and_nothing_else(tiny_data, tmp_path):
+    args = ['--kind=convvae', '--widths=8,8', '--w_ssim=0', '--max_iters=2']
+    plain, recomputed = (train(tiny_data, tmp_path / str(c), *args, f'--checkpointing={c}')['model'] for c in (False, True))
+    for k, v in plain.items(): torch.testing.assert_close(recomputed[k], v, rtol=1e-4, atol=1e-5)
+
 def test_resume_of_a_gan_run_gives_the_same_bits(tiny_data, tmp_path):
     args = [*KL, '--w_gan=0.1', '--w_sid=1.0', '--w_perc=0.1', '--perceptual=random', '--augment=True', '--gan_start=1']
     whole = train(tiny_data, tmp_path / 'a', *args, '--max_iters=4')
@@ -170,7 +181,8 @@ def test_swapped_film_changes_the_contrast_and_not_the_anatomy(tmp_path):
     (['--modalities=T1w,FLAIR'], ['FLAIR', 'it has T1w, T2w']), (['--widths=16,16,16'], ['widths', 'four']),
     (['--patch=24,48,32'], ['24', 'multiple of 16']), (['--init_from=resume'], ['ckpt.pt', 'no such checkpoint']),
     (['--kind=gan'], ['neuroquant or convvae']), (['--kind=convvae', '--w_perc=1'], ['squeezenet1_1', 'no path given']),
-    (['--kind=convvae', '--bottleneck=vq', '--num_codebooks=3', '--codebooks=split'], ['4 channels', '3 codebooks']), (['--recon=l3'], ['l1 or l2']),
+    (['--kind=convvae', '--bottleneck=vq', '--num_codebooks=3', '--codebooks=split'], ['4 channels', '3 codebooks']), (['--recon=l3'], ['l1 or l2']), (['--freeze_encoder=True'], ['convvae']),
+    (['--kind=convvae', '--bottleneck=vq', '--w_kl=1'], ['w_kl', "bottleneck='kl'"]), (['--kind=convvae', '--dims=2', '--patch=16,16,16'], ['patch', 'dims=2']),
     (['--out_dir=/proc/nowhere'], ['/proc/nowhere', 'cannot write']), (['--init_from=pytest.ini'], ['pytest.ini', 'not a readable checkpoint'])])
 def test_bad_settings_end_with_one_line(args, words, tiny_data, tmp_path):
     line = refuses('train_vae.py', *TINY, f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/out', *args)

@@ -1,7 +1,7 @@
 """Third-party networks and their weights, from files of yours: nothing is downloaded.
 
 LPIPS (perceptual distance) on a SqueezeNet, AlexNet or VGG16 trunk; MAISI's and Stable Diffusion's autoencoders into ConvVAE, MAISI's
-U-Net into FlowUNet.
+U-Net into FlowUNet; RadImageNet's ResNet-50 and SynthSeg's U-Net as judges.
 """
 import os
 import re
@@ -234,3 +234,108 @@ class LPIPS(nn.Module):
             fa, fb = layer(fa), layer(fb)
             if i in self.taps: total = total + ((unit(fa) - unit(fb)).square() * next(weights)[:, None, None]).sum(1).mean((1, 2))
         return total
+
+# ---------------------------------------------------------------- RadImageNet
+
+class Bottleneck(nn.Module):
+    """Keras' ResNet v1 bottleneck: the stride is on the first 1x1 convolution. released: on the 3x3, no biases, as torchvision's v1.5."""
+    def __init__(self, c_in, c, stride, released):
+        super().__init__()
+        bias, eps = not released, 1e-5 if released else 1.001e-5
+        self.conv1 = nn.Conv2d(c_in, c, 1, 1 if released else stride, bias=bias)
+        self.conv2 = nn.Conv2d(c, c, 3, stride if released else 1, 1, bias=bias)
+        self.conv3 = nn.Conv2d(c, 4 * c, 1, bias=bias)
+        self.bn1, self.bn2, self.bn3 = (nn.BatchNorm2d(n, eps) for n in (c, c, 4 * c))
+        if stride != 1 or c_in != 4 * c: self.downsample = nn.Sequential(nn.Conv2d(c_in, 4 * c, 1, stride, bias=bias), nn.BatchNorm2d(4 * c, eps))
+
+    def forward(self, x):
+        h = F.relu(self.bn1(self.conv1(x)))
+        h = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(h)))))
+        return F.relu(h + (self.downsample(x) if hasattr(self, 'downsample') else x))
+
+class RadImageNet(nn.Module):
+    """ResNet-50 of RadImageNet (Mei et al. 2022): preprocessed (B,3,H,W) -> (B,2048), the mean over space of its last map."""
+    def __init__(self, released=False):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=not released)
+        self.bn1 = nn.BatchNorm2d(64, 1e-5 if released else 1.001e-5)
+        c_in = 64
+        for n, (blocks, c) in enumerate(((3, 64), (4, 128), (6, 256), (3, 512)), 1):
+            setattr(self, f'layer{n}', nn.Sequential(*[Bottleneck(c_in if k == 0 else 4 * c, c, 2 if k == 0 and n > 1 else 1, released) for k in range(blocks)]))
+            c_in = 4 * c
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean((2, 3))
+
+def radimagenet_input(slices):
+    """Slices (B,1,H,W) in [0,1] -> what the network was trained on: three channels, order BGR, minus [0.406, 0.456, 0.485]."""
+    return slices.expand(-1, 3, -1, -1) - torch.tensor([0.406, 0.456, 0.485], device=slices.device).view(1, 3, 1, 1)
+
+def load_radimagenet(path, released=False):
+    """RadImageNet-ResNet50_notop.pth (Warvito/radimagenet-models) -> RadImageNet, in eval mode; every key has to match.
+
+    released: as the released DeCo-VAE reads it, into torchvision's layout, which drops the 53 biases and moves the strides; only
+    for parity with its numbers. SystemExit or ValueError with one line for a missing or another file.
+    """
+    state = bare(read_weights(path, 'RadImageNet-ResNet50_notop.pth (github.com/Warvito/radimagenet-models)'))
+    if released: state = {k: v for k, v in state.items() if not (k.endswith('.bias') and ('conv' in k or k.endswith('downsample.0.bias')))}
+    return fill(RadImageNet(released), state).requires_grad_(False)
+
+# ---------------------------------------------------------------- SynthSeg
+
+SYNTHSEG_LABELS = (0, 2, 3, 4, 5, 7, 8, 10, 11, 12, 13, 14, 15, 16, 17, 18, 24, 26, 28, 41, 42, 43, 44, 46, 47, 49, 50, 51, 52, 53, 54, 58, 60)
+
+class SynthSeg(nn.Module):
+    """SynthSeg's 3D U-Net (Billot et al. 2023): (B,1,D,H,W) in [0,1], sides multiples of 32 -> posteriors (B,33,D,H,W).
+
+    ELU convolutions, one batch norm per level after them; the skips are taken before that norm and come first when joined.
+    """
+    def __init__(self, labels=33, widths=(24, 48, 96, 192, 384)):
+        super().__init__()
+        pair = lambda a, b: nn.ModuleList([nn.Conv3d(a, b, 3, padding=1), nn.Conv3d(b, b, 3, padding=1)])
+        norm = lambda c: nn.BatchNorm3d(c, eps=1e-3)
+        back = widths[::-1]
+        self.down = nn.ModuleList(pair(a, b) for a, b in zip((1, *widths), widths))
+        self.down_norm = nn.ModuleList(norm(c) for c in widths)
+        self.up = nn.ModuleList(pair(a + b, b) for a, b in zip(back, back[1:]))
+        self.up_norm = nn.ModuleList(norm(c) for c in back[1:])
+        self.likelihood = nn.Conv3d(widths[0], labels, 1)
+
+    def forward(self, x):
+        skips = []
+        for level, ((first, second), norm) in enumerate(zip(self.down, self.down_norm)):
+            skips.append(F.elu(second(F.elu(first(F.max_pool3d(x, 2) if level else x)))))
+            x = norm(skips[-1])
+        skips.pop()
+        for (first, second), norm in zip(self.up, self.up_norm):
+            x = torch.cat([skips.pop(), F.interpolate(x, scale_factor=2, mode='nearest')], 1)
+            x = norm(F.elu(second(F.elu(first(x)))))
+        return self.likelihood(x).softmax(1)
+
+def load_synthseg(h5_path):
+    """synthseg_2.0.h5 (github.com/BBillot/SynthSeg), Keras' layout -> SynthSeg, in eval mode; needs h5py; every weight has to match."""
+    try: import h5py
+    except ImportError: raise SystemExit('reading SynthSeg weights needs h5py: pip install h5py')
+    state = {}
+    def collect(name, item):
+        if isinstance(item, h5py.Dataset): state['/'.join(name.split('/')[-2:])] = torch.from_numpy(item[()])
+    try:
+        with h5py.File(h5_path, 'r') as f: f.visititems(collect)
+    except OSError as e: raise SystemExit(f'{h5_path}: not a readable .h5 file ({e}); wanted is synthseg_2.0.h5 (github.com/BBillot/SynthSeg)')
+    state = {k: v.permute(4, 3, 0, 1, 2).contiguous() if v.ndim == 5 else v for k, v in state.items()}
+    if 'unet_likelihood/bias:0' not in state: raise ValueError(f'{h5_path}: not SynthSeg weights: no unet_likelihood')
+    model, theirs = SynthSeg(len(state['unet_likelihood/bias:0'])), {}
+    def conv(ours, name): theirs.update({f'{ours}.weight': f'{name}/kernel:0', f'{ours}.bias': f'{name}/bias:0'})
+    def norm(ours, name):
+        theirs.update({f'{ours}.{a}': f'{name}/{b}:0' for a, b in (('weight', 'gamma'), ('bias', 'beta'), ('running_mean', 'moving_mean'), ('running_var', 'moving_variance'))})
+        theirs[f'{ours}.num_batches_tracked'] = f'{name}/count'
+        state[f'{name}/count'] = torch.tensor(0)  # Keras keeps none
+    for level in range(5):
+        for k in (0, 1): conv(f'down.{level}.{k}', f'unet_conv_downarm_{level}_{k}')
+        norm(f'down_norm.{level}', f'unet_bn_down_{level}')
+    for level in range(4):
+        for k in (0, 1): conv(f'up.{level}.{k}', f'unet_conv_uparm_{level + 5}_{k}')
+        norm(f'up_norm.{level}', f'unet_bn_up_{level}')
+    conv('likelihood', 'unet_likelihood')
+    return fill(model, state, theirs).requires_grad_(False)

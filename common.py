@@ -3,6 +3,7 @@ import difflib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -80,6 +81,20 @@ def start_processes(device):
 def stop_processes():
     if dist.is_initialized(): dist.destroy_process_group()
 
+def catch_signals():
+    """From now on SIGINT and SIGTERM only note their number; returns stop_signal(), which says which one came, 0 for none.
+
+    stop_signal() gives every process the same answer, since a signal may reach one of them only, or each at another step.
+    """
+    came = []
+    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda number, frame: came.append(number))
+    def stop_signal():
+        if not dist.is_initialized(): return came[0] if came else 0
+        number = torch.tensor(came[0] if came else 0)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+    return stop_signal
+
 def print0(*args):
     """Print on the first process only."""
     if not dist.is_initialized() or dist.get_rank() == 0: print(*args, flush=True)
@@ -154,6 +169,22 @@ def log_json(out_dir, record):
     """Append one JSON line to out_dir/log.jsonl; numbers that are not finite become null."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     with open(os.path.join(out_dir, 'log.jsonl'), 'a') as f: f.write(json.dumps(clean) + '\n')
+
+def open_log(out_dir, config, wandb_project):
+    """Write the settings to out_dir/config.py and return log(record), which appends to log.jsonl and, if a project is named, to wandb.
+
+    A record is a dict of numbers with 'iter'. Only the first process writes.
+    """
+    if dist.is_initialized() and dist.get_rank(): return lambda record: None
+    write_text(os.path.join(out_dir, 'config.py'), ''.join(f'{k} = {v!r}\n' for k, v in config.items()))
+    if wandb_project:
+        try: import wandb
+        except ImportError: raise SystemExit('--wandb_project needs wandb: pip install wandb, or leave it empty')
+        wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=config)
+    def log(record):
+        log_json(out_dir, record)
+        if wandb_project: wandb.log(record, step=record['iter'])
+    return log
 
 def git_commit():
     """Short commit of the source, with + when it was edited; '' outside a repository."""

@@ -5,6 +5,7 @@
 
 Writes table.md, table.json and reconstructions.png beside the first checkpoint (--out_dir elsewhere). Importing it runs nothing.
 """
+import glob
 import json
 import math
 import os
@@ -12,13 +13,17 @@ import sys
 
 import numpy as np
 import torch
-from scipy import fft, ndimage, optimize, special, stats
+from scipy import fft, ndimage
 from tqdm import tqdm
 
+import nifti
 from common import autocast, configure, load_checkpoint, make_out_dir, start_processes, write_text
-from data import Sessions, random
-from losses import psnr, ssim_map
+from data import Sessions
+from losses import psnr
+from metrics import (channel_cosine, dice, effective_rank, explained_variance, feature_moments, frechet_distance, latent_geometry,
+                     linear_probe, moments, region_volumes_mm3, scores, slice_frechet, summarise)
 from model import from_checkpoint
+from pretrained import RandomFeatures, load_radimagenet, radimagenet_input
 
 # ---------------------------------------------------------------- settings
 ckpt = 'out/neuroquant/best.pt'  # one, or several separated by commas
@@ -26,6 +31,10 @@ data_dir = ''               # '' for the one the first checkpoint was trained on
 split = 'test'
 max_sessions = -1           # -1 for all of the split
 reference_sessions = 50     # sessions the reference rows are computed on; 0 for no such rows
+features = ''               # Frechet distances: path of RadImageNet-ResNet50_notop.pth, or 'random', a fixed random network; '' for none
+features_as_released = False  # read that file as DeCo-VAE's code does, biases dropped and strides moved
+fid_slices = 'all'          # or 'central': the middle 40 % of each plane
+generated = ''              # folders of sample.py --mode=generate, in the order of ckpt, separated by commas: gFID
 out_dir = ''                # '' for the first checkpoint's folder
 device = ''
 dtype = 'float32'           # bfloat16 for autocast
@@ -37,160 +46,6 @@ whole: every voxel of the box. brain: voxels where the input is above 0 (SSIM: w
 Mean +- standard deviation over subjects, the sessions of a subject averaged first.
 DFT: decoder fine-tuned on a frozen encoder. cos_raw: mean absolute cosine of channel pairs, means included; pearson_abs: the same of
 centred channels. Effective rank: exp of the entropy of the explained variance, whose covariance is that of pearson_abs."""
-
-# ---------------------------------------------------------------- metrics
-
-def scores(x_hat, x):
-    """Dict of the four fidelity metrics of one volume; x_hat, x: (1,1,D,H,W), x in [0,1]."""
-    x_hat, brain = x_hat.float().clamp(0, 1), x > 0
-    similarity = ssim_map(x_hat, x)
-    border = [slice((n - m) // 2, (n - m) // 2 + m) for n, m in zip(x.shape[2:], similarity.shape[2:])]
-    inside = brain[(slice(None), slice(None), *border)]
-    return {'psnr_whole': psnr(x_hat, x).item(), 'ssim_whole': 100 * similarity.mean().item(),
-            'psnr_brain': psnr(x_hat, x, mask=brain).item(), 'ssim_brain': 100 * similarity[inside].mean().item()}
-
-def summarise(values, subjects, draws=2000):
-    """values: per session, subjects: their ids -> mean and sd over subjects, n, and the 95 % bootstrap interval of the mean."""
-    ids = sorted(set(subjects))
-    means = np.array([np.mean([v for v, s in zip(values, subjects) if s == i]) for i in ids])
-    boot = means[random(seed, 0).integers(len(means), size=(draws, len(means)))].mean(1)
-    return {'mean': float(means.mean()), 'sd': float(means.std(ddof=1)) if len(means) > 1 else 0.0, 'n_subjects': len(means),
-            'n_sessions': len(values), 'ci95': [float(q) for q in np.quantile(boot, [0.025, 0.975])]}
-
-# ---------------------------------------------------------------- geometry of the latent
-
-def moments(z):
-    """z (N,C) or (B,C,d,h,w) -> float64 matrix (C+1,C+1): sums of products of the channels and of a constant 1."""
-    rows = z if z.ndim == 2 else z.movedim(1, -1).flatten(0, -2)
-    rows = torch.nn.functional.pad(rows.double(), (0, 1), value=1.0)
-    return rows.T @ rows
-
-def covariance(m):
-    """(C,C) unbiased covariance out of moments()."""
-    n, mean = m[-1, -1], m[-1, :-1] / m[-1, -1]
-    return (m[:-1, :-1] - n * torch.outer(mean, mean)) / (n - 1)
-
-def cosine_of(m, centred):
-    gram = covariance(m) if centred else m[:-1, :-1]
-    norm = gram.diagonal().clamp(min=1e-30).rsqrt()
-    return (gram * norm * norm[:, None]).abs()
-
-def variance_shares(m):
-    """(C,) eigenvalues of the covariance over their sum, descending."""
-    values = torch.linalg.eigvalsh(covariance(m)).flip(0).clamp(min=0)
-    return values / values.sum()
-
-def rank_of(shares):
-    return torch.exp(-torch.xlogy(shares, shares).sum()).item()
-
-def channel_cosine(z, centred=True):
-    """z (N,C) or (B,C,d,h,w) -> (C,C) absolute cosine between channels over all positions, DeCo table 1 and fig. 2.
-
-    centred=True subtracts each channel's mean first: |Pearson correlation|. Without it, the means of channels count as
-    similarity, and no covariance says anything about them.
-    """
-    return cosine_of(moments(z), centred)
-
-def effective_rank(z):
-    """exp of the entropy of explained_variance(z): 1 to C, DeCo table 1."""
-    return rank_of(explained_variance(z))
-
-def explained_variance(z):
-    """z (N,C) or (B,C,d,h,w) -> (C,) shares of the variance along the principal axes of the channels, descending, DeCo fig. 3."""
-    return variance_shares(moments(z))
-
-def latent_geometry(m, sigma):
-    """Summary of the moments m of a set's latents; every number comes from the same covariance. sigma: mean posterior sd or None."""
-    shares, C = variance_shares(m), len(m) - 1
-    off = ~torch.eye(C, dtype=bool)
-    return {'channels': C, 'cos_raw': cosine_of(m, False)[off].mean().item() if C > 1 else None,
-            'pearson_abs': cosine_of(m, True)[off].mean().item() if C > 1 else None, 'effective_rank': rank_of(shares),
-            'explained_variance': shares.tolist(), 'channel_sd': covariance(m).diagonal().sqrt().tolist(), 'posterior_sigma': sigma}
-
-# ---------------------------------------------------------------- distances between sets
-
-def frechet_parts(mu1, cov1, mu2, cov2):
-    """Mean part |mu1 - mu2|^2 and covariance part tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)) of the Frechet distance, float64."""
-    mu1, cov1, mu2, cov2 = (torch.as_tensor(t, dtype=torch.float64) for t in (mu1, cov1, mu2, cov2))
-    values, vectors = torch.linalg.eigh(cov1)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()  # symmetric, with the eigenvalues of cov1 cov2
-    return (mu1 - mu2).square().sum().item(), (cov1.trace() + cov2.trace() - 2 * cross).item()
-
-def frechet_distance(mu1, cov1, mu2, cov2):
-    """Squared Frechet distance between two Gaussians, the "FID" of features; mu (C,), cov (C,C), arrays or tensors."""
-    return sum(frechet_parts(mu1, cov1, mu2, cov2))
-
-# ---------------------------------------------------------------- label maps
-
-def dice(a, b, labels):
-    """Label maps a, b (D,H,W) of one shape -> {label: 2 |a and b| / (|a| + |b|)}, nan where neither has the label."""
-    a, b = np.asarray(a), np.asarray(b)
-    if a.shape != b.shape: raise ValueError(f'dice of label maps of shapes {a.shape} and {b.shape}')
-    result = {}
-    for label in labels:
-        x, y = a == label, b == label
-        result[label] = float(2 * (x & y).sum() / (x.sum() + y.sum())) if x.any() or y.any() else float('nan')
-    return result
-
-def region_volumes_mm3(seg, labels, spacing_mm):
-    """Label map (D,H,W) -> {label: volume in mm3}. spacing_mm: one number or three. labels: numbers, or {name: numbers to add up}."""
-    voxel = float(np.prod(np.broadcast_to(spacing_mm, 3)))
-    merged = labels if isinstance(labels, dict) else {label: (label,) for label in labels}
-    return {name: voxel * int(np.isin(seg, parts).sum()) for name, parts in merged.items()}
-
-# ---------------------------------------------------------------- what a latent knows
-
-def auc(score, positive):
-    """Area under the ROC curve: the chance that a positive scores above a negative, ties counting half."""
-    rank = stats.rankdata(score)
-    n = positive.sum()
-    return float((rank[positive].sum() - n * (n + 1) / 2) / (n * (len(positive) - n)))
-
-def logistic(x, y, ridge):
-    """Weights and bias that minimise mean log loss + ridge |w|^2 / 2 for y in {0, 1}, by L-BFGS."""
-    def loss(p):
-        margin = x @ p[:-1] + p[-1]
-        residual = special.expit(margin) - y
-        return np.logaddexp(0, margin).mean() - (y * margin).mean() + ridge * (p[:-1] ** 2).sum() / 2, np.append(x.T @ residual / len(y) + ridge * p[:-1], residual.mean())
-    return optimize.minimize(loss, np.zeros(x.shape[1] + 1), jac=True, method='L-BFGS-B', options={'maxiter': 500}).x
-
-def linear_probe(z, y, groups, folds=5, ridge=0.1):
-    """Can a linear function of frozen features tell two classes apart? Cross-validated, no group on both sides of a fold.
-
-    z (N, features), or (N, C, d, h, w), flattened; y (N,) two values; groups (N,), such as subjects. Features are standardised and
-    the ridge-logistic regression fitted on the training folds alone; with more features than rows, in the span of the rows, which
-    is the same. returns dict: accuracy, balanced_accuracy, auc, per session; subject_accuracy, by the mean score of a group;
-    n, n_groups, ci95 of accuracy by bootstrap of groups. ValueError with one class or fewer groups of a class than folds.
-    """
-    z, y, groups = np.asarray(z, np.float64).reshape(len(z), -1), np.asarray(y), np.asarray(groups)
-    classes = np.unique(y)
-    if len(classes) != 2: raise ValueError(f'a probe needs two classes, got {len(classes)}')
-    positive = y == classes[1]
-    first = {g: positive[groups == g][0] for g in np.unique(groups)}
-    rng, fold_of = random(seed, 8), {}
-    for value in (False, True):
-        members = [g for g in first if first[g] == value]
-        if len(members) < folds: raise ValueError(f'{len(members)} subjects of class {classes[int(value)]}: at least {folds} are needed')
-        fold_of |= {members[k]: place % folds for place, k in enumerate(rng.permutation(len(members)))}  # each fold has both classes
-    fold, score = np.array([fold_of[g] for g in groups]), np.zeros(len(y))
-    for k in range(folds):
-        train = fold != k
-        mean, sd = z[train].mean(0), z[train].std(0)
-        x = (z - mean) / np.where(sd > 1e-12, sd, 1)
-        if x.shape[1] > train.sum():
-            _, _, axes = np.linalg.svd(x[train], full_matrices=False)
-            x = x @ axes.T
-        weights = logistic(x[train], positive[train].astype(float), ridge)
-        score[~train] = x[~train] @ weights[:-1] + weights[-1]
-    right = (score > 0) == positive
-    names = np.array(list(first))
-    by_group = np.array([right[groups == g].mean() for g in names])
-    votes = np.array([(score[groups == g].mean() > 0) == first[g] for g in names])
-    boot = by_group[random(seed, 9).integers(len(names), size=(2000, len(names)))].mean(1)
-    return {'accuracy': float(right.mean()), 'balanced_accuracy': float((right[positive].mean() + right[~positive].mean()) / 2),
-            'auc': auc(score, positive), 'subject_accuracy': float(votes.mean()), 'n': len(y), 'n_groups': len(names),
-            'ci95': [float(q) for q in np.quantile(boot, [0.025, 0.975])]}
 
 # ---------------------------------------------------------------- reference rows
 
@@ -289,9 +144,64 @@ def cross_modal(model, names, subject, x, cross):
                 found = cross.setdefault((names[a], names[b], style), [])
                 found.append((subject, scores(model.decode(codes[a], film), x[b])))
 
+# ---------------------------------------------------------------- Frechet distances
+
+def load_extractor():
+    """(name for the table, function of slices) of the features setting."""
+    if features == 'random': return 'RANDOM features (no FID)', RandomFeatures().to(device)
+    network = load_radimagenet(features, released=features_as_released).to(device)
+    return 'RadImageNet as released by DeCo-VAE' if features_as_released else 'RadImageNet', lambda slices: network(radimagenet_input(slices))
+
+def read_generated(folder, name):
+    """Volumes (1,1,D,H,W) of sample_*[_MODALITY].nii.gz in a folder; of one modality where the files name one."""
+    paths = sorted(glob.glob(os.path.join(folder, f'sample_*_{name}.nii.gz'))) or sorted(glob.glob(os.path.join(folder, 'sample_???.nii.gz')))
+    if not paths: raise ValueError(f'{folder}: no sample_*.nii.gz of {name}')
+    return (torch.from_numpy(nifti.read(path)[0])[None, None].to(device) for path in paths)
+
+@torch.no_grad()
+def frechet_rows(models, n):
+    """rFID and gFID of each (name, model, modalities, folder of generated volumes or '') and the floor, per modality: list of dicts.
+
+    Real: the first n sessions of the split. Floor: their even against their odd subjects. A row that cannot be computed says why.
+    """
+    extractor_name, extractor = load_extractor()
+    rows, real = [], {}
+    def volumes(test, m, keep=lambda i: True):
+        return (torch.tensor(test.volume(i, m), dtype=torch.float32, device=device)[None, None] for i in range(n) if m in test.present(i) and keep(i))
+    def add(row, modality, make):
+        try: rows.append({'row': row, 'modality': modality} | make())
+        except ValueError as e: rows.append({'row': row, 'modality': modality, 'reason': str(e)})
+    for name, model, known, folder in models:
+        test = Sessions(data_dir, known, split)
+        subjects = sorted({row['subject'] for row in test.rows[:n]})
+        for m, modality in enumerate(known):
+            if modality not in real:
+                real[modality] = feature_moments(tqdm(volumes(test, m), desc=f'features {modality}', leave=False), extractor, fid_slices)
+                halves = [volumes(test, m, lambda i, h=h: subjects.index(test.rows[i]['subject']) % 2 == h) for h in (0, 1)]
+                add('floor: real against real', modality, lambda: slice_frechet(*[feature_moments(half, extractor, fid_slices) for half in halves]))
+            rebuilt = (model.reconstruct(x, m).float() for x in tqdm(volumes(test, m), desc=f'rFID {modality}', leave=False))
+            add(f'{name} rFID', modality, lambda: slice_frechet(real[modality], feature_moments(rebuilt, extractor, fid_slices)))
+            if folder: add(f'{name} gFID', modality, lambda: slice_frechet(real[modality], feature_moments(read_generated(folder, modality), extractor, fid_slices)))
+    return extractor_name, rows
+
+def frechet_table(extractor_name, rows):
+    """Lines of markdown."""
+    lines = ['', f'Frechet distance on slices, {extractor_name}, {fid_slices} slices', '',
+             '| row | modality | axial | coronal | sagittal | mean | of it means | covariances | slices (real / other) |', '|' + ' --- |' * 9]
+    for r in rows:
+        if 'reason' in r: lines.append(f"| {r['row']} | {r['modality']} | | | | | | | {r['reason']} |")
+        else: lines.append(f"| {r['row']} | {r['modality']} | " + ' | '.join(f'{r[k]:.4f}' for k in ('axial', 'coronal', 'sagittal', 'mean', 'mean_part', 'covariance_part'))
+                           + ' | ' + ', '.join(f'{p} {a} / {b}' for p, (a, b) in r['slices'].items()) + ' |')
+    means = {(r['row'], r['modality']): r['mean'] for r in rows if 'mean' in r}
+    for (row, modality), value in means.items():
+        if row.endswith('gFID') and (other := (row[:-4] + 'rFID', modality)) in means: lines.append(f'\n{row[:-5]} {modality}: gFID - rFID {value - means[other]:.4f}')
+    return lines
+
+# ---------------------------------------------------------------- summaries
+
 def collapse(found):
     """[(subject, scores)] -> {metric: summary over subjects}."""
-    return {metric: summarise([s[metric] for _, s in found], [subject for subject, _ in found]) for metric in found[0][1]} if found else {}
+    return {metric: summarise([s[metric] for _, s in found], [subject for subject, _ in found], seed=seed) for metric in found[0][1]} if found else {}
 
 def code_use(counts):
     """Codes used at least once and perplexity of histograms (codebooks, K), means over the codebooks; tokens of all."""
@@ -364,7 +274,7 @@ def main():
     out_dir = out_dir or os.path.dirname(paths[0]) or '.'
     make_out_dir(out_dir)
     results, shown = {'data_dir': data_dir, 'split': split, 'definitions': DEFINITIONS, 'rows': []}, None
-    modalities, rates = [], []
+    modalities, rates, models, folders = [], [], [], [f for f in generated.split(',') if f]
     for path, checkpoint in zip(paths, checkpoints):
         model = from_checkpoint(checkpoint).to(device)
         if not hasattr(model, 'reconstruct'): raise SystemExit(f'{path}: a flow, not an autoencoder')
@@ -377,6 +287,7 @@ def main():
         shown = shown or pair
         bits, style = model.bits_per_volume(test.shape), model.style_bits()
         rates.append(bits + style)
+        models.append((os.path.basename(os.path.dirname(path)) or path, model, known, folders.pop(0) if folders else ''))
         results['rows'].append({
             'name': os.path.basename(os.path.dirname(path)) or path, 'ckpt': path, 'iter': checkpoint['iter_num'], 'git_commit': checkpoint['git_commit'],
             'f': f'{model.factor}x', 'latent': 'x'.join(map(str, model.latent_shape(test.shape))), 'bits': f'{bits:.0f}' + (f' + {style}' if style else ''),
@@ -390,6 +301,9 @@ def main():
             results['rows'].append({'name': name, 'f': '', 'latent': '', 'bits': name.split()[-2] if 'DCT' in name else '', 'dft': '',
                                     'fidelity': {m: collapse(f) for m, f in found.items()}})
     text = markdown(results, modalities)
+    if features:
+        results['frechet_features'], results['frechet'] = frechet_rows(models, n)
+        text += '\n'.join(frechet_table(results['frechet_features'], results['frechet'])) + '\n'
     print(text)
     write_text(os.path.join(out_dir, 'table.md'), text)
     write_text(os.path.join(out_dir, 'table.json'), json.dumps(results, indent=1))

@@ -282,6 +282,18 @@ def load_radimagenet(path, released=False):
     if released: state = {k: v for k, v in state.items() if not (k.endswith('.bias') and ('conv' in k or k.endswith('downsample.0.bias')))}
     return fill(RadImageNet(released), state).requires_grad_(False)
 
+class RandomFeatures(nn.Module):
+    """Slices (B,1,H,W) in [0,1] -> (B,64): fixed random convolutions, for tests of the path; distances in it are no FID."""
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(nn.Conv2d(1, 32, 5, 2, 2), nn.ReLU(), nn.Conv2d(32, 64, 5, 2, 2), nn.ReLU(), nn.Conv2d(64, 64, 3, 2, 1))
+        self.requires_grad_(False)
+
+    def forward(self, slices):
+        return self.layers(slices).mean((2, 3))
+
 # ---------------------------------------------------------------- SynthSeg
 
 SYNTHSEG_LABELS = (0, 2, 3, 4, 5, 7, 8, 10, 11, 12, 13, 14, 15, 16, 17, 18, 24, 26, 28, 41, 42, 43, 44, 46, 47, 49, 50, 51, 52, 53, 54, 58, 60)

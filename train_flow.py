@@ -11,15 +11,14 @@ validation loss), log.jsonl, config.py and, with matplotlib, samples_ITER.png.
 import copy
 import math
 import os
-import signal
 import sys
 import time
 
 import torch
 import torch.distributed as dist
 
-from common import (all_reduce_mean, autocast, configure, git_commit, load_checkpoint, log_json, make_out_dir, peak_flops, print0,
-                    save_checkpoint, start_processes, stop_processes, update_average, write_text)
+from common import (all_reduce_mean, autocast, catch_signals, configure, git_commit, load_checkpoint, make_out_dir, open_log, peak_flops, print0,
+                    save_checkpoint, start_processes, stop_processes, update_average)
 from data import prefetch
 from flow import draw_times, flow_matching_loss, sample
 from latents import Latents, encode_sessions
@@ -181,19 +180,8 @@ if __name__ == '__main__':
     flops = unet_flops(raw_model, train_set.shape)
     print0(f'{sum(p.numel() for p in trained) / 1e6:.2f} M parameters, {flops / 1e9:.1f} GFLOP per latent forward, on {device} x {world}')
 
-    # ------------------------------------------------------------ output
-    if rank == 0:
-        write_text(os.path.join(out_dir, 'config.py'), ''.join(f'{k} = {v!r}\n' for k, v in config.items()))
-        if wandb_project:
-            try: import wandb
-            except ImportError: raise SystemExit('--wandb_project needs wandb: pip install wandb, or leave it empty')
-            wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=config)
-    def log(record):
-        if rank: return
-        log_json(out_dir, record)
-        if wandb_project: wandb.log(record, step=record['iter'])
-    asked_to_stop = []
-    for sig in (signal.SIGINT, signal.SIGTERM): signal.signal(sig, lambda number, frame: asked_to_stop.append(number))
+    # ------------------------------------------------------------ log
+    log, stop_signal = open_log(out_dir, config, wandb_project), catch_signals()
 
     # ------------------------------------------------------------ loop
     raw_model.train()
@@ -218,10 +206,7 @@ if __name__ == '__main__':
         optimizer.zero_grad(set_to_none=True)
         if ema: update_average(ema, raw_model, min(ema_decay, (1 + it) / (10 + it)))
         it += 1
-        if world > 1:  # a signal may reach the processes at different steps, or only one of them
-            stopping = torch.tensor(len(asked_to_stop) and asked_to_stop[0])
-            dist.all_reduce(stopping, dist.ReduceOp.MAX)
-            if stopping: asked_to_stop[:] = [int(stopping)]
+        stopped_by = stop_signal()
 
         if it % log_interval == 0 or it == first + 1:
             values = torch.stack([loss.detach(), gradient])
@@ -238,8 +223,8 @@ if __name__ == '__main__':
             if not math.isfinite(values.sum().item()): raise SystemExit(f'iteration {it}: the loss or its gradient is not finite; ckpt.pt holds the last good state')
             clock, waited, logged = time.perf_counter(), 0.0, it
 
-        if it % eval_interval == 0 or it == stop or asked_to_stop:
-            if val_set and not asked_to_stop:
+        if it % eval_interval == 0 or it == stop or stopped_by:
+            if val_set and not stopped_by:
                 record = {'iter': it} | validate()
                 log(record)
                 print0(f'iter {it}: val/loss {record["val/loss"]:.4f}')
@@ -249,9 +234,9 @@ if __name__ == '__main__':
             save('ckpt.pt')
             clock, waited, logged = time.perf_counter(), 0.0, it
         if sample_interval and it % sample_interval == 0 and rank == 0: draw_samples()
-        if asked_to_stop:
-            print0(f'stopped by signal {asked_to_stop[0]} after iteration {it}; go on with --init_from=resume')
+        if stopped_by:
+            print0(f'stopped by signal {stopped_by} after iteration {it}; go on with --init_from=resume')
             stop_processes()
-            raise SystemExit(128 + asked_to_stop[0])
+            raise SystemExit(128 + stopped_by)
     print0(f'done: {out_dir}/ckpt.pt')
     stop_processes()

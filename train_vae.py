@@ -14,7 +14,6 @@ import math
 import os
 import random
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -23,8 +22,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from common import (all_reduce_mean, autocast, configure, git_commit, load_checkpoint, log_json, make_out_dir, peak_flops, print0,
-                    save_checkpoint, start_processes, stop_processes, update_average, write_text)
+from common import (all_reduce_mean, autocast, catch_signals, configure, git_commit, load_checkpoint, make_out_dir, open_log, peak_flops, print0,
+                    save_checkpoint, start_processes, stop_processes, update_average)
 from data import Sessions, prefetch
 from losses import (ModalityClassifier, PatchDiscriminator, adversarial_loss, cov_loss, generator_loss, grad_reverse, kl_loss,
                     perceptual_loss, psnr, random_slices, reconstruction_loss, sid_loss, ssim, var_loss)
@@ -324,19 +323,8 @@ if __name__ == '__main__':
            f'({16 * math.prod(train_set.shape) / bits:.0f}x less than 16-bit voxels), '
            f'{sum(cost) / 1e9:.1f} GFLOP forward for {"x".join(map(str, sample_shape))}, on {device} x {world}')
 
-    # ------------------------------------------------------------ output
-    if rank == 0:
-        write_text(os.path.join(out_dir, 'config.py'), ''.join(f'{k} = {v!r}\n' for k, v in config.items()))
-        if wandb_project:
-            try: import wandb
-            except ImportError: raise SystemExit('--wandb_project needs wandb: pip install wandb, or leave it empty')
-            wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=config)
-    def log(record):
-        if rank: return
-        log_json(out_dir, record)
-        if wandb_project: wandb.log(record, step=record['iter'])
-    asked_to_stop = []
-    for sig in (signal.SIGINT, signal.SIGTERM): signal.signal(sig, lambda number, frame: asked_to_stop.append(number))
+    # ------------------------------------------------------------ log
+    log, stop_signal = open_log(out_dir, config, wandb_project), catch_signals()
 
     # ------------------------------------------------------------ loop
     train_mode()
@@ -376,10 +364,7 @@ if __name__ == '__main__':
             critic_optimizer.zero_grad(set_to_none=True)
         if ema: update_average(ema, raw_model, min(ema_decay, (1 + it) / (10 + it)))  # a short average while weights move fast
         it += 1
-        if world > 1:  # a signal may reach the processes at different steps, or only one of them
-            stopping = torch.tensor(len(asked_to_stop) and asked_to_stop[0])
-            dist.all_reduce(stopping, dist.ReduceOp.MAX)
-            if stopping: asked_to_stop[:] = [int(stopping)]
+        stopped_by = stop_signal()
 
         if it % log_interval == 0 or it == first + 1:
             if hasattr(raw_model, 'quantizer'): terms['perplexity'] = raw_model.quantizer.perplexity()
@@ -403,8 +388,8 @@ if __name__ == '__main__':
                 raise SystemExit(f'iteration {it}: a loss or gradient is not finite; ckpt.pt holds the last good state')
             clock, waited, seen, done_flops, logged = time.perf_counter(), 0.0, {}, 0.0, it
 
-        if it % eval_interval == 0 or it in (iters_3d, stop) or asked_to_stop:
-            if val_set and not asked_to_stop:
+        if it % eval_interval == 0 or it in (iters_3d, stop) or stopped_by:
+            if val_set and not stopped_by:
                 record = {'iter': it} | validate()
                 log(record)
                 print0(f'iter {it}: ' + ' | '.join(f'{k} {v:.2f}' for k, v in record.items() if 'psnr' in k))
@@ -414,9 +399,9 @@ if __name__ == '__main__':
             save('ckpt.pt')
             if it == iters_3d and joint == 'sequential': save('ckpt_3d.pt')
             clock, waited, seen, done_flops, logged = time.perf_counter(), 0.0, {}, 0.0, it
-        if asked_to_stop:
-            print0(f'stopped by signal {asked_to_stop[0]} after iteration {it}; go on with --init_from=resume')
+        if stopped_by:
+            print0(f'stopped by signal {stopped_by} after iteration {it}; go on with --init_from=resume')
             stop_processes()
-            raise SystemExit(128 + asked_to_stop[0])
+            raise SystemExit(128 + stopped_by)
     print0(f'done: {out_dir}/ckpt.pt')
     stop_processes()

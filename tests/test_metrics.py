@@ -1,9 +1,10 @@
 """Distances between sets, label maps and the probe: closed forms and constructed cases."""
 import numpy as np
 import pytest
+import torch
 from scipy import linalg
 
-from evaluate import auc, dice, frechet_distance, frechet_parts, linear_probe, region_volumes_mm3
+from metrics import auc, dice, feature_moments, frechet_distance, frechet_parts, linear_probe, region_volumes_mm3, slice_frechet
 
 def covariance(rng, n):
     a = rng.normal(size=(n, 3 * n))
@@ -67,3 +68,23 @@ def test_probes_that_cannot_be_made_are_refused():
     z, y, groups = people(np.random.default_rng(0))
     with pytest.raises(ValueError, match='two classes'): linear_probe(z, ['F'] * len(y), groups)
     with pytest.raises(ValueError, match='at least 5'): linear_probe(z[:12], y[:12], groups[:12])
+
+def test_streamed_slice_features_give_the_distance_of_all_of_them_at_once():
+    torch.manual_seed(0)
+    extractor = lambda s: torch.stack([s.mean((1, 2, 3)), s.std((1, 2, 3)), s.amax((1, 2, 3))], 1)
+    a, b = [torch.rand(1, 1, 8, 10, 12) for _ in range(6)], [torch.rand(1, 1, 8, 10, 12) ** 1.5 for _ in range(5)]
+    found = slice_frechet(feature_moments(a, extractor, batch=3), feature_moments(iter(b), extractor))
+    for axis, plane in enumerate(('sagittal', 'coronal', 'axial')):
+        fa, fb = (np.concatenate([extractor(torch.stack(v[0, 0].unbind(axis))[:, None]) for v in s]) for s in (a, b))
+        assert found[plane] == pytest.approx(frechet_distance(fa.mean(0), np.cov(fa.T), fb.mean(0), np.cov(fb.T)), rel=1e-5)
+        assert found['slices'][plane] == (6 * (8, 10, 12)[axis], 5 * (8, 10, 12)[axis])
+    assert found['mean'] == pytest.approx(found['mean_part'] + found['covariance_part'])
+    central = feature_moments(a, extractor, 'central')
+    assert central['coronal'][-1, -1] == 6 * 4
+    same = slice_frechet(feature_moments(a, extractor), feature_moments(a, extractor))
+    assert abs(same['mean']) < 1e-9
+
+def test_too_few_slices_for_the_features_are_refused_with_both_numbers():
+    few = feature_moments([torch.rand(1, 1, 4, 4, 4)], lambda s: s.flatten(1)[:, :9])
+    with pytest.raises(ValueError, match='4 sagittal slices for 9 features'): slice_frechet(few, few)
+    with pytest.raises(ValueError, match='all or central'): feature_moments([], None, 'some')

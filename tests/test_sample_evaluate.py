@@ -11,7 +11,8 @@ from scipy import ndimage
 
 from conftest import TINY, play, refused, refuses, run
 from common import load_checkpoint
-from evaluate import (channel_cosine, code_use, dct_codec, effective_rank, explained_variance, latent_geometry, moments, scores, summarise)
+from evaluate import code_use, dct_codec
+from metrics import channel_cosine, effective_rank, explained_variance, latent_geometry, moments, scores, summarise
 from losses import psnr, ssim, ssim_map
 from model import from_checkpoint
 from test_nifti import head, store

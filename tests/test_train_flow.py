@@ -142,3 +142,20 @@ def test_bad_input_ends_with_one_line(tiny_data, tmp_path):
     assert 'wants a flow' in refuses('sample.py', '--mode=generate', f'--ckpt={vae}', f'--output={tmp_path}/y', '--device=cpu')
     assert 'wants an autoencoder' in refuses('sample.py', '--mode=reconstruct', f'--ckpt={tmp_path}/flow/ckpt.pt', '--input=a.nii', f'--output={tmp_path}/y.nii', '--device=cpu')
     assert 'a flow' in refuses('evaluate.py', f'--ckpt={tmp_path}/flow/ckpt.pt', f'--data_dir={tiny_data}', '--device=cpu')
+
+def test_evaluate_prints_frechet_distances_of_reconstructed_and_generated_slices(tiny_data, tmp_path):
+    vae = train_vae(tiny_data, tmp_path / 'vae')
+    train_flow(vae, tmp_path / 'flow')
+    generate(tmp_path / 'flow', tmp_path / 'new', '--n=3')
+    args = [f'--ckpt={vae}', f'--data_dir={tiny_data}', '--split=train', '--device=cpu', '--reference_sessions=0']
+    printed = play('evaluate.py', *args, '--features=random', f'--generated={tmp_path}/new')
+    assert 'RANDOM features' in printed and 'gFID - rFID' in printed
+    rows = json.loads((tmp_path / 'vae' / 'table.json').read_text())['frechet']
+    assert [r['row'] for r in rows] == ['floor: real against real', 'vae rFID', 'vae gFID'] * 2
+    found = {(r['row'], r['modality']): r for r in rows}
+    assert found['vae rFID', 'T1w']['mean'] > found['floor: real against real', 'T1w']['mean'] > 0
+    assert found['vae gFID', 'T2w']['slices']['axial'] == [7 * 32, 3 * 32]
+    play('evaluate.py', *args, '--features=random', '--max_sessions=1')
+    rows = json.loads((tmp_path / 'vae' / 'table.json').read_text())['frechet']
+    assert all('more slices than features' in r['reason'] for r in rows if r['row'] == 'vae rFID')
+    assert 'RadImageNet-ResNet50_notop.pth' in refuses('evaluate.py', *args, '--features=/nowhere.pth')

@@ -18,10 +18,10 @@ import torch.distributed as dist
 def configure(g, argv):
     """Override a script's plain globals `g` from config files and --key=value flags, left to right; return them as a dict.
 
-    Settings are the bool, int, float, str and tuple globals whose names have no leading underscore. A config file holds
+    Settings are the bool, int, float, str and tuple globals with lower-case names and no leading underscore. A config file holds
     `name = value` lines. An unknown key or a value of another type ends the program with one line.
     """
-    known = {k: type(v) for k, v in g.items() if k[0] != '_' and type(v) in (bool, int, float, str, tuple)}
+    known = {k: type(v) for k, v in g.items() if k[0] != '_' and k == k.lower() and type(v) in (bool, int, float, str, tuple)}
 
     def put(source, key, value):
         if key not in known:

@@ -23,7 +23,7 @@ from losses import psnr
 from metrics import (channel_cosine, dice, effective_rank, explained_variance, feature_moments, frechet_distance, latent_geometry,
                      linear_probe, moments, region_volumes_mm3, scores, slice_frechet, summarise)
 from model import from_checkpoint
-from pretrained import RandomFeatures, load_radimagenet, radimagenet_input
+from pretrained import LPIPS, RandomFeatures, load_radimagenet, radimagenet_input
 
 # ---------------------------------------------------------------- settings
 ckpt = 'out/neuroquant/best.pt'  # one, or several separated by commas
@@ -31,6 +31,8 @@ data_dir = ''               # '' for the one the first checkpoint was trained on
 split = 'test'
 max_sessions = -1           # -1 for all of the split
 reference_sessions = 50     # sessions the reference rows are computed on; 0 for no such rows
+lpips = ''                  # 'squeeze', 'alex' or 'vgg' for LPIPS columns, with the two files below; or 'random', a fixed random trunk
+lpips_trunk, lpips_lin = '', ''
 features = ''               # Frechet distances: path of RadImageNet-ResNet50_notop.pth, or 'random', a fixed random network; '' for none
 features_as_released = False  # read that file as DeCo-VAE's code does, biases dropped and strides moved
 fid_slices = 'all'          # or 'central': the middle 40 % of each plane
@@ -40,8 +42,11 @@ device = ''
 dtype = 'float32'           # bfloat16 for autocast
 seed = 0                    # of the bootstrap
 
+lpips_net = None            # the network of the lpips setting, once loaded
+
 DEFINITIONS = """\
 PSNR: dB, data range 1, prediction clamped to [0,1]. SSIM: 3D, Gaussian window 11, sigma 1.5, K1 0.01, K2 0.03, valid region, times 100.
+SSIM uniform: scikit-image's default, a uniform window of 7 with sample covariance, as DeCo-VAE; times 100. LPIPS: over all slices, [0,1] as is.
 whole: every voxel of the box. brain: voxels where the input is above 0 (SSIM: windows centred there).
 Mean +- standard deviation over subjects, the sessions of a subject averaged first.
 DFT: decoder fine-tuned on a frozen encoder. cos_raw: mean absolute cosine of channel pairs, means included; pearson_abs: the same of
@@ -103,7 +108,7 @@ def reference_rows(test, train, n, rates):
                    **{f'DCT codec at {bits:.0f} bits': [dct_codec(v, bits) for v in tqdm(volumes, desc='DCT codec', leave=False)] for bits in rates},
                    'blur, sigma 1 voxel (codes nothing)': [ndimage.gaussian_filter(v, 1.0) for v in volumes]}
         for row, predictions in guesses.items():
-            rows.setdefault(row, {})[name] = [(test.rows[i]['subject'], scores(torch.tensor(p)[None, None], torch.tensor(v)[None, None]))
+            rows.setdefault(row, {})[name] = [(test.rows[i]['subject'], scores(torch.tensor(p, device=device)[None, None], torch.tensor(v, device=device)[None, None], lpips_net))
                                               for i, p, v in zip(sessions, predictions, volumes)]
     return rows
 
@@ -127,7 +132,7 @@ def judge(model, test, n):
                 if logvar is not None: sigmas.append(torch.exp(0.5 * logvar.float()).mean().item())
                 if books:
                     for k, book in enumerate(model.tokens(x[m]).reshape(books, -1).cpu()): counts[m, k] += np.bincount(book, minlength=counts.shape[2])
-                fidelity[test.modalities[m]].append((subject, scores(x_hat[m], x[m])))
+                fidelity[test.modalities[m]].append((subject, scores(x_hat[m], x[m], lpips_net)))
             if hasattr(model, 'translate') and model.config.film: cross_modal(model, test.modalities, subject, x, cross)
         if shown is None and len(x) == len(test.modalities):
             shown = {test.modalities[m]: (x[m].cpu().numpy()[0, 0], x_hat[m].clamp(0, 1).cpu().numpy()[0, 0]) for m in x}
@@ -142,7 +147,7 @@ def cross_modal(model, names, subject, x, cross):
             if a == b: continue
             for style, film in (('own', films[b]), ('mean', model.mean_film(b, codes[a]))):
                 found = cross.setdefault((names[a], names[b], style), [])
-                found.append((subject, scores(model.decode(codes[a], film), x[b])))
+                found.append((subject, scores(model.decode(codes[a], film), x[b], lpips_net)))
 
 # ---------------------------------------------------------------- Frechet distances
 
@@ -211,19 +216,27 @@ def code_use(counts):
 
 # ---------------------------------------------------------------- output
 
-def cell(summary, digits=2):
-    return f"{summary['mean']:.{digits}f} +- {summary['sd']:.{digits}f}" if summary else ''
+def cell(summary):
+    """Mean +- sd; four digits for distances, which are far below 1."""
+    if not summary: return ''
+    digits = 2 if abs(summary['mean']) >= 1 else 4
+    return f"{summary['mean']:.{digits}f} +- {summary['sd']:.{digits}f}"
 
-METRICS = {'psnr_whole': 'PSNR', 'ssim_whole': 'SSIM', 'psnr_brain': 'PSNR brain', 'ssim_brain': 'SSIM brain'}
+METRICS = {'psnr_whole': 'PSNR', 'ssim_whole': 'SSIM', 'psnr_brain': 'PSNR brain', 'ssim_brain': 'SSIM brain', 'ssim_uniform_whole': 'SSIM uniform'}
+
+def metric_names():
+    """{key of scores: its name in the tables}."""
+    if not lpips: return METRICS
+    return METRICS | {'lpips_sum': 'RANDOM trunk (no LPIPS), sum' if lpips == 'random' else f'LPIPS {lpips}, sum', 'lpips_mean': 'mean of planes'}
 
 def markdown(results, modalities):
     """The tables as text."""
     n = max(s['psnr_whole']['n_subjects'] for row in results['rows'] for s in row['fidelity'].values() if s)
-    head = ['model', 'f', 'latent', 'bits/volume', 'DFT', *[f'{m} {name}' for m in modalities for name in METRICS.values()]]
+    head = ['model', 'f', 'latent', 'bits/volume', 'DFT', *[f'{m} {name}' for m in modalities for name in metric_names().values()]]
     lines = [f"Reconstruction, split {results['split']} of {results['data_dir']}, {n} subjects", '', '| ' + ' | '.join(head) + ' |',
              '|' + ' --- |' * len(head)]
     for row in results['rows']:
-        cells = [cell(row['fidelity'].get(m, {}).get(k)) for m in modalities for k in METRICS]
+        cells = [cell(row['fidelity'].get(m, {}).get(k)) for m in modalities for k in metric_names()]
         lines.append('| ' + ' | '.join([row['name'], row['f'], row['latent'], row['bits'], row['dft'], *cells]) + ' |')
     models = [row for row in results['rows'] if 'geometry' in row]
     lines += ['', f'Latent, all positions of the same scans', '',
@@ -239,8 +252,8 @@ def markdown(results, modalities):
                 f"{k} {v['used']:.0f} used, perplexity {v['perplexity']:.1f}, {v['tokens']} tokens" for k, v in row['codes'].items())]
         if row['cross']:
             lines += ['', f"{row['name']}, cross-modal: anatomy of the source, style of the target scan (eq. 13) or the target's running mean (no target scan)", '',
-                      '| source -> target | style | ' + ' | '.join(METRICS.values()) + ' |', '|' + ' --- |' * 6]
-            lines += [f"| {c['source']} -> {c['target']} | {c['style']} | " + ' | '.join(cell(c['scores'][k]) for k in METRICS) + ' |' for c in row['cross']]
+                      '| source -> target | style | ' + ' | '.join(metric_names().values()) + ' |', '|' + ' --- |' * (2 + len(metric_names()))]
+            lines += [f"| {c['source']} -> {c['target']} | {c['style']} | " + ' | '.join(cell(c['scores'][k]) for k in metric_names()) + ' |' for c in row['cross']]
     return '\n'.join(lines) + '\n\n' + DEFINITIONS + '\n'
 
 def picture(path, shown, title):
@@ -265,7 +278,7 @@ def picture(path, shown, title):
     print(f'picture: {path}')
 
 def main():
-    global device, out_dir, data_dir
+    global device, out_dir, data_dir, lpips_net
     _, world, device = start_processes(device)
     if world > 1: raise SystemExit('evaluate.py runs in one process: start it with python, not torchrun')
     paths = [p for p in ckpt.split(',') if p]
@@ -273,6 +286,8 @@ def main():
     data_dir = data_dir or checkpoints[0]['config']['data_dir']
     out_dir = out_dir or os.path.dirname(paths[0]) or '.'
     make_out_dir(out_dir)
+    lpips_net = None
+    if lpips: lpips_net = (LPIPS() if lpips == 'random' else LPIPS(lpips, lpips_trunk, lpips_lin)).to(device)
     results, shown = {'data_dir': data_dir, 'split': split, 'definitions': DEFINITIONS, 'rows': []}, None
     modalities, rates, models, folders = [], [], [], [f for f in generated.split(',') if f]
     for path, checkpoint in zip(paths, checkpoints):

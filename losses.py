@@ -29,8 +29,8 @@ def window_mean(x, weights):
         x = (x.movedim(axis, -1) @ band.T).movedim(-1, axis)
     return x
 
-def ssim_map(x, y, data_range=1.0, window='gaussian', size=11, sigma=1.5):
-    """Structural similarity (Wang et al. 2004) at every place where the window fits -> (B, C, *valid grid).
+def ssim_terms(x, y, data_range=1.0, window='gaussian', size=11, sigma=1.5):
+    """Luminance and contrast-structure (Wang et al. 2004) wherever the window fits, each (B, C, *valid grid); SSIM is their product.
 
     x, y: (B, C, H, W), (B, C, D, H, W), or 5-D with one axis of length 1, which is then a slice. K1 0.01, K2 0.03.
     window 'gaussian': population covariance, equal to scikit-image with gaussian_weights=True, use_sample_covariance=False
@@ -52,11 +52,34 @@ def ssim_map(x, y, data_range=1.0, window='gaussian', size=11, sigma=1.5):
         mx, my, xx, yy, xy = window_mean(torch.cat([x, y, x * x, y * y, x * y], 1), weights).split(C, 1)
         vx, vy, cov = unbias * (xx - mx * mx), unbias * (yy - my * my), unbias * (xy - mx * my)
         c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-        return (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
+        return (2 * mx * my + c1) / (mx * mx + my * my + c1), (2 * cov + c2) / (vx + vy + c2)
+
+def ssim_map(x, y, **kwargs):
+    """Structural similarity at every place where the window fits -> (B, C, *valid grid). Arguments: see ssim_terms."""
+    luminance, contrast = ssim_terms(x, y, **kwargs)
+    return luminance * contrast
 
 def ssim(x, y, data_range=1.0, window='gaussian', size=11, sigma=1.5):
     """Mean of ssim_map over channels and the valid region -> (B,)."""
-    return ssim_map(x, y, data_range, window, size, sigma).flatten(1).mean(1)
+    return ssim_map(x, y, data_range=data_range, window=window, size=size, sigma=sigma).flatten(1).mean(1)
+
+def ms_ssim(x, y, data_range=1.0, size=11, sigma=1.5):
+    """Multi-scale SSIM (Wang et al. 2003) -> (B,): contrast at every scale, luminance at the last, weighted powers multiplied.
+
+    Scales are halved by 2-wide means, as many of the five as the window fits into; their weights then add to 1. Negative terms
+    count as 0.
+    """
+    weights = [0.0448, 0.2856, 0.3001, 0.2363, 0.1333]
+    levels = sum(min(n for n in x.shape[2:] if n > 1) // 2 ** k >= size for k in range(5))
+    if not levels: raise ValueError(f'ssim window {size} does not fit in {tuple(x.shape[2:])}')
+    result = 1.0
+    for level, weight in enumerate(weights[:levels]):
+        luminance, contrast = ssim_terms(x, y, data_range=data_range, size=size, sigma=sigma)
+        term = contrast if level < levels - 1 else luminance * contrast
+        result = result * term.flatten(1).mean(1).clamp(min=0) ** (weight / sum(weights[:levels]))
+        if x.ndim == 4: x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+        else: x, y = (F.avg_pool3d(t, [min(2, n) for n in t.shape[2:]]) for t in (x, y))
+    return result
 
 def reconstruction_loss(x_hat, x, ssim_weight, norm='l1'):
     """Mean error + ssim_weight (1 - SSIM), NeuroQuant eq. 12; SSIM is 3D on volumes and 2D on slices.

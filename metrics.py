@@ -4,18 +4,24 @@ import torch
 from scipy import optimize, special, stats
 
 from data import random
-from losses import psnr, ssim_map
+from losses import perceptual_loss, psnr, ssim, ssim_map
 
 # ---------------------------------------------------------------- fidelity
 
-def scores(x_hat, x):
-    """Dict of the four fidelity metrics of one volume; x_hat, x: (1,1,D,H,W), x in [0,1]."""
+def scores(x_hat, x, lpips=None):
+    """Dict of the fidelity metrics of one volume; x_hat, x: (1,1,D,H,W), x in [0,1].
+
+    lpips: a network of pretrained.LPIPS; then also 'lpips_sum', over the three planes of the mean over all slices, and 'lpips_mean'.
+    """
     x_hat, brain = x_hat.float().clamp(0, 1), x > 0
     similarity = ssim_map(x_hat, x)
     border = [slice((n - m) // 2, (n - m) // 2 + m) for n, m in zip(x.shape[2:], similarity.shape[2:])]
     inside = brain[(slice(None), slice(None), *border)]
-    return {'psnr_whole': psnr(x_hat, x).item(), 'ssim_whole': 100 * similarity.mean().item(),
-            'psnr_brain': psnr(x_hat, x, mask=brain).item(), 'ssim_brain': 100 * similarity[inside].mean().item()}
+    found = {'psnr_whole': psnr(x_hat, x).item(), 'ssim_whole': 100 * similarity.mean().item(),
+             'psnr_brain': psnr(x_hat, x, mask=brain).item(), 'ssim_brain': 100 * similarity[inside].mean().item(),
+             'ssim_uniform_whole': 100 * ssim(x_hat, x, window='uniform', size=7).item()}
+    if lpips: found |= {'lpips_sum': (total := perceptual_loss(lpips, x_hat, x, 1.0).item()), 'lpips_mean': total / 3}
+    return found
 
 def summarise(values, subjects, draws=2000, seed=0):
     """values: per session, subjects: their ids -> mean and sd over subjects, n, and the 95 % bootstrap interval of the mean."""

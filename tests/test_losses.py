@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from losses import (ModalityClassifier, PatchDiscriminator, adversarial_loss, cov_loss, generator_loss, grad_reverse, kl_loss, perceptual_loss,
+from losses import (ModalityClassifier, PatchDiscriminator, adversarial_loss, cov_loss, generator_loss, grad_reverse, kl_loss, ms_ssim, perceptual_loss,
                     psnr, random_slices, reconstruction_loss, sid_loss, ssim, vad_loss, var_loss)
 
 def pair(shape, seed=0):
@@ -70,6 +70,16 @@ def test_reversed_gradient_is_exactly_minus_alpha_times_the_plain_one():
     plain, reversed_ = gradients(z), gradients(grad_reverse(z, 0.25))
     assert torch.equal(reversed_[0], -0.25 * plain[0])
     assert all(torch.equal(a, b) for a, b in zip(plain[1:], reversed_[1:]))  # the classifier learns at full weight
+
+@pytest.mark.parametrize('shape', [(1, 1, 48, 56, 50), (2, 1, 200, 180)])
+def test_ms_ssim_equals_monais(shape):
+    metrics = pytest.importorskip('monai.metrics.regression')
+    x, y = map(torch.from_numpy, pair(shape))
+    levels = sum(min(shape[2:]) // 2 ** k >= 11 for k in range(5))
+    weights = np.array([0.0448, 0.2856, 0.3001, 0.2363, 0.1333][:levels])
+    want = metrics.compute_ms_ssim(x, y, len(shape) - 2, weights=(weights / weights.sum()).tolist())
+    torch.testing.assert_close(ms_ssim(x, y), want.flatten(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(ms_ssim(x, x), torch.ones(len(x)))
 
 # ---------------------------------------------------------------- the latent of a KL autoencoder
 

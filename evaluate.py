@@ -24,6 +24,7 @@ from metrics import (channel_cosine, dice, effective_rank, explained_variance, f
                      linear_probe, moments, region_volumes_mm3, scores, slice_frechet, summarise)
 from model import from_checkpoint
 from pretrained import LPIPS, RandomFeatures, load_radimagenet, radimagenet_input
+from segment import MERGED, make_segmenter
 
 # ---------------------------------------------------------------- settings
 ckpt = 'out/neuroquant/best.pt'  # one, or several separated by commas
@@ -33,6 +34,9 @@ max_sessions = -1           # -1 for all of the split
 reference_sessions = 50     # sessions the reference rows are computed on; 0 for no such rows
 lpips = ''                  # 'squeeze', 'alex' or 'vgg' for LPIPS columns, with the two files below; or 'random', a fixed random trunk
 lpips_trunk, lpips_lin = '', ''
+segmenter = ''              # Dice and region volumes: path of synthseg_2.0.h5, or a command with {in} and {out}
+labels = ''                 # column of subjects.tsv with given label maps as ground truth, such as dseg; '' for the segmenter's of the input
+probe = ''                  # column to tell apart from the latents, such as sex; of NeuroQuant also the modality from z_anat
 features = ''               # Frechet distances: path of RadImageNet-ResNet50_notop.pth, or 'random', a fixed random network; '' for none
 features_as_released = False  # read that file as DeCo-VAE's code does, biases dropped and strides moved
 fid_slices = 'all'          # or 'central': the middle 40 % of each plane
@@ -202,6 +206,98 @@ def frechet_table(extractor_name, rows):
         if row.endswith('gFID') and (other := (row[:-4] + 'rFID', modality)) in means: lines.append(f'\n{row[:-5]} {modality}: gFID - rFID {value - means[other]:.4f}')
     return lines
 
+# ---------------------------------------------------------------- anatomy
+
+def anatomy_rows(models, n):
+    """Dice and region volumes of reconstructions against the inputs, per model and modality: list of dicts."""
+    find, rows, truth = make_segmenter(segmenter, device), [], {}
+    spacing = Sessions(data_dir, models[0][2], split).voxel_mm
+    for name, model, known, _ in models:
+        test = Sessions(data_dir, known, split)
+        for m, modality in enumerate(known):
+            found = []
+            for i in tqdm([i for i in range(n) if m in test.present(i)], desc=f'segmenting {modality}', leave=False):
+                x = np.array(test.volume(i, m), np.float32)
+                if (i, modality) not in truth: truth[i, modality] = given_labels(test.rows[i]) if labels else find(x, spacing)
+                with torch.no_grad(): x_hat = model.reconstruct(torch.from_numpy(x)[None, None].to(device), m).float().clamp(0, 1)[0, 0].cpu().numpy()
+                ours, real = find(np.where(x > 0, x_hat, 0), spacing), truth[i, modality]
+                present = [label for label in np.unique(real) if label in FOREGROUND]
+                found.append({'subject': test.rows[i]['subject'], 'dice': {NAME_OF[k]: v for k, v in dice(ours, real, present).items()},
+                              'mm3': region_volumes_mm3(ours, MERGED, spacing), 'mm3_truth': region_volumes_mm3(real, MERGED, spacing)})
+            per_scan = [np.nanmean(list(f['dice'].values())) for f in found]
+            rows.append({'row': name, 'modality': modality, 'mean_dice': summarise(per_scan, [f['subject'] for f in found], seed=seed), 'scans': found})
+    return rows
+
+FOREGROUND = {label for pair in MERGED.values() for label in pair}
+NAME_OF = {label: ('' if len(pair) == 1 else ('left ', 'right ')[pair.index(label)]) + name for name, pair in MERGED.items() for label in pair}
+
+def given_labels(row):
+    path = os.path.join(data_dir, row.get(labels) or '(none)')
+    try: return np.load(path)
+    except (OSError, ValueError): raise SystemExit(f"{path}: no label map; --labels={labels} must be a column of subjects.tsv with .npy files")
+
+def anatomy_table(rows):
+    """Lines of markdown: mean over structures, and the two whose volumes NeuroQuant fig. 4 shows."""
+    shown = ('cerebellum cortex', 'caudate')
+    lines = ['', 'Dice x 100 against ' + (f"the given label maps ('{labels}')" if labels else "the segmenter's labels of the input") + ', mean over foreground structures, then over subjects; volumes, left + right, in mm3', '',
+             '| model | modality | Dice | 95 % interval | ' + ' | '.join(f'{name}: reconstruction | ground truth' for name in shown) + ' |', '|' + ' --- |' * (4 + 2 * len(shown))]
+    for r in rows:
+        d = r['mean_dice']
+        volumes = [f"{np.mean([f[key][name] for f in r['scans']]):.0f}" for name in shown for key in ('mm3', 'mm3_truth')]
+        lines.append(f"| {r['row']} | {r['modality']} | {100 * d['mean']:.2f} +- {100 * d['sd']:.2f} | {100 * d['ci95'][0]:.2f} to {100 * d['ci95'][1]:.2f} | " + ' | '.join(volumes) + ' |')
+    return lines
+
+def volume_boxplot(path, rows):
+    """PNG: volumes of cerebellum cortex and caudate per model beside the ground truth, NeuroQuant fig. 4."""
+    plt = pyplot()
+    if not plt: return
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6))
+    for ax, name in zip(axes, ('cerebellum cortex', 'caudate')):
+        first = {}
+        for r in rows: first.setdefault(r['modality'], r)
+        boxes = [(f'{m}\nground truth', [f['mm3_truth'][name] / 1000 for f in r['scans']]) for m, r in first.items()]
+        boxes += [(f"{r['modality']}\n{r['row']}", [f['mm3'][name] / 1000 for f in r['scans']]) for r in rows]
+        ax.boxplot([values for _, values in boxes])
+        ax.set_xticks(range(1, len(boxes) + 1), [label for label, _ in boxes], fontsize=7)
+        ax.set_title(name, fontsize=9)
+        ax.set_ylabel('cm3', fontsize=8)
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+    print(f'picture: {path}')
+
+# ---------------------------------------------------------------- probes
+
+@torch.no_grad()
+def probe_rows(models, n):
+    """Linear probes on the frozen latents of the first n sessions: list of dicts, with a reason where one cannot be made."""
+    rows = []
+    for name, model, known, _ in models:
+        test = Sessions(data_dir, known, split)
+        scans = [(i, m) for i, m in test.scans if i < n]
+        whole, anatomy = [], []
+        for i, m in tqdm(scans, desc='latents', leave=False):
+            x = torch.tensor(test.volume(i, m), dtype=torch.float32, device=device)[None, None]
+            whole.append(model.latent(x, m)[0].flatten().cpu().numpy())
+            if hasattr(model, 'translate'): anatomy.append(model.encode(x)[0][0].flatten().cpu().numpy())
+        value, subject = (np.array([f(test.rows[i]) for i, _ in scans]) for f in (lambda row: (row.get(probe) or '').strip(), lambda row: row['subject']))
+        modality = np.array([known[m] for _, m in scans])
+        def add(latent, target, z, y, keep):
+            try: rows.append({'row': name, 'latent': latent, 'target': target} | linear_probe(np.stack([z[k] for k in np.flatnonzero(keep)]) if keep.any() else [], y[keep], subject[keep], seed=seed))
+            except ValueError as e: rows.append({'row': name, 'latent': latent, 'target': target, 'reason': str(e)})
+        for m in known: add(f'whole, {m}', probe, whole, value, (modality == m) & (value != '') & ~np.isin(value, ('n/a', 'nan')))
+        if anatomy and len(known) == 2: add('z_anat', 'modality', anatomy, modality, modality != '')
+    return rows
+
+def probe_table(rows):
+    lines = ['', 'Linear probe: standardised latent, ridge-logistic regression, 5 folds by subject', '',
+             '| model | latent | target | accuracy | 95 % interval | balanced | AUC | by subject | scans (subjects) |', '|' + ' --- |' * 9]
+    for r in rows:
+        if 'reason' in r: lines.append(f"| {r['row']} | {r['latent']} | {r['target']} | | | | | | {r['reason']} |")
+        else: lines.append(f"| {r['row']} | {r['latent']} | {r['target']} | {r['accuracy']:.3f} | {r['ci95'][0]:.3f} to {r['ci95'][1]:.3f} | {r['balanced_accuracy']:.3f} | {r['auc']:.3f} | "
+                           + ('' if r['subject_accuracy'] is None else f"{r['subject_accuracy']:.3f}") + f" | {r['n']} ({r['n_groups']}) |")
+    return lines
+
 # ---------------------------------------------------------------- summaries
 
 def collapse(found):
@@ -256,12 +352,18 @@ def markdown(results, modalities):
             lines += [f"| {c['source']} -> {c['target']} | {c['style']} | " + ' | '.join(cell(c['scores'][k]) for k in metric_names()) + ' |' for c in row['cross']]
     return '\n'.join(lines) + '\n\n' + DEFINITIONS + '\n'
 
-def picture(path, shown, title):
-    """PNG: rows are planes; for each modality input, reconstruction and absolute error, all on one scale."""
+def pyplot():
+    """matplotlib's pyplot for files alone; None, with one line, where it is not installed."""
     try: import matplotlib
     except ImportError: return print('no picture: pip install matplotlib to get one')
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+    return plt
+
+def picture(path, shown, title):
+    """PNG: rows are planes; for each modality input, reconstruction and absolute error, all on one scale."""
+    plt = pyplot()
+    if not plt: return
     fig, axes = plt.subplots(3, 3 * len(shown), figsize=(2.1 * 3 * len(shown), 6.6), squeeze=False)
     for k, (modality, (x, x_hat)) in enumerate(shown.items()):
         for c, (name, volume) in enumerate((('input', x), ('reconstruction', x_hat), ('absolute error', np.abs(x - x_hat)))):
@@ -319,6 +421,15 @@ def main():
     if features:
         results['frechet_features'], results['frechet'] = frechet_rows(models, n)
         text += '\n'.join(frechet_table(results['frechet_features'], results['frechet'])) + '\n'
+    if segmenter:
+        try: results['anatomy'] = anatomy_rows(models, n)
+        except ValueError as e: raise SystemExit(f'--segmenter: {e}')
+        text += '\n'.join(anatomy_table(results['anatomy'])) + '\n'
+        volume_boxplot(os.path.join(out_dir, 'volumes.png'), results['anatomy'])
+    else: text += '\nDice, region volumes: not computed; give --segmenter=synthseg_2.0.h5 (github.com/BBillot/SynthSeg), or a command with {in} and {out}\n'
+    if probe:
+        results['probes'] = probe_rows(models, n)
+        text += '\n'.join(probe_table(results['probes'])) + '\n'
     print(text)
     write_text(os.path.join(out_dir, 'table.md'), text)
     write_text(os.path.join(out_dir, 'table.json'), json.dumps(results, indent=1))

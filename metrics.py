@@ -166,19 +166,21 @@ def linear_probe(z, y, groups, folds=5, ridge=0.1, seed=0):
 
     z (N, features), or (N, C, d, h, w), flattened; y (N,) two values; groups (N,), such as subjects. Features are standardised and
     the ridge-logistic regression fitted on the training folds alone; with more features than rows, in the span of the rows, which
-    is the same. returns dict: accuracy, balanced_accuracy, auc, per session; subject_accuracy, by the mean score of a group;
-    n, n_groups, ci95 of accuracy by bootstrap of groups. ValueError with one class or fewer groups of a class than folds.
+    is the same. returns dict: accuracy, balanced_accuracy, auc, per session; subject_accuracy, by the mean score of a group (None
+    where groups hold both classes); n, n_groups, ci95 of accuracy by bootstrap of groups. ValueError with one class, or fewer
+    groups of a class than folds.
     """
     z, y, groups = np.asarray(z, np.float64).reshape(len(z), -1), np.asarray(y), np.asarray(groups)
     classes = np.unique(y)
     if len(classes) != 2: raise ValueError(f'a probe needs two classes, got {len(classes)}')
     positive = y == classes[1]
-    first = {g: positive[groups == g][0] for g in np.unique(groups)}
+    names = np.unique(groups)
+    share = {g: positive[groups == g].mean() for g in names}
+    pure = set(share.values()) <= {0.0, 1.0}  # every group of one class: then every fold gets its part of both
     rng, fold_of = random(seed, 8), {}
-    for value in (False, True):
-        members = [g for g in first if first[g] == value]
-        if len(members) < folds: raise ValueError(f'{len(members)} subjects of class {classes[int(value)]}: at least {folds} are needed')
-        fold_of |= {members[k]: place % folds for place, k in enumerate(rng.permutation(len(members)))}  # each fold has both classes
+    for members in [[g for g in names if share[g] == value] for value in (0.0, 1.0)] if pure else [list(names)]:
+        if len(members) < folds: raise ValueError(f'{len(members)} subjects' + f' of class {classes[int(share[members[0]])]}' * (pure and members != []) + f': at least {folds} are needed')
+        fold_of |= {members[k]: place % folds for place, k in enumerate(rng.permutation(len(members)))}
     fold, score = np.array([fold_of[g] for g in groups]), np.zeros(len(y))
     for k in range(folds):
         train = fold != k
@@ -190,10 +192,9 @@ def linear_probe(z, y, groups, folds=5, ridge=0.1, seed=0):
         weights = logistic(x[train], positive[train].astype(float), ridge)
         score[~train] = x[~train] @ weights[:-1] + weights[-1]
     right = (score > 0) == positive
-    names = np.array(list(first))
     by_group = np.array([right[groups == g].mean() for g in names])
-    votes = np.array([(score[groups == g].mean() > 0) == first[g] for g in names])
+    votes = [(score[groups == g].mean() > 0) == share[g] for g in names] if pure else None
     boot = by_group[random(seed, 9).integers(len(names), size=(2000, len(names)))].mean(1)
     return {'accuracy': float(right.mean()), 'balanced_accuracy': float((right[positive].mean() + right[~positive].mean()) / 2),
-            'auc': auc(score, positive), 'subject_accuracy': float(votes.mean()), 'n': len(y), 'n_groups': len(names),
+            'auc': auc(score, positive), 'subject_accuracy': float(np.mean(votes)) if pure else None, 'n': len(y), 'n_groups': len(names),
             'ci95': [float(q) for q in np.quantile(boot, [0.025, 0.975])]}

@@ -60,6 +60,16 @@ def test_the_probe_does_not_care_about_scale_and_shape():
     again = linear_probe((1e4 * z + 7).reshape(-1, 3, 2, 2, 2), y, groups)
     assert {k: v for k, v in plain.items() if k != 'auc'} == {k: v for k, v in again.items() if k != 'auc'} and plain['auc'] == pytest.approx(again['auc'], abs=1e-3)
 
+def test_groups_that_hold_both_classes_stay_together():
+    """Modality of a scan, two scans a subject: found where planted, and never by remembering the subject."""
+    rng = np.random.default_rng(0)
+    subject, modality = np.repeat(np.arange(40), 2), np.tile(['T1w', 'T2w'], 40)
+    z = np.repeat(rng.normal(size=(40, 30)), 2, 0) + 0.1 * rng.normal(size=(80, 30))
+    found = linear_probe(z, modality, subject)
+    assert found['subject_accuracy'] is None and abs(found['accuracy'] - 0.5) < 0.25
+    z[:, 0] += 8 * (modality == 'T1w')
+    assert linear_probe(z, modality, subject)['accuracy'] > 0.95
+
 def test_auc_counts_pairs():
     score, positive = np.array([0.1, 0.4, 0.4, 0.9]), np.array([False, True, False, True])
     assert auc(score, positive) == pytest.approx((1 + 1 + 0.5 + 1) / 4)

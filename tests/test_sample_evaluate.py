@@ -198,3 +198,24 @@ def test_evaluate_compares_autoencoders_and_sample_reconstructs(trained, tmp_pat
         play('sample.py', '--mode=tokens', f'--ckpt={tmp_path}/conv/ckpt.pt', f'--input={tmp_path}/t.npy', f'--output={tmp_path}/back.nii.gz', '--device=cpu')
     else: assert 'no tokens' in refuses('sample.py', '--mode=tokens', f'--ckpt={tmp_path}/conv/ckpt.pt', f'--input={path}', f'--output={tmp_path}/t.npy', '--device=cpu')
     assert 'translates' in refuses('sample.py', '--mode=translate', f'--ckpt={tmp_path}/conv/ckpt.pt', f'--input={path}', f'--output={tmp_path}/t.nii', '--device=cpu')
+
+def test_dice_volumes_and_probes_get_their_tables(trained, tmp_path):
+    script = tmp_path / 'seg.py'
+    script.write_text('import sys, nibabel as nib, numpy as np\nx = nib.load(sys.argv[1])\n'
+                      'nib.save(nib.Nifti1Image(np.where(x.get_fdata() > 0.5, 3, 8).astype(np.int16), x.affine), sys.argv[2])\n')
+    data, ckpt = trained
+    args = [f'--ckpt={ckpt}', f'--data_dir={data}', f'--out_dir={tmp_path}', '--device=cpu', '--reference_sessions=0', f'--segmenter={sys.executable} {script} {{in}} {{out}}']
+    printed = play('evaluate.py', *args, '--labels=dseg', '--probe=sex', '--split=train')
+    table = json.loads((tmp_path / 'table.json').read_text())
+    found = {r['modality']: r for r in table['anatomy']}
+    truth = np.load(data / f"{found['T1w']['scans'][0]['subject']}_ses-01_dseg.npy")
+    box = np.prod([float(v) for v in json.loads((data / 'dataset.json').read_text())['voxel_mm']])
+    assert found['T1w']['scans'][0]['mm3_truth']['caudate'] == pytest.approx(box * np.isin(truth, (11, 50)).sum())
+    dices = found['T1w']['scans'][0]['dice']
+    assert dices['left thalamus'] == 0 and 0 < dices['left cerebral cortex'] < 1 and 'volumes.png' in os.listdir(tmp_path)
+    assert 'cerebellum cortex: reconstruction' in printed and '| z_anat | modality |' in printed
+    assert {(r['latent'], r['target']) for r in table['probes']} == {('whole, T1w', 'sex'), ('whole, T2w', 'sex'), ('z_anat', 'modality')}
+    own = play('evaluate.py', *args, '--max_sessions=1')  # against the segmenter's own labels of the input
+    assert "segmenter's labels of the input" in own
+    assert 'no label map' in refuses('evaluate.py', *args, '--labels=nothing')
+    assert 'segmenter ended with' in refuses('evaluate.py', *args[:-1], f'--segmenter={sys.executable} /nowhere.py {{in}} {{out}}')

@@ -21,7 +21,7 @@ from common import autocast, configure, load_checkpoint, make_out_dir, start_pro
 from data import Sessions
 from losses import psnr
 from metrics import (channel_cosine, dice, effective_rank, explained_variance, feature_moments, frechet_distance, latent_geometry,
-                     linear_probe, moments, region_volumes_mm3, scores, slice_frechet, summarise)
+                     linear_probe, moments, region_volumes_mm3, scores, slice_frechet, summarise, tsne)
 from model import from_checkpoint
 from pretrained import LPIPS, RandomFeatures, load_radimagenet, radimagenet_input
 from segment import MERGED, make_segmenter
@@ -36,6 +36,8 @@ lpips = ''                  # 'squeeze', 'alex' or 'vgg' for LPIPS columns, with
 lpips_trunk, lpips_lin = '', ''
 segmenter = ''              # Dice and region volumes: path of synthseg_2.0.h5, or a command with {in} and {out}
 labels = ''                 # column of subjects.tsv with given label maps as ground truth, such as dseg; '' for the segmenter's of the input
+figures = False             # also latent.png and tsne.png
+tsne_points = 1000          # positions in it
 probe = ''                  # column to tell apart from the latents, such as sex; of NeuroQuant also the modality from z_anat
 features = ''               # Frechet distances: path of RadImageNet-ResNet50_notop.pth, or 'random', a fixed random network; '' for none
 features_as_released = False  # read that file as DeCo-VAE's code does, biases dropped and strides moved
@@ -379,6 +381,53 @@ def picture(path, shown, title):
     plt.close(fig)
     print(f'picture: {path}')
 
+def latent_figure(path, rows):
+    """PNG per comparison: |cosine| of channels raw and centred, and explained variance, DeCo fig. 2 and 3; latents of up to 16 channels."""
+    rows, plt = [r for r in rows if r['geometry']['matrix_raw']], pyplot()
+    if not plt or not rows: return
+    fig, axes = plt.subplots(3, len(rows), figsize=(2.4 * len(rows) + 0.6, 7), squeeze=False)
+    for column, r in zip(axes.T, rows):
+        g = r['geometry']
+        for ax, key, title in zip(column, ('matrix_raw', 'matrix_centred'), ('|cosine|, raw', '|cosine|, centred')):
+            ax.imshow(g[key], cmap='viridis', vmin=0, vmax=1)
+            for i, line in enumerate(g[key]):
+                for j, v in enumerate(line): ax.text(j, i, f'{v:.2f}'.lstrip('0'), ha='center', va='center', fontsize=7, color='black' if v > 0.6 else 'white')
+            ax.set_xticks([]), ax.set_yticks([])
+            ax.set_title(f"{r['name']}\n{title}", fontsize=8)
+        column[2].bar(range(1, g['channels'] + 1), [100 * v for v in g['explained_variance']])
+        column[2].set_ylim(0, 100)
+        column[2].set_title(f"explained variance, %\neffective rank {g['effective_rank']:.2f}", fontsize=8)
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+    print(f'picture: {path}')
+
+@torch.no_grad()
+def tsne_figure(path, models, n):
+    """PNG: t-SNE of latent vectors at single positions, brain and background marked, DeCo fig. 1b; one panel per model."""
+    plt = pyplot()
+    if not plt: return
+    fig, axes = plt.subplots(1, len(models), figsize=(3.6 * len(models), 3.8), squeeze=False)
+    for ax, (name, model, known, _) in zip(axes[0], models):
+        test, z, brain = Sessions(data_dir, known, split), [], []
+        for i, m in [(i, m) for i, m in test.scans if i < n][:20]:
+            x = torch.tensor(test.volume(i, m), dtype=torch.float32, device=device)[None, None]
+            latent = model.posterior(x)[0][0].cpu()
+            z.append(latent.flatten(1).T)
+            brain.append(torch.nn.functional.interpolate((x.cpu() > 0).float(), size=latent.shape[1:], mode='area').flatten() > 0.5)
+        z, brain = torch.cat(z), torch.cat(brain)
+        chosen = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))[:tsne_points]
+        y = tsne(z[chosen].to(device), seed=seed).cpu().numpy()
+        for value, colour, word in ((False, '0.7', 'background'), (True, 'tab:red', 'brain')):
+            at = (brain[chosen] == value).numpy()
+            ax.scatter(y[at, 0], y[at, 1], s=2, c=colour, label=word)
+        ax.set_title(name, fontsize=9), ax.set_xticks([]), ax.set_yticks([])
+        ax.legend(fontsize=7, markerscale=4)
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+    print(f'picture: {path}')
+
 def main():
     global device, out_dir, data_dir, lpips_net
     _, world, device = start_processes(device)
@@ -434,6 +483,9 @@ def main():
     write_text(os.path.join(out_dir, 'table.md'), text)
     write_text(os.path.join(out_dir, 'table.json'), json.dumps(results, indent=1))
     print(f"tables: {os.path.join(out_dir, 'table.md')}, table.json")
+    if figures:
+        latent_figure(os.path.join(out_dir, 'latent.png'), [r for r in results['rows'] if 'geometry' in r])
+        tsne_figure(os.path.join(out_dir, 'tsne.png'), models, n)
     if shown: picture(os.path.join(out_dir, 'reconstructions.png'), shown, f"{results['rows'][0]['name']}, a held-out session of {data_dir}")
 
 if __name__ == '__main__':

@@ -1,4 +1,6 @@
 """Metrics: what the tables of evaluate.py are made of, as functions of arrays. Each states its unit, range and definition."""
+import math
+
 import numpy as np
 import torch
 from scipy import optimize, special, stats
@@ -77,9 +79,38 @@ def latent_geometry(m, sigma):
     """Summary of the moments m of a set's latents; every number comes from the same covariance. sigma: mean posterior sd or None."""
     shares, C = variance_shares(m), len(m) - 1
     off = ~torch.eye(C, dtype=bool)
-    return {'channels': C, 'cos_raw': cosine_of(m, False)[off].mean().item() if C > 1 else None,
+    return {'channels': C, 'matrix_raw': cosine_of(m, False).tolist() if C <= 16 else None, 'matrix_centred': cosine_of(m, True).tolist() if C <= 16 else None,
+            'cos_raw': cosine_of(m, False)[off].mean().item() if C > 1 else None,
             'pearson_abs': cosine_of(m, True)[off].mean().item() if C > 1 else None, 'effective_rank': rank_of(shares),
             'explained_variance': shares.tolist(), 'channel_sd': covariance(m).diagonal().sqrt().tolist(), 'posterior_sigma': sigma}
+
+def tsne(x, perplexity=30.0, iterations=500, seed=0):
+    """Exact t-SNE (van der Maaten & Hinton 2008) of points x (N,C) in the plane -> (N,2); N up to a few thousands.
+
+    Gradient descent with momentum and per-coordinate gains, early exaggeration 12 for the first 100 iterations.
+    """
+    x = torch.as_tensor(x, dtype=torch.float32)
+    n, off = len(x), ~torch.eye(len(x), dtype=torch.bool, device=x.device)
+    distance = torch.cdist(x, x).square()
+    low, high = torch.full_like(x[:, :1], 1e-10), torch.full_like(x[:, :1], 1e10)  # of each point's precision, found by bisection
+    for _ in range(60):
+        beta = (low * high).sqrt()
+        p = torch.softmax((-beta * (distance - distance.masked_fill(~off, float('inf')).amin(1, keepdim=True))).masked_fill(~off, -float('inf')), 1)
+        entropy = -torch.xlogy(p, p).sum(1, keepdim=True)
+        too_wide = entropy > math.log(min(perplexity, (n - 1) / 3))
+        low, high = torch.where(too_wide, beta, low), torch.where(too_wide, high, beta)
+    p = (p + p.T) / (2 * n)
+    y = 1e-2 * torch.randn(n, 2, generator=torch.Generator().manual_seed(seed)).to(x.device)
+    step, gain, rate = torch.zeros_like(y), torch.ones_like(y), max(n / 48, 50)
+    for it in range(iterations):
+        near = (1 / (1 + torch.cdist(y, y).square())) * off
+        force = ((12 if it < 100 else 1) * p - near / near.sum()) * near
+        gradient = 4 * (force.sum(1, keepdim=True) * y - force @ y)
+        gain = torch.where(gradient.sign() == step.sign(), 0.8 * gain, gain + 0.2).clamp(min=0.01)
+        step = (0.5 if it < 100 else 0.8) * step - rate * gain * gradient
+        y = y + step
+        y = y - y.mean(0)
+    return y
 
 # ---------------------------------------------------------------- distances between sets
 

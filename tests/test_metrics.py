@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import linalg
 
-from metrics import auc, dice, feature_moments, frechet_distance, frechet_parts, linear_probe, region_volumes_mm3, slice_frechet
+from metrics import auc, dice, feature_moments, frechet_distance, frechet_parts, linear_probe, region_volumes_mm3, slice_frechet, tsne
 
 def covariance(rng, n):
     a = rng.normal(size=(n, 3 * n))
@@ -98,3 +98,14 @@ def test_too_few_slices_for_the_features_are_refused_with_both_numbers():
     few = feature_moments([torch.rand(1, 1, 4, 4, 4)], lambda s: s.flatten(1)[:, :9])
     with pytest.raises(ValueError, match='4 sagittal slices for 9 features'): slice_frechet(few, few)
     with pytest.raises(ValueError, match='all or central'): feature_moments([], None, 'some')
+
+def test_tsne_separates_three_blobs():
+    rng = np.random.default_rng(0)
+    centre = np.repeat(np.eye(3) * 10, 60, 0)
+    y = tsne(np.concatenate([centre + rng.normal(size=(180, 3))], 1), perplexity=20, iterations=300).numpy()
+    label = np.repeat(np.arange(3), 60)
+    distance = np.linalg.norm(y[:, None] - y[None], axis=2) + 1e9 * np.eye(180)
+    assert (label[distance.argmin(1)] == label).mean() > 0.99
+    means = np.stack([y[label == k].mean(0) for k in range(3)])
+    within = max(y[label == k].std() for k in range(3))
+    assert min(np.linalg.norm(means[a] - means[b]) for a, b in ((0, 1), (0, 2), (1, 2))) > 2 * within

@@ -181,8 +181,8 @@ def test_effective_rank_of_known_spectra():
 def test_evaluate_compares_autoencoders_and_sample_reconstructs(trained, tmp_path, args, latent, bits):
     data, neuroquant = trained
     play('train_vae.py', *TINY, '--kind=convvae', *args, '--iters=2', '--w_ssim=0', f'--data_dir={data}', f'--out_dir={tmp_path}/conv')
-    printed = play('evaluate.py', f'--ckpt={tmp_path}/conv/ckpt.pt,{neuroquant}', f'--data_dir={data}', '--device=cpu', '--max_sessions=2', '--lpips=random')
-    assert 'RANDOM trunk (no LPIPS)' in printed
+    printed = play('evaluate.py', f'--ckpt={tmp_path}/conv/ckpt.pt,{neuroquant}', f'--data_dir={data}', '--device=cpu', '--max_sessions=2', '--lpips=random', '--figures=True', '--tsne_points=100')
+    assert 'RANDOM trunk (no LPIPS)' in printed and {'latent.png', 'tsne.png', 'reconstructions.png'} <= set(os.listdir(tmp_path / 'conv'))
     table = json.loads((tmp_path / 'conv' / 'table.json').read_text())
     ours, other, *references = table['rows']
     assert (ours['latent'], ours['bits'], ours['dft']) == (latent, bits, 'no') and other['f'] == '16x'

@@ -2,6 +2,7 @@
 
     python evaluate.py --ckpt=out/demo/best.pt
     python evaluate.py --ckpt=out/a/best.pt,out/b/best.pt --data_dir=data/mine --split=test
+    python evaluate.py --table=deco4 --runs=out          # a table of the papers beside what earlier calls measured
 
 Writes table.md, table.json and reconstructions.png beside the first checkpoint (--out_dir elsewhere). Importing it runs nothing.
 """
@@ -25,6 +26,7 @@ from metrics import (channel_cosine, dice, effective_rank, explained_variance, f
 from model import from_checkpoint
 from pretrained import LPIPS, RandomFeatures, load_radimagenet, radimagenet_input
 from segment import MERGED, make_segmenter
+from tables import paper_table
 
 # ---------------------------------------------------------------- settings
 ckpt = 'out/neuroquant/best.pt'  # one, or several separated by commas
@@ -36,6 +38,8 @@ lpips = ''                  # 'squeeze', 'alex' or 'vgg' for LPIPS columns, with
 lpips_trunk, lpips_lin = '', ''
 segmenter = ''              # Dice and region volumes: path of synthseg_2.0.h5, or a command with {in} and {out}
 labels = ''                 # column of subjects.tsv with given label maps as ground truth, such as dseg; '' for the segmenter's of the input
+table = ''                  # neuroquant1, neuroquant2, deco1 ... deco5: only print that table of the papers beside what is found in runs
+runs = 'out'
 figures = False             # also latent.png and tsne.png
 tsne_points = 1000          # positions in it
 probe = ''                  # column to tell apart from the latents, such as sex; of NeuroQuant also the modality from z_anat
@@ -490,4 +494,5 @@ def main():
 
 if __name__ == '__main__':
     configure(globals(), sys.argv[1:])
-    main()
+    if table: print(paper_table(table, runs))
+    else: main()

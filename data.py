@@ -132,25 +132,25 @@ class Sessions:
     def scan_batch(self, batch_size, seed, rank, world, step, patch=(), augmented=False):
         """Batch of single scans, of whichever modality, whole or as patches at random places; augmented: see augment().
 
-        returns dict: x (B,1,D,H,W) float32; modality (B,) int64; share 1.0
+        returns dict: x (B,1,D,H,W) float32; modality (B,) int64; place (B,) int64, the sample's number in the run; share 1.0
         """
         size = tuple(min(p, n) for p, n in zip(patch or self.shape, self.shape))
-        x, modality = [], []
-        for place in (step * world + rank) * batch_size + np.arange(batch_size):
+        x, modality, places = [], [], (step * world + rank) * batch_size + np.arange(batch_size)
+        for place in places:
             i, m = self.scans[draw(len(self.scans), int(place), seed)]
             rng, volume = random(seed, 4, int(place)), self.volume(i, m)
             if augmented: volume = augment(volume, rng)
             start = rng.integers(0, np.subtract(self.shape, size) + 1).tolist()
             x.append(np.asarray(volume[tuple(slice(s, s + n) for s, n in zip(start, size))], np.float32))
             modality.append(m)
-        return dict(x=torch.from_numpy(np.stack(x))[:, None], modality=torch.tensor(modality), share=1.0)
+        return dict(x=torch.from_numpy(np.stack(x))[:, None], modality=torch.tensor(modality), place=torch.from_numpy(places), share=1.0)
 
     def slice_batch(self, batch_size, seed, rank, world, step, axis=None, min_brain=0.02, per_volume=8):
         """Batch of slices across `axis` (None: drawn per step); slices with less than min_brain of brain are left out.
 
         batch_size: slices per process. per_volume: consecutive slices of the joined batch come from one volume, since an axial
         or sagittal slice touches the whole file; one with fewer brain slices gives some twice.
-        returns dict: x (B,1,D,H,W) float32 with one axis of length 1; modality (B,) int64; share 1.0
+        returns dict: x (B,1,D,H,W) float32 with one axis of length 1; modality (B,) int64; place (B,) int64; share 1.0
         """
         if axis is None: axis = int(random(seed, 2, step).integers(3))
         places = (step * world + rank) * batch_size + np.arange(batch_size)
@@ -159,7 +159,7 @@ class Sessions:
             m, found = self.brain_slices(axis, place, seed, min_brain, per_volume)
             x += [np.expand_dims(found[p % per_volume % len(found)], axis) for p in group]
             modality += [m] * (len(x) - len(modality))
-        return dict(x=torch.from_numpy(np.stack(x))[:, None], modality=torch.tensor(modality), share=1.0)
+        return dict(x=torch.from_numpy(np.stack(x))[:, None], modality=torch.tensor(modality), place=torch.from_numpy(places), share=1.0)
 
     def brain_slices(self, axis, place, seed, min_brain, count):
         """Modality index and up to `count` random slices across `axis` of the volume at a place of the shuffled scans."""

@@ -217,22 +217,23 @@ def generator_loss(logits, form='least_squares'):
 
 # ---------------------------------------------------------------- slices of volumes
 
-def random_slices(volumes, fraction, generator=None):
+def random_slices(volumes, fraction, generators=None):
     """Random slices of several volumes at the same places, for losses that are 2D: "2.5D".
 
     volumes: list of (B, C, D, H, W). returns for each of the three planes a list (one per volume) of (n, C, h, w), where n is
-    fraction of the B slices of the plane, at least 1. A batch of slices (one axis of length 1) gives itself, for its plane only.
+    fraction of the plane's slices, at least 1, of each sample. generators: one CPU torch.Generator per sample; None: torch's own.
+    A batch of slices (one axis of length 1) gives itself, for its plane only.
     """
     ones = [axis for axis in (2, 3, 4) if volumes[0].shape[axis] == 1]
     if ones: return [[v.squeeze(ones[0]) for v in volumes]]
-    planes = []
+    planes, B = [], len(volumes[0])
     for axis in (2, 3, 4):
-        n = volumes[0].shape[0] * volumes[0].shape[axis]
-        chosen = torch.randperm(n, generator=generator)[:max(1, int(fraction * n))].to(volumes[0].device)
-        planes.append([v.movedim(axis, 1).flatten(0, 1)[chosen] for v in volumes])
+        n = volumes[0].shape[axis]
+        chosen = torch.cat([b * n + torch.randperm(n, generator=g)[:max(1, int(fraction * n))] for b, g in enumerate(generators or [None] * B)])
+        planes.append([v.movedim(axis, 1).flatten(0, 1)[chosen.to(v.device)] for v in volumes])
     return planes
 
-def perceptual_loss(network, x_hat, x, fraction=0.2, generator=None):
+def perceptual_loss(network, x_hat, x, fraction=0.2, generators=None):
     """Sum over planes of network(x_hat slice, x slice) -> (n,) averaged over slices; each pair of slices from one place."""
     with torch.autocast(x.device.type, enabled=False):  # float32: normalised features, small differences
-        return sum(network(a, b).mean() for a, b in random_slices([x_hat.float(), x.float()], fraction, generator))
+        return sum(network(a, b).mean() for a, b in random_slices([x_hat.float(), x.float()], fraction, generators))

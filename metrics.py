@@ -149,6 +149,7 @@ def slice_frechet(a, b):
 
     ValueError if a plane has no more slices than features: its covariance would be singular and the distance biased beyond use.
     """
+    if not a or not b: raise ValueError('no volumes on one side')
     parts = {}
     for plane in PLANES:
         for m in (a[plane], b[plane]):

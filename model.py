@@ -551,8 +551,11 @@ class ConvVAE(nn.Module):
         """z (B,latent_dim,*grid) -> x_hat (B,C,*size), not clamped."""
         return self.decoder(self.post(z), slab)
 
-    def forward(self, x):
-        """returns dict: x_hat like x; for 'kl' mu, logvar and z = mu + exp(logvar/2) eps; for 'vq' z, z_q, indices and commit."""
+    def forward(self, x, generators=None):
+        """returns dict: x_hat like x; for 'kl' mu, logvar and z = mu + exp(logvar/2) eps; for 'vq' z, z_q, indices and commit.
+
+        generators: one torch.Generator per sample for eps, so that a sample's noise does not depend on its batch; None: torch's own.
+        """
         axis = missing_axis(x) if self.config.dims == 2 and x.ndim == 5 else None
         if axis is not None: x = x.squeeze(2 + axis)
         mu, logvar = self.encode(x)
@@ -560,7 +563,9 @@ class ConvVAE(nn.Module):
             z_q, indices, commit = self.quantizer(mu)
             out = dict(z=mu, z_q=z_q, indices=indices, commit=commit, x_hat=self.decode(z_q))
         else:
-            z = mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)
+            if generators is None: eps = torch.randn_like(mu)
+            else: eps = torch.stack([torch.randn(mu.shape[1:], generator=g, device=g.device) for g in generators]).to(mu)
+            z = mu + eps * torch.exp(0.5 * logvar)
             out = dict(z=z, mu=mu, logvar=logvar, x_hat=self.decode(z))
         if axis is not None: out['x_hat'] = out['x_hat'].unsqueeze(2 + axis)
         return out

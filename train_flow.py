@@ -73,6 +73,15 @@ def get_lr(it):
 def make_batch(it):
     return train_set.batch(batch_size, seed, rank, world, it, p_drop)
 
+def draws(places):
+    """Noise for the posterior, noise for the path and times, per sample from its number in the run: the same on any number of processes."""
+    eps, x0, t = [], [], []
+    for place in places.tolist():
+        g = torch.Generator(device).manual_seed((seed << 44) + place)
+        for noise in (eps, x0): noise.append(torch.randn(train_set.shape, generator=g, device=device))
+        t.append(draw_times(1, times, shift, device, g))
+    return torch.stack(eps), torch.stack(x0), torch.cat(t)
+
 def validate():
     """Loss of the averaged network in ten bins of t, with noise that is the same at every validation; their mean."""
     judge, total = ema or raw_model, torch.zeros(10, 2, dtype=torch.float64)
@@ -190,15 +199,15 @@ if __name__ == '__main__':
     clock, waited = time.perf_counter(), 0.0
     while it < stop:
         for group in optimizer.param_groups: group['lr'] = get_lr(it)
-        torch.manual_seed((seed << 40) + (it << 10) + rank)
-        t = time.perf_counter()
+        asked = time.perf_counter()
         batch = next(batches)
-        waited += time.perf_counter() - t
+        waited += time.perf_counter() - asked
         z, cond = batch['mean'], to_device(batch['cond'])
-        if 'sd' in batch: z = z + batch['sd'] * torch.randn_like(z)  # a fresh draw from the posterior at every step
+        eps, x0, t = draws(batch['place'])
+        if 'sd' in batch: z = z + batch['sd'] * eps  # a fresh draw from the posterior at every step
         x1 = raw_model.normalise(z).contiguous(memory_format=torch.channels_last_3d)
         with autocast(device, dtype):
-            loss = flow_matching_loss(raw_model, x1, torch.randn_like(x1), draw_times(len(x1), times, shift, device), cond, norm)
+            loss = flow_matching_loss(raw_model, x1, x0, t, cond, norm)
         loss.backward()
         all_reduce_mean([p.grad for p in trained if p.grad is not None])
         gradient = torch.nn.utils.clip_grad_norm_(trained, grad_clip if grad_clip > 0 else math.inf)

@@ -166,9 +166,9 @@ def neuroquant_objective(batch, what, it):
 
 def convvae_objective(batch, what, it):
     """Loss of one micro-batch, its unweighted terms, x_hat for the discriminators: DeCo eq. 1 and 7, or the VQ form of it."""
-    x, slices = batch['x'], torch.Generator().manual_seed(it * 1000 + rank)
-    out = model(x)
-    x_hat = out['x_hat']
+    x = batch['x']
+    out = model(x, generators(batch, 0, device))
+    x_hat, slices = out['x_hat'], generators(batch, 1)
     terms = {'recon': reconstruction_loss(x_hat, x, 0.0, recon)}
     loss = terms['recon']
     def add(name, weight, value):
@@ -183,19 +183,23 @@ def convvae_objective(batch, what, it):
     if w_var > 0: add('var', w_var, var_loss(out['mu'], var_gamma, var_form, gather))
     if lpips: add('perc_random' if lpips.random else 'perc', w_perc, perceptual_loss(lpips, x_hat, x, slice_fraction, slices))
     if critics and it >= gan_start:
-        judged = [generator_loss(critic(view), gan_form) for critic in critics for view, in critic_views(critic, [x_hat], slices)]
+        judged = [generator_loss(critic(view), gan_form) for critic in critics for view, in critic_views(critic, [x_hat], generators(batch, 2))]
         add('gan', w_gan, sum(judged) / len(judged))
     return loss, terms, x_hat.detach()
 
-def critic_views(critic, volumes, generator):
-    """What a discriminator sees of volumes: lists of one tensor per volume; a 3D one the volumes, a 2D one random slices."""
-    return [volumes] if isinstance(critic[0], torch.nn.Conv3d) else random_slices(volumes, slice_fraction, generator)
+def generators(batch, purpose, device='cpu'):
+    """A generator per sample that depends on the sample's number in the run alone: the same on any number of processes."""
+    return [torch.Generator(device).manual_seed((seed << 44) + (place << 2) + purpose) for place in batch['place'].tolist()]
 
-def critic_objective(x_hat, x, it):
+def critic_views(critic, volumes, slices):
+    """What a discriminator sees of volumes: lists of one tensor per volume; a 3D one the volumes, a 2D one random slices."""
+    return [volumes] if isinstance(critic[0], torch.nn.Conv3d) else random_slices(volumes, slice_fraction, slices)
+
+def critic_objective(x_hat, batch):
     """Loss of the discriminators on a detached reconstruction and the scans themselves."""
-    slices, judged = torch.Generator().manual_seed(it * 1000 + rank + 500), []
+    judged = []
     for critic in critics:
-        for fake, real in critic_views(critic, [x_hat, x], slices):
+        for fake, real in critic_views(critic, [x_hat, batch['x']], generators(batch, 3)):
             judged.append((adversarial_loss(critic(fake), False, gan_form) + adversarial_loss(critic(real), True, gan_form)) / 2)
     return sum(judged) / len(judged)
 
@@ -333,8 +337,7 @@ if __name__ == '__main__':
     clock, waited, seen, done_flops, logged = time.perf_counter(), 0.0, {}, 0.0, it
     while it < stop:
         for group in optimizer.param_groups: group['lr'] = get_lr(it)
-        # the quantiser draws the same on every process, the posterior's noise differs; both go on alike after a resume
-        torch.manual_seed((seed << 40) + (it << 10) + (rank if kind == 'convvae' and bottleneck == 'kl' else 0))
+        torch.manual_seed((seed << 40) + it)  # the quantiser's draws, the same on every process and after a resume
         terms = {}
         for what, _, weight in micro_steps(it):
             t = time.perf_counter()
@@ -346,7 +349,7 @@ if __name__ == '__main__':
             (weight * loss).backward()
             if critics and it >= gan_start:
                 critics.requires_grad_(True)
-                with autocast(device, dtype): new['critic'] = critic_objective(x_hat, x, it)
+                with autocast(device, dtype): new['critic'] = critic_objective(x_hat, batch)
                 (weight * new['critic']).backward()
             for k, v in new.items(): terms[k] = terms.get(k, 0.0) + v.detach() * (1.0 if what == 'slices' and kind == 'neuroquant' else weight)
             counted = 'slices' if what == 'slices' else 'volumes'

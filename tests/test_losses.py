@@ -156,8 +156,10 @@ def test_adversarial_losses_equal_their_formulas_and_meet_in_the_middle():
 
 def test_random_slices_are_slices_of_every_plane_at_the_same_places():
     x = torch.arange(2 * 3 * 4 * 5).float().view(2, 1, 3, 4, 5)
-    planes = random_slices([x, 10 * x], 0.5, torch.Generator().manual_seed(0))
-    assert [tuple(a.shape) for a, _ in planes] == [(3, 1, 4, 5), (4, 1, 3, 5), (5, 1, 3, 4)]
+    planes = random_slices([x, 10 * x], 0.5, [torch.Generator().manual_seed(k) for k in (0, 1)])
+    assert [tuple(a.shape) for a, _ in planes] == [(2, 1, 4, 5), (4, 1, 3, 5), (4, 1, 3, 4)]
+    alone = random_slices([x[1:]], 0.5, [torch.Generator().manual_seed(1)])  # a sample's slices do not depend on its batch
+    assert all(torch.equal(a[len(a) // 2:], b) for (a, _), (b,) in zip(planes, alone))
     for axis, (a, b) in enumerate(planes):
         assert torch.equal(b, 10 * a)
         slices = x.movedim(2 + axis, 1).flatten(0, 1)

@@ -75,17 +75,20 @@ def test_grad_accumulation_of_equal_parts_equals_one_batch(tiny_data, tmp_path):
     assert log_of(tmp_path / 'a')[0]['train/recon'] == pytest.approx(log_of(tmp_path / 'b')[0]['train/recon'], rel=0.02)
     assert one['iter_num'] == two['iter_num'] == 1
 
-def test_two_processes_equal_one_on_the_joined_batch(tiny_data, tmp_path):
-    """Cross and adversarial losses on, sessions that lack a modality, an uneven validation set, volumes then slices."""
-    one = train(tiny_data, tmp_path / 'one', '--batch_size_2d=16')
-    args = [*TINY, *SHORT, f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/two', '--batch_size=1', '--batch_size_2d=8']
+@pytest.mark.parametrize('kind', [[], ['--kind=convvae', '--widths=8,8', '--latent_dim=3', '--w_ssim=0', '--w_kl=1e-3', '--w_sid=1', '--gather=True', '--w_gan=0.1',
+                                       '--w_perc=0.1', '--perceptual=random', '--patch=32,32,32', '--iters=4', '--augment=True']])
+def test_two_processes_equal_one_on_the_joined_batch(kind, tiny_data, tmp_path):
+    """Cross and adversarial losses on, sessions that lack a modality, an uneven validation set, volumes then slices; ConvVAE with GANs."""
+    one = train(tiny_data, tmp_path / 'one', *kind, '--batch_size_2d=16')
+    args = [*TINY, *SHORT, *kind, f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/two', '--batch_size=1', '--batch_size_2d=8']
     done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29512', 'train_vae.py', *args],
                           cwd=ROOT, capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stderr
     two = load_checkpoint(tmp_path / 'two' / 'ckpt.pt')
     for a, b in zip(log_of(tmp_path / 'one'), log_of(tmp_path / 'two')):
         assert a.keys() == b.keys()
-        for k in a: assert a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-4), k
+        for k in a:  # instance norm over a handful of voxels, deep in a discriminator, amplifies the last bits
+            assert a[k] == pytest.approx(b[k], rel=2e-2 if kind and k.split('/')[-1] in ('gan', 'critic', 'grad_norm') else 1e-3, abs=1e-4), k
     for k, v in one['model'].items():  # Adam turns the last bits of tiny gradients into steps of size lr
         torch.testing.assert_close(two['model'][k], v, rtol=1e-3, atol=2e-4)
 

@@ -1,6 +1,8 @@
 """train_flow.py and sample.py --mode=generate as a user runs them, on the latents of small autoencoders of a few steps."""
 import json
 import os
+import subprocess
+import sys
 
 import nibabel as nib
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from common import load_checkpoint
-from conftest import TINY, play, refuses
+from conftest import ROOT, TINY, play, refuses
 from latents import Latents, encode_conditions, nearest
 from model import encoder_hash, from_checkpoint
 
@@ -157,5 +159,18 @@ def test_evaluate_prints_frechet_distances_of_reconstructed_and_generated_slices
     assert found['vae gFID', 'T2w']['slices']['axial'] == [7 * 32, 3 * 32]
     play('evaluate.py', *args, '--features=random', '--max_sessions=1')
     rows = json.loads((tmp_path / 'vae' / 'table.json').read_text())['frechet']
-    assert all('more slices than features' in r['reason'] for r in rows if r['row'] == 'vae rFID')
+    assert {(r['row'], 'more slices than features' in r['reason'], 'no volumes' in r['reason']) for r in rows} == {('vae rFID', True, False), ('floor: real against real', False, True)}
     assert 'RadImageNet-ResNet50_notop.pth' in refuses('evaluate.py', *args, '--features=/nowhere.pth')
+
+def test_two_processes_train_the_flow_of_one(tiny_data, tmp_path):
+    vae = train_vae(tiny_data, tmp_path / 'vae')
+    conditioned = ['--conditions=modality,sex,age', '--p_drop=0.5', '--eval_scans=3']
+    one = train_flow(vae, tmp_path / 'one', *conditioned)
+    args = [*FLOW, f'--vae={vae}', *conditioned, f'--out_dir={tmp_path}/two', '--batch_size=1']
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29513', 'train_flow.py', *args],
+                          cwd=ROOT, capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr
+    two = load_checkpoint(tmp_path / 'two' / 'ckpt.pt')
+    for a, b in zip(log_of(tmp_path / 'one'), log_of(tmp_path / 'two')):
+        for k in a: assert a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-5), k
+    for k, v in one['model'].items(): torch.testing.assert_close(two['model'][k], v, rtol=1e-3, atol=1e-4)

@@ -89,8 +89,10 @@ def test_two_processes_equal_one_on_the_joined_batch(kind, tiny_data, tmp_path):
         assert a.keys() == b.keys()
         for k in a:  # instance norm over a handful of voxels, deep in a discriminator, amplifies the last bits
             assert a[k] == pytest.approx(b[k], rel=2e-2 if kind and k.split('/')[-1] in ('gan', 'critic', 'grad_norm') else 1e-3, abs=1e-4), k
-    for k, v in one['model'].items():  # Adam turns the last bits of tiny gradients into steps of size lr
-        torch.testing.assert_close(two['model'][k], v, rtol=1e-3, atol=2e-4)
+    # Adam turns the last bits of tiny gradients into steps of size lr, 1e-4: a few weights differ, on average they must not
+    assert max((two['model'][k] - v).abs().max().item() for k, v in one['model'].items()) < 1e-3
+    differences = torch.cat([(two['model'][k] - v).flatten() for k, v in one['model'].items()]).abs()
+    assert differences.mean() < 1e-5
 
 def test_checkpoint_holds_what_the_readme_says(tiny_data, tmp_path):
     checkpoint = train(tiny_data, tmp_path / 'out', '--joint=interleaved', '--p_2d=1.0')

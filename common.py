@@ -81,6 +81,15 @@ def start_processes(device):
 def stop_processes():
     if dist.is_initialized(): dist.destroy_process_group()
 
+def explain_out_of_memory(keys):
+    """From now on running out of GPU memory ends the program with one line: the peak, and the settings that lower it."""
+    usual = sys.excepthook
+    def hook(kind, error, trace):
+        if not issubclass(kind, torch.OutOfMemoryError): return usual(kind, error, trace)
+        peak = f'{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB' if torch.cuda.is_available() else 'not known'
+        print(f'out of GPU memory, peak {peak}: lower {keys}', file=sys.stderr)
+    sys.excepthook = hook
+
 def catch_signals():
     """From now on SIGINT and SIGTERM only note their number; returns stop_signal(), which says which one came, 0 for none.
 

@@ -4,6 +4,7 @@ A batch is a function of (seed, rank, step) alone, so a resumed run goes on with
 see the batch that one process would see. Array axes are (D, H, W) = (left-right, posterior-anterior, inferior-superior).
 """
 import csv
+import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -77,11 +78,14 @@ def augment(volume, rng):
 class Sessions:
     """The sessions of one split, as batches. modalities: those wanted, in the model's order; a session may lack some.
 
-    data_dir, split: as read_index. shape: (D,H,W) of every volume. box: how scans got there, as arguments of nifti.conform; voxel_mm: its voxels. n: number of sessions.
+    data_dir, split: as read_index. shape: (D,H,W) of every volume. box: how scans got there, as arguments of nifti.conform; voxel_mm: its voxels; digest: of the
+    index and dataset.json, so that a resumed run knows its data. n: number of sessions.
     """
     def __init__(self, data_dir, modalities, split):
         self.data_dir, self.modalities = data_dir, tuple(modalities)
         self.rows, dataset = read_index(data_dir, modalities, split)
+        with open(os.path.join(data_dir, 'subjects.tsv'), 'rb') as a, open(os.path.join(data_dir, 'dataset.json'), 'rb') as b:
+            self.digest = hashlib.sha256(a.read() + b.read()).hexdigest()[:16]
         self.shape = tuple(dataset['shape'])
         self.box = {k: dataset[k] for k in ('shape', 'spacing_mm', 'resize', 'percentiles', 'percentiles_of') if k in dataset}
         self.voxel_mm = dataset.get('voxel_mm', [dataset['spacing_mm']] * 3)

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from common import (all_reduce_mean, autocast, catch_signals, configure, git_commit, load_checkpoint, make_out_dir, open_log, peak_flops, print0,
+from common import (all_reduce_mean, autocast, catch_signals, configure, explain_out_of_memory, git_commit, load_checkpoint, make_out_dir, open_log, peak_flops, print0,
                     save_checkpoint, start_processes, stop_processes, update_average)
 from data import Sessions, prefetch
 from losses import (ModalityClassifier, PatchDiscriminator, adversarial_loss, cov_loss, generator_loss, grad_reverse, kl_loss,
@@ -232,7 +232,7 @@ def save(name):
         'classifier': classifier.state_dict() if classifier else None, 'optimizer': optimizer.state_dict(),
         'critics': critics.state_dict(), 'critic_optimizer': critic_optimizer.state_dict() if critics else None,
         'model_args': model_args(raw_model), 'config': config,
-        'data': train_set.box, 'voxel_mm': train_set.voxel_mm, 'iter_num': it, 'best_val': best_val, 'git_commit': git_commit()})
+        'data': train_set.box, 'data_digest': train_set.digest, 'voxel_mm': train_set.voxel_mm, 'iter_num': it, 'best_val': best_val, 'git_commit': git_commit()})
 
 if __name__ == '__main__':
     config = configure(globals(), sys.argv[1:])
@@ -248,6 +248,7 @@ if __name__ == '__main__':
     if kind == 'convvae' and dims == 2 and patch: raise SystemExit('patch is for volumes; with dims=2 whole slices are used')
     if kind == 'convvae' and bottleneck == 'vq' and max(w_kl, w_sid, w_cov, w_var) > 0: raise SystemExit("w_kl, w_sid, w_cov and w_var need bottleneck='kl'")
     if device == 'cpu': dtype, compile = 'float32', False
+    explain_out_of_memory(f'batch_size={batch_size} (raise grad_accum for it), batch_size_2d={batch_size_2d}, patch={patch} or set checkpointing=True')
     stop = min(max_iters, iters if kind == 'convvae' else iters_3d + (iters_2d if joint == 'sequential' else 0))
 
     # ------------------------------------------------------------ data
@@ -291,6 +292,8 @@ if __name__ == '__main__':
         if differ: raise SystemExit(f'--init_from={init_from}: checkpoint of another model: {"; ".join(differ)}')
         raw_model.load_state_dict(start['model'] if init_from == 'resume' else start['ema'] or start['model'])  # what is judged goes on
         if init_from == 'resume': resumed = start
+        if resumed and resumed['data_digest'] != train_set.digest:
+            raise SystemExit(f'--init_from=resume: {data_dir}/subjects.tsv or dataset.json is not what {out_dir}/ckpt.pt was trained on; to go on with other data use --init_from={out_dir}/ckpt.pt')
     raw_model.to(device, memory_format=torch.channels_last if kind == 'convvae' and dims == 2 else torch.channels_last_3d)
     if classifier: classifier.to(device)
     critics.to(device)

@@ -1,10 +1,13 @@
 """Settings and their refusals, checkpoints, the average of weights."""
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from common import configure, load_checkpoint, save_checkpoint, update_average
+from conftest import ROOT
 
 def settings():
     return dict(lr=1e-3, steps=10, name='a', compile=True, widths=(32, 64), _hidden=3)
@@ -60,3 +63,10 @@ def test_average_follows_weights_and_copies_buffers():
     b.running_mean.fill_(7)
     update_average(a, b, 0.75)
     assert a.weight.tolist() == [1.5] * 3 and a.running_mean.tolist() == [7] * 3
+
+def test_out_of_memory_ends_with_one_line():
+    code = "import torch, common; common.explain_out_of_memory('batch_size=4'); raise torch.OutOfMemoryError('CUDA out of memory')"
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and 'lower batch_size=4' in done.stderr
+    code = "import common; common.explain_out_of_memory('x'); raise KeyError('other errors keep their traceback')"
+    assert 'Traceback' in subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True).stderr

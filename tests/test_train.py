@@ -198,6 +198,14 @@ def test_checkpoint_of_another_model_is_refused_with_the_difference(tiny_data, t
     line = refuses('train_vae.py', *TINY, *SHORT, f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/out', '--init_from=resume', '--num_codes=32')
     assert 'another model' in line and 'num_codes 16 there, 32 here' in line
 
+def test_a_changed_dataset_is_refused_on_resume(tiny_data, tmp_path):
+    train(tiny_data, tmp_path / 'out', '--max_iters=1')
+    table = tiny_data / 'subjects.tsv'
+    table.write_text(table.read_text().replace('sub-05\tses-01\ttrain', 'sub-05\tses-01\tval'))
+    args = [*TINY, *SHORT, f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/out', '--max_iters=2']
+    assert 'is not what' in refuses('train_vae.py', *args, '--init_from=resume')
+    play('train_vae.py', *args, f'--init_from={tmp_path}/out/ckpt.pt')
+
 def test_sigterm_finishes_the_step_saves_and_says_so(tiny_data, tmp_path):
     process = subprocess.Popen([sys.executable, 'train_vae.py', *TINY, '--iters_3d=10000', f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/out'],
                                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -13,7 +13,6 @@ num_codes = 256
 recon = 'l2'             # twelve tokens leave much unknown: squared error, which PSNR measures, learns faster here than L1 + SSIM
 w_ssim = 0.0
 w_commit = 0.025
-w_adv = 1e-4             # beside a squared error, a tenth of the usual
 batch_size = 2
 iters_3d = 700
 joint = 'none'

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import nifti
 from common import autocast, configure, load_checkpoint, make_out_dir, start_processes, write_text
 from data import Sessions
-from losses import psnr
+from losses import psnr  # offered here too, as are some of metrics: a judge's names in one place
 from metrics import (channel_cosine, dice, effective_rank, explained_variance, feature_moments, frechet_distance, latent_geometry,
                      linear_probe, moments, region_volumes_mm3, scores, slice_frechet, summarise, tsne)
 from model import from_checkpoint

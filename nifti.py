@@ -4,7 +4,6 @@ Volumes are float32 (D,H,W) in RAS+: axes left-right, posterior-anterior, inferi
 front and to the top. An affine takes voxel indices to millimetres. Every refusal is a ValueError of one line, PATH: reason.
 """
 import os
-import warnings
 from dataclasses import dataclass
 
 import nibabel as nib

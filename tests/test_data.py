@@ -1,6 +1,4 @@
 """Batches: a function of (seed, rank, step), the joined batch of any number of processes, no subject in two splits."""
-import json
-
 import numpy as np
 import pytest
 import torch

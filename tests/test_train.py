@@ -159,8 +159,8 @@ def test_a_base_model_overfits_one_pair(tiny_data, tmp_path):
     table = tiny_data / 'subjects.tsv'
     lines = table.read_text().splitlines()
     table.write_text('\n'.join([lines[0], lines[1], lines[1].replace('sub-00', 'sub-x').replace('sub-x_', 'sub-00_').replace('train', 'val')]))
-    train(tiny_data, tmp_path / 'a', f'{ROOT}/config/ablation_base.py', '--widths=16,32,48,64', '--batch_size=1', '--iters_3d=600',
-          '--joint=none', '--lr=2e-3', '--lr_decay_iters=600', '--ema_decay=0.9', '--log_interval=50', f'--out_dir={tmp_path}/a')
+    train(tiny_data, tmp_path / 'a', f'{ROOT}/config/ablation_base.py', '--widths=16,32,48,64', '--batch_size=1', '--iters_3d=800',
+          '--num_codes=64', '--anat_dim=32', '--joint=none', '--recon=l2', '--w_ssim=0', '--w_commit=0.025', '--lr=2e-3', '--lr_decay_iters=800', '--ema_decay=0.9', '--log_interval=50', f'--out_dir={tmp_path}/a')
     assert log_of(tmp_path / 'a')[-1]['val/psnr_db'] > 30
 
 @pytest.mark.slow

@@ -194,6 +194,14 @@ def open_log(out_dir, config, wandb_project):
         if wandb_project: wandb.log(record, step=record['iter'])
     return log
 
+def pyplot():
+    """matplotlib's pyplot, drawing to files alone; None, with one line, where it is not installed."""
+    try: import matplotlib
+    except ImportError: return print0('no picture: pip install matplotlib to get one')
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    return plt
+
 def git_commit():
     """Short commit of the source, with + when it was edited; '' outside a repository."""
     here = os.path.dirname(os.path.abspath(__file__))

@@ -87,7 +87,7 @@ class Sessions:
         with open(os.path.join(data_dir, 'subjects.tsv'), 'rb') as a, open(os.path.join(data_dir, 'dataset.json'), 'rb') as b:
             self.digest = hashlib.sha256(a.read() + b.read()).hexdigest()[:16]
         self.shape = tuple(dataset['shape'])
-        self.box = {k: dataset[k] for k in ('shape', 'spacing_mm', 'resize', 'percentiles', 'percentiles_of') if k in dataset}
+        self.box = {k: dataset[k] for k in ('shape', 'spacing_mm', 'resize', 'percentiles', 'percentiles_of', 'clip') if k in dataset}
         self.voxel_mm = dataset.get('voxel_mm', [dataset['spacing_mm']] * 3)
         self.n = len(self.rows)
         self.scans = [(i, m) for i, row in enumerate(self.rows) for m, name in enumerate(self.modalities) if row.get(name)]

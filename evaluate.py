@@ -18,7 +18,7 @@ from scipy import fft, ndimage
 from tqdm import tqdm
 
 import nifti
-from common import autocast, configure, load_checkpoint, make_out_dir, start_processes, write_text
+from common import autocast, configure, load_checkpoint, make_out_dir, pyplot, start_processes, write_text
 from data import Sessions
 from losses import psnr  # offered here too, as are some of metrics: a judge's names in one place
 from metrics import (channel_cosine, dice, effective_rank, explained_variance, feature_moments, frechet_distance, latent_geometry,
@@ -357,14 +357,6 @@ def markdown(results, modalities):
                       '| source -> target | style | ' + ' | '.join(metric_names().values()) + ' |', '|' + ' --- |' * (2 + len(metric_names()))]
             lines += [f"| {c['source']} -> {c['target']} | {c['style']} | " + ' | '.join(cell(c['scores'][k]) for k in metric_names()) + ' |' for c in row['cross']]
     return '\n'.join(lines) + '\n\n' + DEFINITIONS + '\n'
-
-def pyplot():
-    """matplotlib's pyplot for files alone; None, with one line, where it is not installed."""
-    try: import matplotlib
-    except ImportError: return print('no picture: pip install matplotlib to get one')
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    return plt
 
 def picture(path, shown, title):
     """PNG: rows are planes; for each modality input, reconstruction and absolute error, all on one scale."""

@@ -11,11 +11,12 @@ from losses import perceptual_loss, psnr, ssim, ssim_map
 # ---------------------------------------------------------------- fidelity
 
 def scores(x_hat, x, lpips=None):
-    """Dict of the fidelity metrics of one volume; x_hat, x: (1,1,D,H,W), x in [0,1].
+    """Dict of the fidelity metrics of one volume; x_hat, x: (1,1,D,H,W), both clipped to [0,1].
 
     lpips: a network of pretrained.LPIPS; then also 'lpips_sum', over the three planes of the mean over all slices, and 'lpips_mean'.
     """
-    x_hat, brain = x_hat.float().clamp(0, 1), x > 0
+    x_hat, x = x_hat.float().clamp(0, 1), x.clamp(0, 1)
+    brain = x > 0
     similarity = ssim_map(x_hat, x)
     border = [slice((n - m) // 2, (n - m) // 2 + m) for n, m in zip(x.shape[2:], similarity.shape[2:])]
     inside = brain[(slice(None), slice(None), *border)]

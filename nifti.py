@@ -146,14 +146,14 @@ def crop_pad(volume, start, shape):
     box[tuple(slice(max(-s, 0), max(-s, 0) + n) for s, n in zip(start, part.shape))] = part
     return box
 
-def scale_intensity(volume, mask, percentiles=(0.5, 99.5), of='brain'):
+def scale_intensity(volume, mask, percentiles=(0.5, 99.5), of='brain', clip=True):
     """volume to [0,1] by two percentiles of='brain', inside the mask, or of='volume', everywhere -> scaled float32, low, high.
 
-    Outside exactly 0, inside at least 1e-4, so that `scaled > 0` is the mask for ever. ValueError if the percentiles agree.
+    clip=False keeps what lies above 1. Outside exactly 0, inside at least 1e-4, so that `scaled > 0` is the mask for ever. ValueError if the percentiles agree.
     """
     low, high = (float(p) for p in np.percentile(volume[mask] if of == 'brain' else volume, percentiles))
     if high <= low: raise ValueError(f'percentiles {percentiles} of the {of} are both {low:g}: nothing to scale')
-    return np.where(mask, np.clip((volume - low) / (high - low), 1e-4, 1), 0).astype(np.float32), low, high
+    return np.where(mask, np.clip((volume - low) / (high - low), 1e-4, 1 if clip else None), 0).astype(np.float32), low, high
 
 # ---------------------------------------------------------------- a session into its box, and back
 
@@ -168,7 +168,7 @@ class Placement:
     lost: float            # fraction of the brain outside the box
     estimated: list        # per scan: no zero background, so the mask is a guess at the head
 
-def conform(volumes, affines, shape, spacing_mm=1.0, resize=False, percentiles=(0.5, 99.5), percentiles_of='brain'):
+def conform(volumes, affines, shape, spacing_mm=1.0, resize=False, percentiles=(0.5, 99.5), percentiles_of='brain', clip=True):
     """A session's scans, RAS+ (D,H,W) each with its affine, as boxes (shape) in [0,1] on one grid -> list of boxes, Placement.
 
     The grid is that of the first scan, made isotropic; the others are brought there through the affines, each interpolated
@@ -188,7 +188,7 @@ def conform(volumes, affines, shape, spacing_mm=1.0, resize=False, percentiles=(
     start, lost = ([0, 0, 0], 0.0) if resize else box_start(np.logical_or.reduce(masks), shape)
     boxes, low, high = [], [], []
     for scan, mask in zip(scans, masks):
-        box, lo, hi = scale_intensity(crop_pad(scan, start, shape), crop_pad(mask, start, shape), percentiles, percentiles_of)
+        box, lo, hi = scale_intensity(crop_pad(scan, start, shape), crop_pad(mask, start, shape), percentiles, percentiles_of, clip)
         boxes.append(box), low.append(lo), high.append(hi)
     return boxes, Placement(affine, grid_shape, start, low, high, float(lost), estimated)
 

@@ -33,6 +33,7 @@ shape = (144, 192, 144)   # box in voxels (left-right, posterior-anterior, infer
 spacing_mm = 1.0
 resize = False            # stretch the field of view over the box, voxels not isotropic, instead of cutting a box out (DeCo-VAE)
 percentiles = (0.5, 99.5) # intensities that become 0 and 1
+clip = True               # False keeps intensities above 1 for training (DeCo-VAE's code); metrics clip them
 percentiles_of = 'brain'  # or 'volume', background and all (DeCo-VAE, with 0,99.5)
 modalities = ()           # () for all that are found; of phantoms: T1w, T2w, FLAIR
 n = 40                    # phantoms
@@ -42,7 +43,7 @@ seed = 0                  # of phantoms and of the split
 workers = -1              # processes; -1 for one per core
 strict = False            # stop at the first bad scan instead of leaving it out
 
-BOX = ('shape', 'spacing_mm', 'resize', 'percentiles', 'percentiles_of')  # how a scan gets into its box: nifti.conform
+BOX = ('shape', 'spacing_mm', 'resize', 'percentiles', 'percentiles_of', 'clip')  # how a scan gets into its box: nifti.conform
 ORDER = ('T1w', 'T2w', 'FLAIR', 'PD')  # the first one present gives a session its grid
 SUFFIXES = {'t1w': 'T1w', 't1': 'T1w', 'mprage': 'T1w', 't2w': 'T2w', 't2': 'T2w', 'flair': 'FLAIR', 't2flair': 'FLAIR',
             'pd': 'PD', 'pdw': 'PD'}
@@ -142,7 +143,7 @@ def make_phantom(s, index):
              'skipped': [], 'orientation': {}, 'spacing': {}, 'estimated': []}
     for modality, volume in {**p['images'], 'dseg': p['labels']}.items():
         path = npy_path(s, p['subject'], p['session'], modality)
-        if modality != 'dseg': volume = nifti.scale_intensity(volume, p['labels'] > 0, s['percentiles'], s['percentiles_of'])[0].astype(s['dtype'])
+        if modality != 'dseg': volume = nifti.scale_intensity(volume, p['labels'] > 0, s['percentiles'], s['percentiles_of'], s['clip'])[0].astype(s['dtype'])
         save_npy(path, volume)
         facts['files'][modality] = os.path.basename(path)
     return facts

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import nifti
-from common import autocast, configure, load_checkpoint, make_out_dir, start_processes, write_text
+from common import autocast, configure, load_checkpoint, make_out_dir, pyplot, start_processes, write_text
 from data import random, read_index
 from flow import sample
 from latents import Latents, encode_conditions, nearest, value_of
@@ -124,10 +124,8 @@ def wanted_conditions(checkpoint, names):
 
 def montage(path, volumes):
     """PNG: a row per sample and modality, middle slices of the three planes."""
-    try: import matplotlib
-    except ImportError: return print('no picture: pip install matplotlib to get one')
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    plt = pyplot()
+    if not plt: return
     rows = [(f'{i} {name}', found[i]) for i in range(min(n, 8)) for name, found in volumes.items()]
     fig, axes = plt.subplots(3, len(rows), figsize=(1.9 * len(rows), 6), squeeze=False)
     for column, (title, volume) in enumerate(rows):

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from common import (all_reduce_mean, autocast, catch_signals, configure, explain_out_of_memory, git_commit, load_checkpoint, make_out_dir, open_log, peak_flops, print0,
-                    save_checkpoint, start_processes, stop_processes, update_average)
+                    pyplot, save_checkpoint, start_processes, stop_processes, update_average)
 from data import prefetch
 from flow import draw_times, flow_matching_loss, sample
 from latents import Latents, encode_sessions
@@ -107,10 +107,8 @@ def to_device(t):
 
 def draw_samples():
     """Picture of two unconditional samples of the averaged network, middle slices of the three planes."""
-    try: import matplotlib
-    except ImportError: return print0('no picture: pip install matplotlib to get one')
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    plt = pyplot()
+    if not plt: return
     judge = (ema or raw_model).eval()
     noise = torch.randn(2, *train_set.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     with torch.no_grad(), autocast(device, dtype):

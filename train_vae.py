@@ -148,7 +148,7 @@ def make_batch(micro):
     return train_set.slice_batch(batch_size_2d, seed, rank, world, number)
 
 def neuroquant_objective(batch, what, it):
-    """Loss of one micro-batch, its unweighted terms, x_hat; each a mean over the joined batch of all processes."""
+    """Loss of one micro-batch and its unweighted terms, each a mean over the joined batch; None, since no discriminator follows."""
     x, modality, pairs, share = batch['x'], batch['modality'], batch.get('pairs', ()), batch['share']
     w_cross_now = get_w_cross(it) if len(pairs) else 0.0
     out = model(x, modality, pairs if w_cross_now > 0 else None)
@@ -214,7 +214,7 @@ def validate():
         for m in val_set.present(i):
             x = torch.tensor(val_set.volume(i, m), dtype=torch.float32, device=device)[None, None]
             with autocast(device, dtype): x_hat = judge.reconstruct(x, m)
-            total[m] += torch.tensor([psnr(x_hat.clamp(0, 1), x).item(), 1.0])
+            total[m] += torch.tensor([psnr(x_hat.clamp(0, 1), x.clamp(0, 1)).item(), 1.0])
     if world > 1: dist.all_reduce(total)
     train_mode()
     record = {f'val/psnr_db/{name}': s / k for name, (s, k) in zip(modalities, total.tolist()) if k}
@@ -244,7 +244,8 @@ if __name__ == '__main__':
         if value not in allowed: raise SystemExit(f'--{key}={value}: {" or ".join(allowed)}')
     if not set(gan_dims) <= {2, 3}: raise SystemExit(f'--gan_dims={gan_dims}: of 3 and 2')
     if kind == 'neuroquant' and not film and w_cross > 0: raise SystemExit('w_cross > 0 needs film=True: without FiLM there is no modality to swap')
-    if kind == 'neuroquant' and freeze_encoder: raise SystemExit("freeze_encoder is for kind='convvae'")
+    if kind == 'neuroquant' and (freeze_encoder or augment or max(w_kl, w_sid, w_cov, w_var, w_perc, w_gan) > 0):
+        raise SystemExit("freeze_encoder, augment, w_kl, w_sid, w_cov, w_var, w_perc and w_gan are for kind='convvae'")
     if kind == 'convvae' and dims == 2 and patch: raise SystemExit('patch is for volumes; with dims=2 whole slices are used')
     if kind == 'convvae' and bottleneck == 'vq' and max(w_kl, w_sid, w_cov, w_var) > 0: raise SystemExit("w_kl, w_sid, w_cov and w_var need bottleneck='kl'")
     if device == 'cpu': dtype, compile = 'float32', False

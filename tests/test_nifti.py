@@ -195,3 +195,10 @@ def test_percentiles_of_brain_or_volume():
         assert [low, high] == pytest.approx(np.percentile(volume[mask] if of == 'brain' else volume, percentiles))
         inside = (volume > low) & (volume < high)
         np.testing.assert_allclose(scaled[inside], np.maximum((volume[inside] - low) / (high - low), 1e-4), rtol=1e-5)
+
+def test_intensities_above_one_are_kept_on_request():
+    volume = np.arange(1, 1001, dtype=np.float32).reshape(10, 10, 10)
+    clipped, low, high = nifti.scale_intensity(volume, volume > 0, (0, 90))
+    kept, *same = nifti.scale_intensity(volume, volume > 0, (0, 90), clip=False)
+    assert [low, high] == same and clipped.max() == 1 and kept.max() == pytest.approx((1000 - low) / (high - low))
+    np.testing.assert_array_equal(np.minimum(kept, 1), clipped)

@@ -1,39 +1,56 @@
-"""Costs: FLOP of a volume, a step on slices against volumes of depth 1, MAISI's networks against MONAI's, Heun against Euler.
+"""What everything costs, against the machine's own limits and against MONAI.
 
-    python bench.py                      # NeuroQuant, on a GPU or a CPU; --slices=2 --repeats=3 keeps it short on a CPU
-    python bench.py --vs=monai           # forward and backward of the same networks, the same weights, in turns (needs monai)
-    python bench.py --samplers=out/demo_flow/best.pt  # error of a flow's samples at equal numbers of calls
+    python bench.py                                   # every case: full sizes on a GPU, small ones on a CPU
+    python bench.py --cases=vae,unet --profile=True   # also trace.json and the ten dearest kernels of each training step
+    python bench.py --vs=monai                        # MAISI's networks, the same weights, in turns with MONAI's (needs monai)
+    python bench.py --samplers=out/demo_flow/best.pt  # error of a flow's samples at equal numbers of calls, Heun against Euler
 
-Times are medians of `repeats` steps after a warm-up, forward and backward, in milliseconds.
+Times are medians of `repeats` runs after a warm-up, in milliseconds, with the spread from least to most. MFU is the FLOP of all
+convolutions, products and attentions over time and the measured rate of a large matrix product. The floor of a step is the longer
+of two times: those FLOP at that rate, and their operands, each read or written once, at the measured rate of a copy.
 """
 import json
+import math
+import os
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
+import numpy as np
 import torch
 import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as networks
-from common import autocast, configure, load_checkpoint, start_processes
-from flow import sample
-from losses import reconstruction_loss
+from common import all_reduce_mean, autocast, configure, load_checkpoint, start_processes, stop_processes
+from data import Sessions
+from flow import flow_matching_loss, sample
+from losses import PatchDiscriminator, kl_loss, reconstruction_loss
 from pretrained import load_maisi_unet, load_maisi_vae
 
 # ---------------------------------------------------------------- settings
+cases = ('neuroquant', 'slices', 'linear', 'vae', 'whole', 'unet', 'loader', 'processes')
 vs = ''                  # 'monai'
 samplers = ''            # checkpoint of a flow
-shape = (144, 192, 144)  # of NeuroQuant's volume
-size = 48                # of the cube for --vs=monai
-slices = 8
+size = 0                 # side of the cube of vae, of whole on a CPU and of --vs=monai; 0 picks 96 on a GPU, 48 on a CPU
+pairs = ()               # sessions per batch of neuroquant; () picks 1,2,4 on a GPU, 1 on a CPU
+slices = 0               # per batch; 0 picks 128 on a GPU, 4 on a CPU
 repeats = 5
+turns = 3                # of --vs=monai
 device = ''
-dtype = 'float32'
-latent = 16              # of the cube that its U-Net gets
-only = ''                # of --vs=monai, used by itself: 'vae nanomri', 'unet monai', ...: one measurement in a process of its own
+dtype = 'bfloat16'       # on a CPU always float32
+compile = True           # on a CPU never
+checkpointing = False
+profile = False
+data_dir = ''            # of loader; '' makes 16 scans of 144x192x144 in a temporary folder
+only = ''                # used by itself: one measurement in a process of its own
+
+# ---------------------------------------------------------------- measuring
 
 def milliseconds(step):
     """Median and spread of `repeats` calls after one that warms up."""
@@ -45,34 +62,206 @@ def milliseconds(step):
         times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times[1:]), max(times[1:]) - min(times[1:])
 
-# ---------------------------------------------------------------- NeuroQuant
+class Operands(TorchDispatchMode):
+    """Adds up the bytes that convolutions, matrix products and attentions read and write; the rest can be fused into them."""
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
 
-def bench_neuroquant():
-    net = networks.NeuroQuant(networks.NeuroQuantConfig())
-    encode, decode = networks.step_flops(net, shape)
-    with torch.device('meta'):
-        twin = networks.NeuroQuant(net.config)
-        tokens = twin.encode(torch.empty(1, 1, *shape))[0].shape[2:].numel()
-        half = torch.empty(1, net.config.widths[0], *[n // 2 for n in shape])
-        film = [torch.empty(1, net.decoder.channels[-1])] * 2
-        with FlopCounterMode(display=False) as tail: twin.decoder.heads[-1](twin.decoder.blocks[-1](half, *film))
-    tail = tail.get_total_flops()
-    print(f'volume {shape}: {tokens} tokens, {encode / 1e12:.3f} + {decode / 1e12:.3f} = {(encode + decode) / 1e12:.3f} TFLOP forward '
-          f'(encode + decode), of which the full-size tail {tail / 1e12:.3f} ({tail / (encode + decode):.0%})')
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if any(word in func.__name__ for word in ('convolution', 'mm', 'scaled_dot_product')):
+            self.bytes += sum(t.numel() * t.element_size() for t in tree_leaves((args, out)) if isinstance(t, torch.Tensor))
+        return out
 
+def cost(step):
+    """FLOP and bytes of the operands of one call."""
+    with Operands() as operands, FlopCounterMode(display=False) as flops: step()
+    return flops.get_total_flops(), operands.bytes
+
+def machine():
+    """Measured FLOP/s of a large matrix product in the working precision and bytes/s of a copy."""
+    cuda = device.startswith('cuda')
+    n, kind = (8192, torch.bfloat16 if dtype == 'bfloat16' else torch.float32) if cuda else (2048, torch.float32)
+    a, b = torch.randn(n, n, device=device, dtype=kind), torch.empty(2 ** 28 if cuda else 2 ** 25, device=device)
+    c = torch.empty_like(b)
+    return 2 * n ** 3 / (milliseconds(lambda: a @ a)[0] / 1000), 2 * b.numel() * 4 / (milliseconds(lambda: c.copy_(b))[0] / 1000)
+
+def peak_memory(step):
+    """MiB that memory rises to above what is held before a call; on a CPU the process's highest so far, None if that tells nothing."""
+    if device.startswith('cuda'):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+    before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    held = resident()
+    step()
+    after = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (after - held) / 2 ** 20 if after > before else None
+
+def resident():
+    with open('/proc/self/statm') as f: return int(f.read().split()[1]) * resource.getpagesize()
+
+HEAD = '| case | ms | spread | calls/s | Mvoxel/s | TFLOP | MFU | floor, ms | peak, MiB |\n' + '|' + ' --- |' * 9
+
+def measure(name, calls, voxels, compiled=()):
+    """Lines of the table, one for each of calls {what: function}. voxels: of all volumes of a call. compiled: modules to compile.
+
+    Counting happens before compilation, memory on a GPU after it. returns {what: ms}.
+    """
+    cuda, memory, found = device.startswith('cuda'), {}, {}
+    if not cuda: memory = {what: peak_memory(call) for what, call in calls.items()}
+    costs = {what: cost(call) for what, call in calls.items()}
+    for module in compiled if compile else (): module.compile(dynamic=False)
+    for what, call in calls.items():
+        if cuda: call(), memory.update({what: peak_memory(call)})
+        (flops, data), (ms, spread) = costs[what], milliseconds(call)
+        least = {'FLOP': 1000 * flops / peak, 'bytes': 1000 * data / bandwidth}
+        binds = max(least, key=least.get)
+        print(f'| {name}, {what} | {ms:.0f} | {spread:.0f} | {1000 / ms:.2f} | {voxels / ms / 1000:.2f} | {flops / 1e12:.3f} | {1000 * flops / ms / peak:.0%} | '
+              f'{least[binds]:.0f} ({binds}) | {"" if memory[what] is None else format(memory[what], ".0f")} |', flush=True)
+        found[what] = ms
+    if profile and 'training step' in calls: dearest(name, calls['training step'])
+    return found
+
+def training(net, loss):
+    """The forward pass and a training step of net as calls for measure(). loss(): a scalar."""
     net.to(device, memory_format=torch.channels_last_3d).train()
-    x = torch.rand(slices, 1, 1, *shape[1:], device=device)
-    modality = torch.arange(slices, device=device) % len(net.config.modalities)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
+    def forward():
+        with torch.no_grad(), autocast(device, dtype): loss()
     def step():
-        with autocast(device, dtype): loss = reconstruction_loss(net(x, modality)['x_hat'], x, 0.5)
-        loss.backward()
-        net.zero_grad()
-    plane, plane_forward = milliseconds(step), networks.Conv.forward
-    networks.Conv.forward = nn.Conv3d.forward  # the same slices as volumes of depth 1: 27 taps, 18 of them on padding
-    try: depth, depth_spread = milliseconds(step)
+        with autocast(device, dtype): value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return {'forward': forward, 'training step': step}
+
+def dearest(name, step):
+    """Trace of one step and its ten dearest kernels."""
+    cuda = device.startswith('cuda')
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda) as found: step()
+    found.export_chrome_trace('trace.json')
+    print(found.key_averages().table(sort_by=f'self_{"cuda" if cuda else "cpu"}_time_total', row_limit=10, max_name_column_width=60), f'\ntrace of {name}: trace.json\n\n{HEAD}')
+
+# ---------------------------------------------------------------- the cases
+
+def neuroquant_facts(shape=(144, 192, 144)):
+    """Tokens and forward FLOP of one volume, counted without memory."""
+    with torch.device('meta'):
+        net = networks.NeuroQuant(networks.NeuroQuantConfig())
+        tokens = net.encode(torch.empty(1, 1, *shape))[0].shape[2:].numel()
+        half, film = torch.empty(1, net.config.widths[0], *[n // 2 for n in shape]), [torch.empty(1, net.decoder.channels[-1])] * 2
+        with FlopCounterMode(display=False) as tail: net.decoder.heads[-1](net.decoder.blocks[-1](half, *film))
+    encode, decode = networks.step_flops(net, shape)
+    return (f'NeuroQuant, {"x".join(map(str, shape))}: {tokens} tokens, {encode / 1e12:.3f} + {decode / 1e12:.3f} TFLOP to encode and decode, '
+            f'{tail.get_total_flops() / (encode + decode):.0%} of it in the full-size tail')
+
+def neuroquant_step(shape, sessions):
+    """NeuroQuant's default, and its loss on sessions of two modalities with both swaps, as config/neuroquant.py trains it."""
+    net = networks.NeuroQuant(networks.NeuroQuantConfig())
+    for half in (net.encoder, net.decoder): half.checkpointing = checkpointing
+    x = torch.rand(2 * sessions, 1, *shape, device=device).contiguous(memory_format=torch.channels_last_3d)
+    modality = torch.arange(2 * sessions, device=device) % 2
+    swaps = torch.tensor([(a + k, a + 1 - k) for a in range(0, 2 * sessions, 2) for k in (0, 1)], device=device)
+    def loss():
+        out = net(x, modality, swaps)
+        return reconstruction_loss(out['x_hat'], x, 0.5) + 0.25 * out['commit'] + 0.5 * reconstruction_loss(out['x_cross'], x[swaps[:, 1]], 0.0)
+    return net, loss
+
+def case_neuroquant():
+    shape = (144, 192, 144) if big else (48, 64, 48)
+    for sessions in pairs or ((1, 2, 4) if big else (1,)):
+        net, loss = neuroquant_step(shape, sessions)
+        measure(f'NeuroQuant, {sessions} x 2 volumes of {"x".join(map(str, shape))}', training(net, loss), 2 * sessions * math.prod(shape), (net.encoder, net.decoder))
+
+def case_slices():
+    """A 2D step; and the same slices as volumes of depth 1 through Conv3d: 27 taps, 18 of them on padding."""
+    n, (h, w) = slices or (128 if big else 4), (144, 192)
+    net = networks.NeuroQuant(networks.NeuroQuantConfig())
+    x, modality = torch.rand(n, 1, h, w, 1, device=device), torch.arange(n, device=device) % 2
+    calls = training(net, lambda: reconstruction_loss(net(x, modality)['x_hat'], x, 0.5))
+    ours = measure(f'NeuroQuant, {n} slices of {h}x{w}', calls, n * h * w, (net.encoder, net.decoder))
+    plane_forward, networks.Conv.forward = networks.Conv.forward, nn.Conv3d.forward
+    try: theirs = measure(f'the same as volumes of depth 1', {'training step': calls['training step']}, n * h * w, (net.encoder, net.decoder))
     finally: networks.Conv.forward = plane_forward
-    print(f'{slices} slices of {shape[1:]}, forward and backward on {device}: {plane[0]:.0f} ms (spread {plane[1]:.0f}) as slices, '
-          f'{depth:.0f} ms (spread {depth_spread:.0f}) as volumes of depth 1 through Conv3d: ratio {plane[0] / depth:.2f}')
+    print(f'\nslices against volumes of depth 1: ratio {ours["training step"] / theirs["training step"]:.2f}\n\n{HEAD}')
+
+def case_linear():
+    """Is the cost linear in voxels? A volume, and one of twice the length."""
+    shape = (96, 96, 96) if big else (32, 48, 48)
+    found = []
+    for n in (1, 2):
+        net, loss = neuroquant_step((n * shape[0], *shape[1:]), 1)
+        found.append(measure(f'NeuroQuant, 1 x 2 volumes of {"x".join(map(str, (n * shape[0], *shape[1:])))}', training(net, loss), 2 * n * math.prod(shape), (net.encoder, net.decoder)))
+    print(f'\ntwice the voxels: {found[1]["training step"] / found[0]["training step"]:.2f} times the time\n\n{HEAD}')
+
+def case_vae():
+    net, batch = networks.ConvVAE(networks.ConvVAEConfig()), 2 if big else 1
+    x = torch.rand(batch, 1, *[side] * 3, device=device).contiguous(memory_format=torch.channels_last_3d)
+    def loss():
+        out = net(x)
+        return reconstruction_loss(out['x_hat'], x, 0.0) + 5e-4 * kl_loss(out['mu'], out['logvar'])
+    measure(f'MAISI-VAE, {batch} x {side}^3', training(net, loss), batch * side ** 3, (net.encoder, net.decoder))
+
+def case_whole():
+    """A whole volume in and out, slab by slab on a GPU."""
+    shape = (128, 256, 128) if big else (side,) * 3
+    net = networks.ConvVAE(networks.ConvVAEConfig()).to(device, memory_format=torch.channels_last_3d).eval()
+    x, z = torch.rand(1, 1, *shape, device=device), torch.randn(1, *net.latent_shape(shape), device=device)
+    def call(f):
+        with torch.no_grad(), autocast(device, dtype): f()
+    measure(f'MAISI-VAE, whole {"x".join(map(str, shape))}', {'encode': lambda: call(lambda: net.posterior(x)), 'decode': lambda: call(lambda: net.decode_volume(z)),
+            'decode in slabs of 8': lambda: call(lambda: net.decode_volume(z, slab=8))}, math.prod(shape))
+
+def case_unet():
+    net, batch, shape = networks.FlowUNet(networks.FlowUNetConfig()), 4 if big else 1, (4, 32, 64, 32) if big else (4, 16, 16, 16)
+    x, noise, t = torch.randn(batch, *shape, device=device), torch.randn(batch, *shape, device=device), torch.rand(batch, device=device)
+    calls = training(net, lambda: flow_matching_loss(net, x, noise, t, None, 'l2'))
+    def draw():
+        with autocast(device, dtype): sample(net, noise[:1], 30)
+    measure(f'FlowUNet, {batch} x {"x".join(map(str, shape))}', calls | {'sampling of one latent, 30 steps': draw}, batch * math.prod(shape[1:]), (net,))
+
+def case_loader():
+    """Batches from memory-mapped files, without any network; from the page cache when the files are new."""
+    with tempfile.TemporaryDirectory() as folder:
+        where = data_dir or folder
+        if not data_dir:
+            rng, shape = np.random.default_rng(0), (144, 192, 144)
+            inside = sum(np.linspace(-1, 1, n).reshape([-1 if a == k else 1 for a in range(3)]) ** 2 for k, n in enumerate(shape)) < 0.8
+            lines = ['subject\tsession\tsplit\tT1w\tT2w'] + [f'sub-{i:02d}\tses-01\ttrain\tsub-{i:02d}_T1w.npy\tsub-{i:02d}_T2w.npy' for i in range(8)]
+            for name in (n for line in lines[1:] for n in line.split('\t')[3:]): np.save(os.path.join(folder, name), inside * rng.random(shape, np.float32))
+            with open(os.path.join(folder, 'subjects.tsv'), 'w') as f: f.write('\n'.join(lines) + '\n')
+            with open(os.path.join(folder, 'dataset.json'), 'w') as f: json.dump({'shape': shape, 'spacing_mm': 1.0, 'modalities': ['T1w', 'T2w']}, f)
+        with open(os.path.join(where, 'dataset.json')) as f: known = tuple(json.load(f)['modalities'])
+        data, step = Sessions(where, known, 'train'), iter(range(10 ** 9))
+        print('\n| batch | ms | spread |\n| --- | --- | --- |')
+        for name, make in (('2 sessions, whole', lambda k: data.session_batch(2, 0, 0, 1, k)), ('2 patches of 96^3', lambda k: data.scan_batch(2, 0, 0, 1, k, (96, 96, 96))),
+                           ('128 slices', lambda k: data.slice_batch(128, 0, 0, 1, k))):
+            ms, spread = milliseconds(lambda: make(next(step)))
+            print(f'| {name} | {ms:.1f} | {spread:.1f} |')
+        print(f'\n{HEAD}')
+
+def case_processes():
+    """Throughput of two processes of one thread over twice that of one, gradients averaged; on a CPU only."""
+    if big: return
+    def run(n):
+        args = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={n}', '--master_port=29517', __file__, '--only=process x', '--device=cpu', f'--repeats={repeats}']
+        return last_json(args, os.environ | {'OMP_NUM_THREADS': '1'})['ms']
+    one, two = run(1), run(2)
+    print(f'\none process {one:.0f} ms a step, two {two:.0f} ms for twice the volumes: scaling efficiency {one / two:.0%}\n\n{HEAD}')
+
+def one_process():
+    net, loss = neuroquant_step((32, 48, 32), 1)
+    net.train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
+    def step():
+        loss().backward()
+        all_reduce_mean([p.grad for p in net.parameters()])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return {'ms': milliseconds(step)[0]}
 
 # ---------------------------------------------------------------- MAISI against MONAI
 
@@ -89,48 +278,58 @@ def monai_unet():
         spatial_dims=3, in_channels=4, out_channels=4, num_channels=(64, 128, 256, 512), attention_levels=(False, False, True, True),
         num_head_channels=(0, 0, 32, 32), num_res_blocks=2, resblock_updown=True, include_fc=True, use_flash_attention=device.startswith('cuda'))
 
-def measure():
-    """One line of JSON: median ms of forward and backward, and how far memory rose above the model's own, in MiB."""
-    what, who = only.split()
-    net, ours = (monai_vae if what == 'vae' else monai_unet)(), who == 'nanomri'
-    if ours: net = (load_maisi_vae if what == 'vae' else load_maisi_unet)(net.state_dict())
+def monai_critic():
+    from monai.networks.nets import PatchDiscriminator as Theirs
+    return Theirs(spatial_dims=3, channels=32, in_channels=1, out_channels=1, num_layers_d=3, norm='INSTANCE', bias=False, kernel_size=4, padding=1)
+
+def contest(what, ours):
+    """Median ms of one network, ours or MONAI's with the same weights, and how far memory rose above its own with gradients, in MiB."""
+    net = {'vae': monai_vae, 'decode': monai_vae, 'unet': monai_unet, 'critic': monai_critic}[what]()
+    if ours and what == 'critic':
+        theirs, net = net, PatchDiscriminator(3)
+        net.load_state_dict(dict(zip(net.state_dict(), theirs.state_dict().values())))
+    elif ours: net = (load_maisi_unet if what == 'unet' else load_maisi_vae)(net.state_dict())
     net.to(device).train()
-    cuda, t = device.startswith('cuda'), torch.full((1,), 0.3, device=device)
-    x = torch.rand(1, 1, *[size] * 3, device=device) if what == 'vae' else torch.randn(1, 4, *[latent] * 3, device=device)
-    for p in net.parameters(): p.grad = torch.zeros_like(p)
-    if cuda: torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if cuda else resident()
+    n = latent_side if what == 'unet' else side
+    x = torch.rand(1, 1, n, n, n, device=device) if what in ('vae', 'critic') else torch.randn(1, 4, *[n // 4 if what == 'decode' else n] * 3, device=device)
+    t = torch.full((1,), 0.3, device=device)
+    def loss():
+        if what == 'vae':
+            out = net(x)
+            x_hat, mu = (out['x_hat'], out['mu']) if ours else out[:2]
+            return (x_hat - x).abs().mean() + 1e-3 * mu.square().mean()
+        if what == 'critic': return (net(x) if ours else net(x)[-1]).square().mean()
+        return (net(x, t if ours else 1000 * (1 - t)) - x).square().mean()
     def step():
-        with autocast(device, dtype):
-            if what == 'vae':
-                out = net(x)
-                x_hat, mu = (out['x_hat'], out['mu']) if ours else out[:2]
-                loss = (x_hat - x).abs().mean() + 1e-3 * mu.square().mean()
-            else: loss = (net(x, t if ours else 1000 * (1 - t)) - x).square().mean()
-        loss.backward()
+        with autocast(device, dtype), torch.set_grad_enabled(what != 'decode'):
+            if what == 'decode': return net.decode(x)
+            value = loss()
+        value.backward()
         net.zero_grad(set_to_none=False)
-    ms, _ = milliseconds(step)
-    peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({'ms': ms, 'mib': (peak - before) / 2 ** 20}))
+    for p in net.parameters(): p.grad = torch.zeros_like(p)
+    if compile: net.compile(dynamic=False), step()
+    memory = peak_memory(step)
+    return {'ms': milliseconds(step)[0], 'mib': memory}
 
-def resident():
-    with open('/proc/self/statm') as f: return int(f.read().split()[1]) * resource.getpagesize()
+def last_json(command, env=None):
+    """What a command that has to succeed printed last, as JSON."""
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    if done.returncode: raise SystemExit(f'{" ".join(command[1:])}: {done.stderr.strip().splitlines()[-1]}')
+    return json.loads([line for line in done.stdout.splitlines() if line.startswith('{')][-1])
 
-def bench_monai(turns=3):
+def against_monai():
     try: import monai
     except ImportError: raise SystemExit('--vs=monai needs MONAI: pip install -r requirements-dev.txt')
-    for what, title in (('vae', f'MAISI autoencoder, {size}^3'), ('unet', f'MAISI U-Net, 4x{latent}^3')):
+    print(f'medians of {turns} runs in turn, on {device} in {dtype}{", compiled" * compile}, MONAI {monai.__version__}\n\n'
+          '| network, batch 1 | ms: here / MONAI | ratio | MiB: here / MONAI | ratio |\n| --- | --- | --- | --- | --- |')
+    for what, title in (('vae', f'MAISI autoencoder, {side}^3, forward and backward'), ('decode', f'MAISI decoder to {side}^3, forward'),
+                        ('unet', f'MAISI U-Net, 4x{latent_side}^3, forward and backward'), ('critic', f'PatchGAN, {side}^3, forward and backward')):
         found = {'nanomri': [], 'monai': []}
         for _ in range(turns):
             for who in found:
-                args = [f'--only={what} {who}', f'--device={device}', f'--dtype={dtype}', f'--size={size}', f'--latent={latent}', f'--repeats={repeats}']
-                done = subprocess.run([sys.executable, __file__, *args], capture_output=True, text=True)
-                if done.returncode: raise SystemExit(f'{who}: {done.stderr.strip().splitlines()[-1]}')
-                found[who].append(json.loads(done.stdout.strip().splitlines()[-1]))
-        ms, mib = ({who: statistics.median(f[key] for f in runs) for who, runs in found.items()} for key in ('ms', 'mib'))
-        print(f'{title}, batch 1, forward and backward on {device} in {dtype}, medians of {turns} runs in turn, MONAI {monai.__version__}:\n'
-              f'  time   {ms["nanomri"]:.0f} ms against {ms["monai"]:.0f} ms: ratio {ms["nanomri"] / ms["monai"]:.2f}\n'
-              f'  memory {mib["nanomri"]:.0f} MiB against {mib["monai"]:.0f} MiB: ratio {mib["nanomri"] / mib["monai"]:.2f}')
+                found[who].append(last_json([sys.executable, __file__, f'--only={what} {who}', f'--device={device}', f'--dtype={dtype}', f'--compile={compile}', f'--size={side}', f'--repeats={repeats}']))
+        (ms, their_ms), (mib, their_mib) = ([statistics.median(f[key] for f in runs) for runs in found.values()] for key in ('ms', 'mib'))
+        print(f'| {title} | {ms:.0f} / {their_ms:.0f} | {ms / their_ms:.2f} | {mib:.0f} / {their_mib:.0f} | {mib / their_mib:.2f} |', flush=True)
 
 # ---------------------------------------------------------------- Heun against Euler
 
@@ -149,10 +348,24 @@ def bench_samplers():
 
 if __name__ == '__main__':
     configure(globals(), sys.argv[1:])
+    CASES = {name.removeprefix('case_'): f for name, f in list(globals().items()) if name.startswith('case_')}
     if vs not in ('', 'monai'): raise SystemExit(f'--vs={vs}: monai')
-    _, _, device = start_processes(device)
+    if set(cases) - set(CASES): raise SystemExit(f'--cases={",".join(cases)}: of {", ".join(CASES)}')
+    rank, _, device = start_processes(device)
+    big = device.startswith('cuda')
+    if not big: dtype, compile = 'float32', False
+    side, latent_side = size or (96 if big else 48), 32 if big else 16
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
-    if only: measure()
-    elif vs: bench_monai()
+    if only:
+        what, who = only.split()
+        found = one_process() if what == 'process' else contest(what, who == 'nanomri')
+        if rank == 0: print(json.dumps(found))
+        stop_processes()
+    elif vs: against_monai()
     elif samplers: bench_samplers()
-    else: bench_neuroquant()
+    else:
+        peak, bandwidth = machine()
+        print(f'{torch.cuda.get_device_name() if big else f"{torch.get_num_threads()} CPU threads"}, torch {torch.__version__}, {dtype}{", compiled" * compile}: matrix product {peak / 1e12:.2f} TFLOP/s, '
+              f'copy {bandwidth / 1e9:.0f} GB/s\n{neuroquant_facts()}\n\n{HEAD}')
+        for name in cases: CASES[name]()

@@ -156,6 +156,24 @@ def load_checkpoint(path, device='cpu'):
         raise SystemExit(f'{path}: not a checkpoint of this project (it has no model_args)')
     return checkpoint
 
+def refuse_changes(checkpoint, config, world, free):
+    """SystemExit that shows every setting that differs from the checkpoint's and is not among `free`, names without influence on results.
+
+    batch_size may change if the processes do: what counts is the joined batch.
+    """
+    there, here = ({k: n * c[k] if k.startswith('batch_size') else c.get(k) for k in c} for c, n in ((checkpoint['config'], checkpoint['world']), (config, world)))
+    differ = [f'{k} {there.get(k)!r} there, {here[k]!r} here' for k in here if k not in free and there.get(k) != here[k]]
+    if differ:
+        raise SystemExit(f'--init_from=resume goes on with one run, but its settings have changed: {"; ".join(differ)}; '
+                         'restore them, or add --resume_changed=True to go on regardless')
+
+def check_finite(recent):
+    """SystemExit at the first value that is not finite. recent: [(iteration, names of the values, values (n,), files of the batch)]."""
+    for it, names, values, files in recent:
+        for name, value in zip(names, values.tolist()):
+            if not math.isfinite(value):
+                raise SystemExit(f'iteration {it}: {name} is {value}; the batch of this process was {", ".join(files)}; ckpt.pt holds the last good state')
+
 # ---------------------------------------------------------------- output folder and log
 
 def make_out_dir(path):
@@ -178,13 +196,21 @@ def log_json(out_dir, record):
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     with open(os.path.join(out_dir, 'log.jsonl'), 'a') as f: f.write(json.dumps(clean) + '\n')
 
-def open_log(out_dir, config, wandb_project):
+def read_log(out_dir):
+    """Whole lines of out_dir/log.jsonl; a last one that a kill cut short is left out."""
+    try:
+        with open(os.path.join(out_dir, 'log.jsonl')) as f: return [line for line in f if line.endswith('}\n')]
+    except FileNotFoundError: return []
+
+def open_log(out_dir, config, wandb_project, it):
     """Write the settings to out_dir/config.py and return log(record), which appends to log.jsonl and, if a project is named, to wandb.
 
-    A record is a dict of numbers with 'iter'. Only the first process writes.
+    A record is a dict of numbers with 'iter'. Lines after iteration `it` are dropped first: those steps will be taken again.
+    Only the first process writes.
     """
     if dist.is_initialized() and dist.get_rank(): return lambda record: None
     write_text(os.path.join(out_dir, 'config.py'), ''.join(f'{k} = {v!r}\n' for k, v in config.items()))
+    write_text(os.path.join(out_dir, 'log.jsonl'), ''.join(line for line in read_log(out_dir) if json.loads(line)['iter'] <= it))
     if wandb_project:
         try: import wandb
         except ImportError: raise SystemExit('--wandb_project needs wandb: pip install wandb, or leave it empty')
@@ -193,14 +219,6 @@ def open_log(out_dir, config, wandb_project):
         log_json(out_dir, record)
         if wandb_project: wandb.log(record, step=record['iter'])
     return log
-
-def pyplot():
-    """matplotlib's pyplot, drawing to files alone; None, with one line, where it is not installed."""
-    try: import matplotlib
-    except ImportError: return print0('no picture: pip install matplotlib to get one')
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    return plt
 
 def git_commit():
     """Short commit of the source, with + when it was edited; '' outside a repository."""

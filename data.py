@@ -7,6 +7,7 @@ import csv
 import hashlib
 import json
 import os
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import groupby
@@ -44,6 +45,11 @@ def read_index(data_dir, modalities, split=None):
     if not rows: refuse(f"no session of {', '.join(modalities)} in split '{split}'")
     return rows, dataset
 
+def digest(data_dir):
+    """16 hex digits of subjects.tsv and dataset.json, by which a resumed run knows its data."""
+    with open(os.path.join(data_dir, 'subjects.tsv'), 'rb') as a, open(os.path.join(data_dir, 'dataset.json'), 'rb') as b:
+        return hashlib.sha256(a.read() + b.read()).hexdigest()[:16]
+
 def random(*key):
     """A generator that is a function of its key, a few integers."""
     return np.random.default_rng(key)
@@ -78,14 +84,12 @@ def augment(volume, rng):
 class Sessions:
     """The sessions of one split, as batches. modalities: those wanted, in the model's order; a session may lack some.
 
-    data_dir, split: as read_index. shape: (D,H,W) of every volume. box: how scans got there, as arguments of nifti.conform; voxel_mm: its voxels; digest: of the
-    index and dataset.json, so that a resumed run knows its data. n: number of sessions.
+    data_dir, split: as read_index. shape: (D,H,W) of every volume. box: how scans got there, as arguments of nifti.conform;
+    voxel_mm: its voxels. n: number of sessions.
     """
     def __init__(self, data_dir, modalities, split):
         self.data_dir, self.modalities = data_dir, tuple(modalities)
         self.rows, dataset = read_index(data_dir, modalities, split)
-        with open(os.path.join(data_dir, 'subjects.tsv'), 'rb') as a, open(os.path.join(data_dir, 'dataset.json'), 'rb') as b:
-            self.digest = hashlib.sha256(a.read() + b.read()).hexdigest()[:16]
         self.shape = tuple(dataset['shape'])
         self.box = {k: dataset[k] for k in ('shape', 'spacing_mm', 'resize', 'percentiles', 'percentiles_of', 'clip') if k in dataset}
         self.voxel_mm = dataset.get('voxel_mm', [dataset['spacing_mm']] * 3)
@@ -104,12 +108,25 @@ class Sessions:
         if array.shape != self.shape: raise SystemExit(f'{path}: shape {array.shape}, dataset.json says {self.shape}')
         return array
 
+    def verify(self, count=8):
+        """SystemExit if a volume of the split is missing, or one of `count` random ones is unreadable or not what checksums.json says."""
+        there = set(os.listdir(self.data_dir))
+        for i, m in self.scans:
+            if self.rows[i][self.modalities[m]] not in there: raise SystemExit(f'{self.data_dir}/{self.rows[i][self.modalities[m]]}: missing; run prepare.py again')
+        known = {}
+        if 'checksums.json' in there:
+            with open(os.path.join(self.data_dir, 'checksums.json')) as f: known = json.load(f)
+        for k in random(0, 12).permutation(len(self.scans))[:count]:
+            volume, name = self.volume(*self.scans[k]), self.rows[self.scans[k][0]][self.modalities[self.scans[k][1]]]
+            if known and zlib.crc32(np.ascontiguousarray(volume)) != known.get(name):
+                raise SystemExit(f'{self.data_dir}/{name}: not the volume that prepare.py wrote (checksum); delete it and run prepare.py again')
+
     def session_batch(self, batch_size, seed, rank, world, step, patch=()):
         """Batch of sessions, every modality that each has, whole or as patches at one random place per session.
 
         batch_size: sessions per process. patch: (D,H,W), at most the volume's size per axis; () for whole volumes.
         returns dict: x (B,1,D,H,W) float32; modality (B,) int64; session (B,) int64, row of the index;
-            pairs (P,2) int64, every ordered pair (source, target) of rows of one session;
+            pairs (P,2) int64, every ordered pair (source, target) of rows of one session; files, names of the volumes;
             share, pair_share: this process's part of the joined batch's volumes and pairs, 1.0 when all have the same
         """
         places = step * batch_size * world + np.arange(batch_size * world)  # of the joined batch
@@ -129,44 +146,47 @@ class Sessions:
             rows = range(first, len(x))
             pairs += [(a, b) for a in rows for b in rows if a != b]
         counts, pair_counts = counts.sum(1), (counts * (counts - 1)).sum(1)  # per process
-        return dict(x=torch.from_numpy(np.stack(x))[:, None], modality=torch.tensor(modality), session=torch.tensor(session),
+        files = [self.rows[i][self.modalities[m]] for i, m in zip(session, modality)]
+        return dict(x=torch.from_numpy(np.stack(x))[:, None], modality=torch.tensor(modality), session=torch.tensor(session), files=files,
                     pairs=torch.tensor(pairs, dtype=torch.int64).view(-1, 2), share=world * counts[rank] / counts.sum(),
                     pair_share=world * pair_counts[rank] / max(pair_counts.sum(), 1))
 
     def scan_batch(self, batch_size, seed, rank, world, step, patch=(), augmented=False):
         """Batch of single scans, of whichever modality, whole or as patches at random places; augmented: see augment().
 
-        returns dict: x (B,1,D,H,W) float32; modality (B,) int64; place (B,) int64, the sample's number in the run; share 1.0
+        returns dict: x (B,1,D,H,W) float32; modality (B,) int64; place (B,) int64, the sample's number in the run; files; share 1.0
         """
         size = tuple(min(p, n) for p, n in zip(patch or self.shape, self.shape))
-        x, modality, places = [], [], (step * world + rank) * batch_size + np.arange(batch_size)
+        x, modality, files, places = [], [], [], (step * world + rank) * batch_size + np.arange(batch_size)
         for place in places:
             i, m = self.scans[draw(len(self.scans), int(place), seed)]
+            files.append(self.rows[i][self.modalities[m]])
             rng, volume = random(seed, 4, int(place)), self.volume(i, m)
             if augmented: volume = augment(volume, rng)
             start = rng.integers(0, np.subtract(self.shape, size) + 1).tolist()
             x.append(np.asarray(volume[tuple(slice(s, s + n) for s, n in zip(start, size))], np.float32))
             modality.append(m)
-        return dict(x=torch.from_numpy(np.stack(x))[:, None], modality=torch.tensor(modality), place=torch.from_numpy(places), share=1.0)
+        return dict(x=torch.from_numpy(np.stack(x))[:, None], modality=torch.tensor(modality), place=torch.from_numpy(places), files=files, share=1.0)
 
     def slice_batch(self, batch_size, seed, rank, world, step, axis=None, min_brain=0.02, per_volume=8):
         """Batch of slices across `axis` (None: drawn per step); slices with less than min_brain of brain are left out.
 
         batch_size: slices per process. per_volume: consecutive slices of the joined batch come from one volume, since an axial
         or sagittal slice touches the whole file; one with fewer brain slices gives some twice.
-        returns dict: x (B,1,D,H,W) float32 with one axis of length 1; modality (B,) int64; place (B,) int64; share 1.0
+        returns dict: x (B,1,D,H,W) float32 with one axis of length 1; modality (B,) int64; place (B,) int64; files; share 1.0
         """
         if axis is None: axis = int(random(seed, 2, step).integers(3))
         places = (step * world + rank) * batch_size + np.arange(batch_size)
-        x, modality = [], []
+        x, modality, files = [], [], []
         for place, group in groupby(places.tolist(), lambda p: p // per_volume):
-            m, found = self.brain_slices(axis, place, seed, min_brain, per_volume)
+            i, m, found = self.brain_slices(axis, place, seed, min_brain, per_volume)
+            files.append(self.rows[i][self.modalities[m]])
             x += [np.expand_dims(found[p % per_volume % len(found)], axis) for p in group]
             modality += [m] * (len(x) - len(modality))
-        return dict(x=torch.from_numpy(np.stack(x))[:, None], modality=torch.tensor(modality), place=torch.from_numpy(places), share=1.0)
+        return dict(x=torch.from_numpy(np.stack(x))[:, None], modality=torch.tensor(modality), place=torch.from_numpy(places), files=files, share=1.0)
 
     def brain_slices(self, axis, place, seed, min_brain, count):
-        """Modality index and up to `count` random slices across `axis` of the volume at a place of the shuffled scans."""
+        """Session, modality index and up to `count` random slices across `axis` of the volume at a place of the shuffled scans."""
         rng, scan = random(seed, 3, place), draw(len(self.scans), place, seed)
         for _ in range(100):
             i, m = self.scans[scan]
@@ -174,7 +194,7 @@ class Sessions:
             for j in rng.permutation(len(volume)):
                 if np.count_nonzero(volume[j]) >= min_brain * volume[j].size: found.append(np.asarray(volume[j], np.float32))
                 if len(found) == count: break
-            if found: return m, found
+            if found: return i, m, found
             scan = rng.integers(len(self.scans))
         raise SystemExit(f'{self.data_dir}: no slice with {min_brain:.0%} brain in 100 volumes; is the background exactly 0?')
 

@@ -17,14 +17,16 @@ import torch
 from scipy import fft, ndimage
 from tqdm import tqdm
 
+import figures
 import nifti
-from common import autocast, configure, load_checkpoint, make_out_dir, pyplot, start_processes, write_text
-from data import Sessions
-from losses import psnr  # offered here too, as are some of metrics: a judge's names in one place
+from common import autocast, configure, load_checkpoint, make_out_dir, start_processes, write_text
+from data import Sessions, random
+from losses import ms_ssim, psnr  # offered here too, as are some of metrics: a judge's names in one place
 from metrics import (channel_cosine, dice, effective_rank, explained_variance, feature_moments, frechet_distance, latent_geometry,
-                     linear_probe, moments, region_volumes_mm3, scores, slice_frechet, summarise, tsne)
+                     moments, region_volumes_mm3, scores, slice_frechet, summarise, tsne)
 from model import from_checkpoint
 from pretrained import LPIPS, RandomFeatures, load_radimagenet, radimagenet_input
+from probe import linear_probe, network_probe
 from segment import MERGED, make_segmenter
 from tables import paper_table
 
@@ -40,13 +42,15 @@ segmenter = ''              # Dice and region volumes: path of synthseg_2.0.h5, 
 labels = ''                 # column of subjects.tsv with given label maps as ground truth, such as dseg; '' for the segmenter's of the input
 table = ''                  # neuroquant1, neuroquant2, deco1 ... deco5: only print that table of the papers beside what is found in runs
 runs = 'out'
-figures = False             # also latent.png and tsne.png
+latent_figures = False      # also latent.png and tsne.png
 tsne_points = 1000          # positions in it
 probe = ''                  # column to tell apart from the latents, such as sex; of NeuroQuant also the modality from z_anat
+probe_networks = ()         # also by SEResNet-152, trained on 'latent' or 'volume', the scans themselves, or both: hours without a GPU
+probe_epochs = 30
 features = ''               # Frechet distances: path of RadImageNet-ResNet50_notop.pth, or 'random', a fixed random network; '' for none
 features_as_released = False  # read that file as DeCo-VAE's code does, biases dropped and strides moved
 fid_slices = 'all'          # or 'central': the middle 40 % of each plane
-generated = ''              # folders of sample.py --mode=generate, in the order of ckpt, separated by commas: gFID
+generated = ''              # folders of sample.py --mode=generate, in the order of ckpt, separated by commas: gFID, diversity, samples.png
 out_dir = ''                # '' for the first checkpoint's folder
 device = ''
 dtype = 'float32'           # bfloat16 for autocast
@@ -126,27 +130,24 @@ def reference_rows(test, train, n, rates):
 
 @torch.no_grad()
 def judge(model, test, n):
-    """Scores of reconstructions, of cross-modal ones, code counts, latent geometry, and the first session with every modality."""
-    fidelity, cross, shown = {name: [] for name in test.modalities}, {}, None
+    """Scores of reconstructions, of cross-modal ones, code counts and latent geometry."""
+    fidelity, cross = {name: [] for name in test.modalities}, {}
     books = getattr(model.config, 'num_codebooks', 1) if hasattr(model, 'quantizer') else 0
     counts = np.zeros((len(test.modalities), books, getattr(model.config, 'num_codes', 0)), np.int64)
     total, sigmas = 0.0, []
     for i in tqdm(range(n), desc='sessions', leave=False):
-        subject, x, x_hat = test.rows[i]['subject'], {}, {}
+        subject, x = test.rows[i]['subject'], {}
         with autocast(device, dtype):
             for m in test.present(i):
                 x[m] = torch.tensor(test.volume(i, m), dtype=torch.float32, device=device)[None, None]
-                x_hat[m] = model.reconstruct(x[m], m).float()
                 total = total + moments(model.latent(x[m], m))
                 logvar = model.posterior(x[m])[1]
                 if logvar is not None: sigmas.append(torch.exp(0.5 * logvar.float()).mean().item())
                 if books:
                     for k, book in enumerate(model.tokens(x[m]).reshape(books, -1).cpu()): counts[m, k] += np.bincount(book, minlength=counts.shape[2])
-                fidelity[test.modalities[m]].append((subject, scores(x_hat[m], x[m], lpips_net)))
+                fidelity[test.modalities[m]].append((subject, scores(model.reconstruct(x[m], m), x[m], lpips_net)))
             if hasattr(model, 'translate') and model.config.film: cross_modal(model, test.modalities, subject, x, cross)
-        if shown is None and len(x) == len(test.modalities):
-            shown = {test.modalities[m]: (x[m].cpu().numpy()[0, 0], x_hat[m].clamp(0, 1).cpu().numpy()[0, 0]) for m in x}
-    return fidelity, cross, counts, latent_geometry(total.cpu(), float(np.mean(sigmas)) if sigmas else None), shown
+    return fidelity, cross, counts, latent_geometry(total.cpu(), float(np.mean(sigmas)) if sigmas else None)
 
 def cross_modal(model, names, subject, x, cross):
     """Add the scores of every ordered pair of a session's scans x {modality: (1,1,D,H,W)} to cross."""
@@ -212,6 +213,49 @@ def frechet_table(extractor_name, rows):
         if row.endswith('gFID') and (other := (row[:-4] + 'rFID', modality)) in means: lines.append(f'\n{row[:-5]} {modality}: gFID - rFID {value - means[other]:.4f}')
     return lines
 
+# ---------------------------------------------------------------- generated sets
+
+def ms_ssim_of_pairs(volumes, pairs=200):
+    """Mean and sd of MS-SSIM over random pairs of different volumes (1,1,D,H,W), all of them if there are fewer; high is uniform."""
+    volumes = list(volumes)
+    every = [(a, b) for a in range(len(volumes)) for b in range(a)]
+    if not every: raise ValueError('one volume makes no pair')
+    chosen = random(seed, 11).permutation(len(every))[:pairs]
+    found = [ms_ssim(volumes[a].clamp(0, 1), volumes[b].clamp(0, 1)).item() for a, b in (every[k] for k in chosen)]
+    return {'ms_ssim': float(np.mean(found)), 'sd': float(np.std(found)), 'pairs': len(found), 'volumes': len(volumes)}
+
+def diversity_rows(models, n):
+    """MS-SSIM between the real volumes of a modality and between those of each generated set: list of dicts."""
+    rows, seen = [], set()
+    for name, _, known, folder in models:
+        if not folder: continue
+        test = Sessions(data_dir, known, split)
+        for m, modality in enumerate(known):
+            first_scans = {test.rows[i]['subject']: i for i in reversed(range(n)) if m in test.present(i)}.values()  # one per subject
+            sets = {name: lambda: read_generated(folder, modality)}
+            if modality not in seen: sets = {'real': lambda: (torch.tensor(test.volume(i, m), dtype=torch.float32, device=device)[None, None] for i in first_scans)} | sets
+            seen.add(modality)
+            for row, volumes in sets.items():
+                try: rows.append({'row': row, 'modality': modality} | ms_ssim_of_pairs(volumes()))
+                except ValueError as e: rows.append({'row': row, 'modality': modality, 'reason': str(e)})
+    return rows
+
+def diversity_table(rows):
+    lines = ['', 'MS-SSIM between pairs of volumes (1: all alike); real: one scan per subject', '', '| set | modality | MS-SSIM | pairs | volumes |', '|' + ' --- |' * 5]
+    for r in rows: lines.append(f"| {r['row']} | {r['modality']} | " + (f"| | {r['reason']} |" if 'reason' in r else f"{r['ms_ssim']:.4f} +- {r['sd']:.4f} | {r['pairs']} | {r['volumes']} |"))
+    return lines
+
+def samples(models, shown=4):
+    """Blocks for figures.views: the first volumes of each generated set, DeCo fig. 5. Sets of one seed and one flow show the same latents."""
+    blocks = []
+    for name, _, known, folder in models:
+        named = [modality for modality in known if glob.glob(os.path.join(folder, f'sample_*_{modality}.nii.gz'))]
+        for modality in named or known[:1] if folder else ():
+            try: found = [volume[0, 0].cpu().numpy() for volume, _ in zip(read_generated(folder, modality), range(shown))]
+            except ValueError: continue  # its rows in the tables say why
+            blocks.append([(f"{name}{' ' * bool(named)}{modality * bool(named)} {k}", volume) for k, volume in enumerate(found)])
+    return blocks
+
 # ---------------------------------------------------------------- anatomy
 
 def anatomy_rows(models, n):
@@ -253,54 +297,56 @@ def anatomy_table(rows):
         lines.append(f"| {r['row']} | {r['modality']} | {100 * d['mean']:.2f} +- {100 * d['sd']:.2f} | {100 * d['ci95'][0]:.2f} to {100 * d['ci95'][1]:.2f} | " + ' | '.join(volumes) + ' |')
     return lines
 
-def volume_boxplot(path, rows):
-    """PNG: volumes of cerebellum cortex and caudate per model beside the ground truth, NeuroQuant fig. 4."""
-    plt = pyplot()
-    if not plt: return
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6))
-    for ax, name in zip(axes, ('cerebellum cortex', 'caudate')):
-        first = {}
-        for r in rows: first.setdefault(r['modality'], r)
-        boxes = [(f'{m}\nground truth', [f['mm3_truth'][name] / 1000 for f in r['scans']]) for m, r in first.items()]
-        boxes += [(f"{r['modality']}\n{r['row']}", [f['mm3'][name] / 1000 for f in r['scans']]) for r in rows]
-        ax.boxplot([values for _, values in boxes])
-        ax.set_xticks(range(1, len(boxes) + 1), [label for label, _ in boxes], fontsize=7)
-        ax.set_title(name, fontsize=9)
-        ax.set_ylabel('cm3', fontsize=8)
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-    print(f'picture: {path}')
+def volume_boxes(rows, name):
+    """[(label, volumes in cm3)] of one structure: ground truth per modality, then each row."""
+    first = {}
+    for r in rows: first.setdefault(r['modality'], r)
+    return [(f'{m}\nground truth', [f['mm3_truth'][name] / 1000 for f in r['scans']]) for m, r in first.items()] \
+        + [(f"{r['modality']}\n{r['row']}", [f['mm3'][name] / 1000 for f in r['scans']]) for r in rows]
 
 # ---------------------------------------------------------------- probes
 
-@torch.no_grad()
 def probe_rows(models, n):
-    """Linear probes on the frozen latents of the first n sessions: list of dicts, with a reason where one cannot be made."""
-    rows = []
+    """What the frozen latents of the first n sessions tell: list of dicts, with a reason where a probe cannot be made.
+
+    'volume' in probe_networks: SEResNet-152 on the scans themselves, once per modality.
+    """
+    rows, on_volumes = [], set()
     for name, model, known, _ in models:
         test = Sessions(data_dir, known, split)
         scans = [(i, m) for i, m in test.scans if i < n]
         whole, anatomy = [], []
         for i, m in tqdm(scans, desc='latents', leave=False):
             x = torch.tensor(test.volume(i, m), dtype=torch.float32, device=device)[None, None]
-            whole.append(model.latent(x, m)[0].flatten().cpu().numpy())
-            if hasattr(model, 'translate'): anatomy.append(model.encode(x)[0][0].flatten().cpu().numpy())
+            with torch.no_grad():
+                whole.append(model.latent(x, m)[0].cpu())
+                if hasattr(model, 'translate'): anatomy.append(model.encode(x)[0][0].cpu())
         value, subject = (np.array([f(test.rows[i]) for i, _ in scans]) for f in (lambda row: (row.get(probe) or '').strip(), lambda row: row['subject']))
         modality = np.array([known[m] for _, m in scans])
-        def add(latent, target, z, y, keep):
-            try: rows.append({'row': name, 'latent': latent, 'target': target} | linear_probe(np.stack([z[k] for k in np.flatnonzero(keep)]) if keep.any() else [], y[keep], subject[keep], seed=seed))
-            except ValueError as e: rows.append({'row': name, 'latent': latent, 'target': target, 'reason': str(e)})
-        for m in known: add(f'whole, {m}', probe, whole, value, (modality == m) & (value != '') & ~np.isin(value, ('n/a', 'nan')))
-        if anatomy and len(known) == 2: add('z_anat', 'modality', anatomy, modality, modality != '')
+        def add(row, how, seen, target, make):
+            try: rows.append({'row': row, 'probe': how, 'seen': seen, 'target': target} | make())
+            except ValueError as e: rows.append({'row': row, 'probe': how, 'seen': seen, 'target': target, 'reason': str(e)})
+        def linear(z, y, keep): return linear_probe(np.stack([z[k].numpy() for k in keep]) if len(keep) else [], y[keep], subject[keep], seed=seed)
+        def network(load, keep):
+            return network_probe(lambda row: load(keep[row]), value[keep], subject[keep], device, probe_epochs, seed=seed, dtype=dtype)
+        for m, of in enumerate(known):
+            keep = np.flatnonzero((modality == of) & (value != '') & ~np.isin(value, ('n/a', 'nan')))
+            add(name, 'linear', f'latent, {of}', probe, lambda: linear(whole, value, keep))
+            if 'latent' in probe_networks: add(name, 'SEResNet-152', f'latent, {of}', probe, lambda: network(whole.__getitem__, keep))
+            if 'volume' in probe_networks and of not in on_volumes:
+                on_volumes.add(of)
+                volume = lambda k: torch.tensor(test.volume(*scans[k]), dtype=torch.float32)[None]
+                add('the scans', 'SEResNet-152', f'volume, {of}', probe, lambda: network(volume, keep))
+        if anatomy and len(known) == 2: add(name, 'linear', 'z_anat', 'modality', lambda: linear(anatomy, modality, np.arange(len(scans))))
     return rows
 
 def probe_table(rows):
-    lines = ['', 'Linear probe: standardised latent, ridge-logistic regression, 5 folds by subject', '',
-             '| model | latent | target | accuracy | 95 % interval | balanced | AUC | by subject | scans (subjects) |', '|' + ' --- |' * 9]
+    lines = ['', 'Probes, 5 folds by subject. Linear: standardised latent, ridge-logistic regression' + f'. SEResNet-152: trained anew for each fold, {probe_epochs} epochs' * bool(probe_networks), '',
+             '| model | probe | of | target | accuracy | 95 % interval | balanced | AUC | by subject | scans (subjects) |', '|' + ' --- |' * 10]
     for r in rows:
-        if 'reason' in r: lines.append(f"| {r['row']} | {r['latent']} | {r['target']} | | | | | | {r['reason']} |")
-        else: lines.append(f"| {r['row']} | {r['latent']} | {r['target']} | {r['accuracy']:.3f} | {r['ci95'][0]:.3f} to {r['ci95'][1]:.3f} | {r['balanced_accuracy']:.3f} | {r['auc']:.3f} | "
+        head = f"| {r['row']} | {r['probe']} | {r['seen']} | {r['target']} | "
+        if 'reason' in r: lines.append(head + f"| | | | | {r['reason']} |")
+        else: lines.append(head + f"{r['accuracy']:.3f} | {r['ci95'][0]:.3f} to {r['ci95'][1]:.3f} | {r['balanced_accuracy']:.3f} | {r['auc']:.3f} | "
                            + ('' if r['subject_accuracy'] is None else f"{r['subject_accuracy']:.3f}") + f" | {r['n']} ({r['n_groups']}) |")
     return lines
 
@@ -358,53 +404,31 @@ def markdown(results, modalities):
             lines += [f"| {c['source']} -> {c['target']} | {c['style']} | " + ' | '.join(cell(c['scores'][k]) for k in metric_names()) + ' |' for c in row['cross']]
     return '\n'.join(lines) + '\n\n' + DEFINITIONS + '\n'
 
-def picture(path, shown, title):
-    """PNG: rows are planes; for each modality input, reconstruction and absolute error, all on one scale."""
-    plt = pyplot()
-    if not plt: return
-    fig, axes = plt.subplots(3, 3 * len(shown), figsize=(2.1 * 3 * len(shown), 6.6), squeeze=False)
-    for k, (modality, (x, x_hat)) in enumerate(shown.items()):
-        for c, (name, volume) in enumerate((('input', x), ('reconstruction', x_hat), ('absolute error', np.abs(x - x_hat)))):
-            for r, plane in enumerate(('sagittal', 'coronal', 'axial')):
-                ax = axes[r, 3 * k + c]
-                ax.imshow(np.take(volume, volume.shape[r] // 2 + (volume.shape[r] // 10 if r == 0 else 0), r).T, origin='lower', cmap='gray', vmin=0, vmax=1)
-                ax.set_xticks([]), ax.set_yticks([])
-                if r == 0: ax.set_title(f'{modality} {name}', fontsize=9)
-                if k == c == 0: ax.set_ylabel(plane, fontsize=9)
-    fig.suptitle(title, fontsize=10)
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-    print(f'picture: {path}')
-
-def latent_figure(path, rows):
-    """PNG per comparison: |cosine| of channels raw and centred, and explained variance, DeCo fig. 2 and 3; latents of up to 16 channels."""
-    rows, plt = [r for r in rows if r['geometry']['matrix_raw']], pyplot()
-    if not plt or not rows: return
-    fig, axes = plt.subplots(3, len(rows), figsize=(2.4 * len(rows) + 0.6, 7), squeeze=False)
-    for column, r in zip(axes.T, rows):
-        g = r['geometry']
-        for ax, key, title in zip(column, ('matrix_raw', 'matrix_centred'), ('|cosine|, raw', '|cosine|, centred')):
-            ax.imshow(g[key], cmap='viridis', vmin=0, vmax=1)
-            for i, line in enumerate(g[key]):
-                for j, v in enumerate(line): ax.text(j, i, f'{v:.2f}'.lstrip('0'), ha='center', va='center', fontsize=7, color='black' if v > 0.6 else 'white')
-            ax.set_xticks([]), ax.set_yticks([])
-            ax.set_title(f"{r['name']}\n{title}", fontsize=8)
-        column[2].bar(range(1, g['channels'] + 1), [100 * v for v in g['explained_variance']])
-        column[2].set_ylim(0, 100)
-        column[2].set_title(f"explained variance, %\neffective rank {g['effective_rank']:.2f}", fontsize=8)
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-    print(f'picture: {path}')
+# ---------------------------------------------------------------- pictures
 
 @torch.no_grad()
-def tsne_figure(path, models, n):
-    """PNG: t-SNE of latent vectors at single positions, brain and background marked, DeCo fig. 1b; one panel per model."""
-    plt = pyplot()
-    if not plt: return
-    fig, axes = plt.subplots(1, len(models), figsize=(3.6 * len(models), 3.8), squeeze=False)
-    for ax, (name, model, known, _) in zip(axes[0], models):
+def reconstructions(models):
+    """Blocks for figures.views of the first session with every modality: one model beside its errors, several beside each other."""
+    names = models[0][2]
+    test = Sessions(data_dir, names, split)
+    i = next((i for i in range(test.n) if len(test.present(i)) == len(names)), None)
+    if i is None: return []
+    blocks = []
+    for m, modality in enumerate(names):
+        x = np.asarray(test.volume(i, m), np.float32)
+        block, batch = [(f'{modality} input', x)], torch.tensor(x, device=device)[None, None]
+        for name, model, known, _ in models:
+            if modality not in known: continue
+            with autocast(device, dtype): x_hat = model.reconstruct(batch, known.index(modality)).float().clamp(0, 1)[0, 0].cpu().numpy()
+            block += [(f'{modality} {name}', x_hat)] if len(models) > 1 else [(f'{modality} {name}', x_hat), (f'{modality} absolute error', np.abs(x - x_hat))]
+        blocks.append(block)
+    return blocks if len(models) > 1 else [sum(blocks, [])]
+
+@torch.no_grad()
+def embed_latents(models, n):
+    """{name: (t-SNE (N,2) of latent vectors at single positions, (N,) bool, inside the brain)}, of the first n sessions."""
+    panels = {}
+    for name, model, known, _ in models:
         test, z, brain = Sessions(data_dir, known, split), [], []
         for i, m in [(i, m) for i, m in test.scans if i < n][:20]:
             x = torch.tensor(test.volume(i, m), dtype=torch.float32, device=device)[None, None]
@@ -413,21 +437,14 @@ def tsne_figure(path, models, n):
             brain.append(torch.nn.functional.interpolate((x.cpu() > 0).float(), size=latent.shape[1:], mode='area').flatten() > 0.5)
         z, brain = torch.cat(z), torch.cat(brain)
         chosen = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))[:tsne_points]
-        y = tsne(z[chosen].to(device), seed=seed).cpu().numpy()
-        for value, colour, word in ((False, '0.7', 'background'), (True, 'tab:red', 'brain')):
-            at = (brain[chosen] == value).numpy()
-            ax.scatter(y[at, 0], y[at, 1], s=2, c=colour, label=word)
-        ax.set_title(name, fontsize=9), ax.set_xticks([]), ax.set_yticks([])
-        ax.legend(fontsize=7, markerscale=4)
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-    print(f'picture: {path}')
+        panels[name] = tsne(z[chosen].to(device), seed=seed).cpu().numpy(), brain[chosen].numpy()
+    return panels
 
 def main():
     global device, out_dir, data_dir, lpips_net
     _, world, device = start_processes(device)
     if world > 1: raise SystemExit('evaluate.py runs in one process: start it with python, not torchrun')
+    if not set(probe_networks) <= {'latent', 'volume'} or (probe_networks and not probe): raise SystemExit(f'--probe_networks={probe_networks}: of latent and volume, with --probe=COLUMN')
     paths = [p for p in ckpt.split(',') if p]
     checkpoints = [load_checkpoint(p) for p in paths]
     data_dir = data_dir or checkpoints[0]['config']['data_dir']
@@ -435,7 +452,7 @@ def main():
     make_out_dir(out_dir)
     lpips_net = None
     if lpips: lpips_net = (LPIPS() if lpips == 'random' else LPIPS(lpips, lpips_trunk, lpips_lin)).to(device)
-    results, shown = {'data_dir': data_dir, 'split': split, 'definitions': DEFINITIONS, 'rows': []}, None
+    results = {'data_dir': data_dir, 'split': split, 'definitions': DEFINITIONS, 'rows': []}
     modalities, rates, models, folders = [], [], [], [f for f in generated.split(',') if f]
     for path, checkpoint in zip(paths, checkpoints):
         model = from_checkpoint(checkpoint).to(device)
@@ -444,9 +461,8 @@ def main():
         modalities += [m for m in known if m not in modalities]
         test = Sessions(data_dir, known, split)
         n = test.n if max_sessions < 0 else min(max_sessions, test.n)
-        try: fidelity, cross, counts, geometry, pair = judge(model, test, n)
+        try: fidelity, cross, counts, geometry = judge(model, test, n)
         except ValueError as e: raise SystemExit(f'{path} on {data_dir}: {e}')
-        shown = shown or pair
         bits, style = model.bits_per_volume(test.shape), model.style_bits()
         rates.append(bits + style)
         models.append((os.path.basename(os.path.dirname(path)) or path, model, known, folders.pop(0) if folders else ''))
@@ -466,11 +482,14 @@ def main():
     if features:
         results['frechet_features'], results['frechet'] = frechet_rows(models, n)
         text += '\n'.join(frechet_table(results['frechet_features'], results['frechet'])) + '\n'
+    if any(folder for *_, folder in models):
+        results['diversity'] = diversity_rows(models, n)
+        text += '\n'.join(diversity_table(results['diversity'])) + '\n'
     if segmenter:
         try: results['anatomy'] = anatomy_rows(models, n)
         except ValueError as e: raise SystemExit(f'--segmenter: {e}')
         text += '\n'.join(anatomy_table(results['anatomy'])) + '\n'
-        volume_boxplot(os.path.join(out_dir, 'volumes.png'), results['anatomy'])
+        figures.boxes(os.path.join(out_dir, 'volumes.png'), {name: volume_boxes(results['anatomy'], name) for name in ('cerebellum cortex', 'caudate')}, 'cm3')
     else: text += '\nDice, region volumes: not computed; give --segmenter=synthseg_2.0.h5 (github.com/BBillot/SynthSeg), or a command with {in} and {out}\n'
     if probe:
         results['probes'] = probe_rows(models, n)
@@ -479,10 +498,11 @@ def main():
     write_text(os.path.join(out_dir, 'table.md'), text)
     write_text(os.path.join(out_dir, 'table.json'), json.dumps(results, indent=1))
     print(f"tables: {os.path.join(out_dir, 'table.md')}, table.json")
-    if figures:
-        latent_figure(os.path.join(out_dir, 'latent.png'), [r for r in results['rows'] if 'geometry' in r])
-        tsne_figure(os.path.join(out_dir, 'tsne.png'), models, n)
-    if shown: picture(os.path.join(out_dir, 'reconstructions.png'), shown, f"{results['rows'][0]['name']}, a held-out session of {data_dir}")
+    if latent_figures:
+        figures.geometry(os.path.join(out_dir, 'latent.png'), {r['name']: r['geometry'] for r in results['rows'] if 'geometry' in r})
+        figures.embedding(os.path.join(out_dir, 'tsne.png'), embed_latents(models, n))
+    if blocks := samples(models): figures.views(os.path.join(out_dir, 'samples.png'), blocks, 'generated')
+    if blocks := reconstructions(models): figures.views(os.path.join(out_dir, 'reconstructions.png'), blocks, f'a session of {data_dir}, split {split}')
 
 if __name__ == '__main__':
     configure(globals(), sys.argv[1:])

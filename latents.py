@@ -80,12 +80,13 @@ class Latents:
         return encode_conditions(values, self.conditions, self.modalities)
 
     def batch(self, batch_size, seed, rank, world, step, p_drop=0.0):
-        """dict: mean (B,C,d,h,w), sd likewise if the autoencoder has a posterior, cond, place (B,) int64, the sample's number in the run."""
+        """dict: mean (B,C,d,h,w), sd likewise if the autoencoder has a posterior, cond, place (B,) int64, the sample's number in the run, files."""
         places = (step * world + rank) * batch_size + np.arange(batch_size)
         chosen = [draw(self.n, int(p), seed) for p in places]
         dropped = [b for b, p in enumerate(places) if random(seed, 5, int(p)).random() < p_drop]
         mean, logvar = zip(*[self.load(k) for k in chosen])
-        batch = {'mean': torch.from_numpy(np.stack(mean)), 'place': torch.from_numpy(places), 'cond': self.cond(chosen, dropped)}
+        batch = {'mean': torch.from_numpy(np.stack(mean)), 'place': torch.from_numpy(places), 'cond': self.cond(chosen, dropped),
+                 'files': [self.scans[k][0][self.modalities[self.scans[k][1]]] for k in chosen]}
         if logvar[0] is not None: batch['sd'] = torch.from_numpy(np.exp(0.5 * np.stack(logvar)))
         return batch
 

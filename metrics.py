@@ -3,7 +3,6 @@ import math
 
 import numpy as np
 import torch
-from scipy import optimize, special, stats
 
 from data import random
 from losses import perceptual_loss, psnr, ssim, ssim_map
@@ -177,57 +176,3 @@ def region_volumes_mm3(seg, labels, spacing_mm):
     voxel = float(np.prod(np.broadcast_to(spacing_mm, 3)))
     merged = labels if isinstance(labels, dict) else {label: (label,) for label in labels}
     return {name: voxel * int(np.isin(seg, parts).sum()) for name, parts in merged.items()}
-
-# ---------------------------------------------------------------- what a latent knows
-
-def auc(score, positive):
-    """Area under the ROC curve: the chance that a positive scores above a negative, ties counting half."""
-    rank = stats.rankdata(score)
-    n = positive.sum()
-    return float((rank[positive].sum() - n * (n + 1) / 2) / (n * (len(positive) - n)))
-
-def logistic(x, y, ridge):
-    """Weights and bias that minimise mean log loss + ridge |w|^2 / 2 for y in {0, 1}, by L-BFGS."""
-    def loss(p):
-        margin = x @ p[:-1] + p[-1]
-        residual = special.expit(margin) - y
-        return np.logaddexp(0, margin).mean() - (y * margin).mean() + ridge * (p[:-1] ** 2).sum() / 2, np.append(x.T @ residual / len(y) + ridge * p[:-1], residual.mean())
-    return optimize.minimize(loss, np.zeros(x.shape[1] + 1), jac=True, method='L-BFGS-B', options={'maxiter': 500}).x
-
-def linear_probe(z, y, groups, folds=5, ridge=0.1, seed=0):
-    """Can a linear function of frozen features tell two classes apart? Cross-validated, no group on both sides of a fold.
-
-    z (N, features), or (N, C, d, h, w), flattened; y (N,) two values; groups (N,), such as subjects. Features are standardised and
-    the ridge-logistic regression fitted on the training folds alone; with more features than rows, in the span of the rows, which
-    is the same. returns dict: accuracy, balanced_accuracy, auc, per session; subject_accuracy, by the mean score of a group (None
-    where groups hold both classes); n, n_groups, ci95 of accuracy by bootstrap of groups. ValueError with one class, or fewer
-    groups of a class than folds.
-    """
-    z, y, groups = np.asarray(z, np.float64).reshape(len(z), -1), np.asarray(y), np.asarray(groups)
-    classes = np.unique(y)
-    if len(classes) != 2: raise ValueError(f'a probe needs two classes, got {len(classes)}')
-    positive = y == classes[1]
-    names = np.unique(groups)
-    share = {g: positive[groups == g].mean() for g in names}
-    pure = set(share.values()) <= {0.0, 1.0}  # every group of one class: then every fold gets its part of both
-    rng, fold_of = random(seed, 8), {}
-    for members in [[g for g in names if share[g] == value] for value in (0.0, 1.0)] if pure else [list(names)]:
-        if len(members) < folds: raise ValueError(f'{len(members)} subjects' + f' of class {classes[int(share[members[0]])]}' * (pure and members != []) + f': at least {folds} are needed')
-        fold_of |= {members[k]: place % folds for place, k in enumerate(rng.permutation(len(members)))}
-    fold, score = np.array([fold_of[g] for g in groups]), np.zeros(len(y))
-    for k in range(folds):
-        train = fold != k
-        mean, sd = z[train].mean(0), z[train].std(0)
-        x = (z - mean) / np.where(sd > 1e-12, sd, 1)
-        if x.shape[1] > train.sum():
-            _, _, axes = np.linalg.svd(x[train], full_matrices=False)
-            x = x @ axes.T
-        weights = logistic(x[train], positive[train].astype(float), ridge)
-        score[~train] = x[~train] @ weights[:-1] + weights[-1]
-    right = (score > 0) == positive
-    by_group = np.array([right[groups == g].mean() for g in names])
-    votes = [(score[groups == g].mean() > 0) == share[g] for g in names] if pure else None
-    boot = by_group[random(seed, 9).integers(len(names), size=(2000, len(names)))].mean(1)
-    return {'accuracy': float(right.mean()), 'balanced_accuracy': float((right[positive].mean() + right[~positive].mean()) / 2),
-            'auc': auc(score, positive), 'subject_accuracy': float(np.mean(votes)) if pure else None, 'n': len(y), 'n_groups': len(names),
-            'ci95': [float(q) for q in np.quantile(boot, [0.025, 0.975])]}

@@ -5,7 +5,7 @@
     python prepare.py --source=csv    --root=scans.csv     --out_dir=data/mine              # subject, session, modality, path[, sex, age, split]
     python prepare.py --source=folder --root=/path/to/nii  --out_dir=data/mine              # names that hold subject and modality
 
-Writes out_dir/sub-XX_ses-XX_MODALITY.npy (D,H,W) in [0,1], subjects.tsv, dataset.json and report.txt. Start it again after an
+Writes out_dir/sub-XX_ses-XX_MODALITY.npy (D,H,W) in [0,1], subjects.tsv, dataset.json, checksums.json and report.txt. Start it again after an
 interruption: what is written stays. See nifti.py for what happens to a scan.
 """
 import csv
@@ -15,6 +15,7 @@ import json
 import os
 import re
 import sys
+import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
@@ -40,7 +41,7 @@ n = 40                    # phantoms
 split = (0.8, 0.1, 0.1)   # train, val, test; a subject's part follows from a hash of its name
 dtype = 'float32'         # or float16: half the disk, errors up to 0.00025
 seed = 0                  # of phantoms and of the split
-workers = -1              # processes; -1 for one per core
+workers = -1              # processes; -1 for one per core, 1 for none but this
 strict = False            # stop at the first bad scan instead of leaving it out
 
 BOX = ('shape', 'spacing_mm', 'resize', 'percentiles', 'percentiles_of', 'clip')  # how a scan gets into its box: nifti.conform
@@ -129,28 +130,30 @@ def is_written(path, s):
     return array.shape == tuple(s['shape'])
 
 def save_npy(path, array):
-    """Write beside, then rename: a half-written volume never has its final name."""
+    """Write beside, then rename: a half-written volume never has its final name. returns the checksum of its voxels."""
+    array = np.ascontiguousarray(array)
     part = os.path.join(os.path.dirname(path), f'.part{os.getpid()}_{os.path.basename(path)}')
     np.save(part, array)
-    os.replace(f'{part}.npy' if not part.endswith('.npy') else part, path)
+    os.replace(part, path)
+    return zlib.crc32(array)
 
 def facts_path(s, subject, session):
     return os.path.join(s['out_dir'], '.facts', f'{subject}_{session}.json')
 
 def make_phantom(s, index):
     p = synth.phantom(index, tuple(s['shape']), s['seed'], tuple(s['modalities']))
-    facts = {'subject': p['subject'], 'session': p['session'], 'sex': p['sex'], 'age': f"{p['age']:.1f}", 'files': {}, 'lost': 0.0,
+    facts = {'subject': p['subject'], 'session': p['session'], 'sex': p['sex'], 'age': f"{p['age']:.1f}", 'files': {}, 'checksums': {}, 'lost': 0.0,
              'skipped': [], 'orientation': {}, 'spacing': {}, 'estimated': []}
     for modality, volume in {**p['images'], 'dseg': p['labels']}.items():
         path = npy_path(s, p['subject'], p['session'], modality)
         if modality != 'dseg': volume = nifti.scale_intensity(volume, p['labels'] > 0, s['percentiles'], s['percentiles_of'], s['clip'])[0].astype(s['dtype'])
-        save_npy(path, volume)
         facts['files'][modality] = os.path.basename(path)
+        facts['checksums'][os.path.basename(path)] = save_npy(path, volume)
     return facts
 
 def make_session(s, subject, session, scans):
     """Read, conform and write one session's scans; a scan that cannot be used is left out with its reason."""
-    facts = {'subject': subject, 'session': session, 'files': {}, 'lost': 0.0, 'skipped': [], 'orientation': {}, 'spacing': {}, 'estimated': []}
+    facts = {'subject': subject, 'session': session, 'files': {}, 'checksums': {}, 'lost': 0.0, 'skipped': [], 'orientation': {}, 'spacing': {}, 'estimated': []}
     good = []
     for modality in sorted(scans, key=lambda m: (ORDER.index(m) if m in ORDER else len(ORDER), m)):
         try: good.append((modality, *nifti.read(scans[modality])))
@@ -165,8 +168,8 @@ def make_session(s, subject, session, scans):
             del good[k]
     for k, (modality, _, _, native) in enumerate(good):
         path = npy_path(s, subject, session, modality)
-        save_npy(path, boxes[k].astype(s['dtype']))
         facts['files'][modality] = os.path.basename(path)
+        facts['checksums'][os.path.basename(path)] = save_npy(path, boxes[k].astype(s['dtype']))
         facts['orientation'][modality] = native.orientation
         facts['spacing'][modality] = 'x'.join(f'{v:.2g}' for v in native.spacing_mm)
         if placement.estimated[k]: facts['estimated'].append(scans[modality])
@@ -177,20 +180,30 @@ def make_session(s, subject, session, scans):
 
 def work(s, job):
     """Facts of one session, from an earlier run where its volumes are written and were made from the same files."""
-    import torch
-    torch.set_num_threads(1)
     made_from = {m: [p, os.path.getmtime(p) if os.path.exists(p) else 0] for m, p in job[2].items()} if s['source'] != 'phantom' else {}
     subject, session = job[0], job[1]
     try:
         with open(facts_path(s, subject, session)) as f: facts = json.load(f)
         wanted = set(s['modalities'] if s['source'] == 'phantom' else ())
-        if facts['made_from'] == made_from and wanted <= set(facts['files']) and facts['files'] and \
+        if facts['made_from'] == made_from and wanted <= set(facts['files']) and facts['checksums'] and \
            all(is_written(os.path.join(s['out_dir'], name), s) for name in facts['files'].values()): return facts
     except (OSError, ValueError, KeyError): pass
     facts = make_phantom(s, job[2]) if s['source'] == 'phantom' else make_session(s, *job)
     facts['made_from'] = made_from
     write_text(facts_path(s, subject, session), json.dumps(facts))
     return facts
+
+def work_all(s, jobs):
+    """Facts of every job as they come; one worker is this process itself."""
+    if s['workers'] == 1:
+        yield from (work(s, job) for job in jobs)
+        return
+    os.environ.update(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1')  # one thread for each worker
+    with ProcessPoolExecutor(os.cpu_count() if s['workers'] < 1 else s['workers']) as pool:
+        futures = [pool.submit(work, s, job) for job in jobs]
+        try:
+            for future in as_completed(futures): yield future.result()
+        finally: pool.shutdown(cancel_futures=True)  # what has not begun never will, if the caller stops
 
 # ---------------------------------------------------------------- the whole
 
@@ -257,17 +270,12 @@ def main(s):
     keep = claim_out_dir(s)
     write_text(os.path.join(s['out_dir'], 'dataset.json'), json.dumps(keep, indent=1))
 
-    facts = []
-    os.environ.update(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1')  # one thread for each worker
-    with ProcessPoolExecutor(os.cpu_count() if s['workers'] < 1 else s['workers']) as pool:
-        futures = [pool.submit(work, s, job) for job in jobs]
-        try:
-            for future in tqdm(as_completed(futures), total=len(jobs), desc='sessions', mininterval=1):
-                facts.append(future.result())
-                if s['strict'] and facts[-1]['skipped']: raise SystemExit(f"{facts[-1]['skipped'][0]} (--strict=True)")
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    facts, coming = [], work_all(s, jobs)
+    try:
+        for done in tqdm(coming, total=len(jobs), desc='sessions', mininterval=1):
+            facts.append(done)
+            if s['strict'] and done['skipped']: raise SystemExit(f"{done['skipped'][0]} (--strict=True)")
+    finally: coming.close()
     facts.sort(key=lambda f: (f['subject'], f['session']))
     used = [f for f in facts if f['files']]
     if not used: raise SystemExit(f"{s['root']}: every scan was skipped, the first because {facts[0]['skipped'][0]}")
@@ -284,6 +292,7 @@ def main(s):
     write_text(os.path.join(s['out_dir'], 'dataset.json'), json.dumps(keep | {
         'modalities': columns, 'axes': 'RAS+', 'voxel_mm': np.median([f.get('voxel_mm', [s['spacing_mm']] * 3) for f in used], 0).tolist(), 'labels': labels,
         'sessions': dict(Counter(row['split'] for row in table))}, indent=1))
+    write_text(os.path.join(s['out_dir'], 'checksums.json'), json.dumps({name: c for f in used for name, c in f['checksums'].items()}, indent=0))
     write_text(os.path.join(s['out_dir'], 'report.txt'), text)
     write_text(os.path.join(s['out_dir'], 'subjects.tsv'), '\n'.join(  # last: without it the folder does not count as data
         '\t'.join(str(v) for v in line) for line in [list(table[0]), *[row.values() for row in table]]) + '\n')

@@ -283,12 +283,12 @@ def load_radimagenet(path, released=False):
     return fill(RadImageNet(released), state).requires_grad_(False)
 
 class RandomFeatures(nn.Module):
-    """Slices (B,1,H,W) in [0,1] -> (B,64): fixed random convolutions, for tests of the path; distances in it are no FID."""
+    """Slices (B,1,H,W) in [0,1] -> (B,16): fixed random convolutions, for tests of the path; distances in it are no FID."""
     def __init__(self):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.layers = nn.Sequential(nn.Conv2d(1, 32, 5, 2, 2), nn.ReLU(), nn.Conv2d(32, 64, 5, 2, 2), nn.ReLU(), nn.Conv2d(64, 64, 3, 2, 1))
+            self.layers = nn.Sequential(nn.Conv2d(1, 32, 5, 2, 2), nn.ReLU(), nn.Conv2d(32, 64, 5, 2, 2), nn.ReLU(), nn.Conv2d(64, 16, 3, 2, 1))
         self.requires_grad_(False)
 
     def forward(self, slices):

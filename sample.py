@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 import nifti
-from common import autocast, configure, load_checkpoint, make_out_dir, pyplot, start_processes, write_text
+from common import autocast, configure, load_checkpoint, make_out_dir, start_processes, write_text
 from data import random, read_index
+from figures import views
 from flow import sample
 from latents import Latents, encode_conditions, nearest, value_of
 from losses import psnr
@@ -105,7 +106,7 @@ def generate(flow, checkpoint):
     for name, found in volumes.items():
         for i, volume in enumerate(found): nifti.write(os.path.join(output, f'sample_{i:03d}{"_" * bool(name)}{name}.nii.gz'), volume, box_affine(checkpoint))
     print(f'{n} new brains{" in " + ", ".join(shown) if shown[0] else ""}: {output}')
-    montage(os.path.join(output, 'montage.png'), volumes)
+    views(os.path.join(output, 'montage.png'), [[(f'{i} {name}', found[i]) for i in range(min(n, 8)) for name, found in volumes.items()]])
     compare_with_training(checkpoint, names, z.cpu().numpy(), volumes, shown)
 
 def wanted_conditions(checkpoint, names):
@@ -121,22 +122,6 @@ def wanted_conditions(checkpoint, names):
         value['modality'] = target
     cond = encode_conditions([value], known, names) if value else None
     return cond and {k: v.to(device) if k == 'classes' else [t.to(device) for t in v] for k, v in cond.items()}
-
-def montage(path, volumes):
-    """PNG: a row per sample and modality, middle slices of the three planes."""
-    plt = pyplot()
-    if not plt: return
-    rows = [(f'{i} {name}', found[i]) for i in range(min(n, 8)) for name, found in volumes.items()]
-    fig, axes = plt.subplots(3, len(rows), figsize=(1.9 * len(rows), 6), squeeze=False)
-    for column, (title, volume) in enumerate(rows):
-        for plane in range(3):
-            axes[plane, column].imshow(np.take(volume, volume.shape[plane] // 2, plane).T, origin='lower', cmap='gray', vmin=0, vmax=1)
-            axes[plane, column].set_axis_off()
-        axes[0, column].set_title(title, fontsize=9)
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-    print(f'picture: {path}')
 
 def compare_with_training(checkpoint, names, z, volumes, shown):
     """nearest.md: root-mean-square distance to the nearest training latent and volume, for new brains and for held-out scans."""

@@ -9,7 +9,7 @@ import os
 
 # heading -> where a number of ours is found: (kind, key, modality, factor)
 NEUROQUANT = {f'{m} {name}': (kind, key, f'{m}w', factor) for m in ('T1', 'T2') for name, kind, key, factor in (
-    ('PSNR', 'fidelity', 'psnr_whole', 1), ('SSIM', 'fidelity', 'ssim_whole', 1), ('Acc', 'probe', 'accuracy', 100), ('Dice', 'anatomy', 'mean', 100))}
+    ('PSNR', 'fidelity', 'psnr_whole', 1), ('SSIM', 'fidelity', 'ssim_whole', 1), ('Acc', 'SEResNet-152', 'accuracy', 100), ('Dice', 'anatomy', 'mean', 100))}
 ABLATION = {k: v for k, v in NEUROQUANT.items() if 'Dice' not in k}
 GEOMETRY = {'cosine': ('geometry', 'cos_raw', '', 1), 'effective rank': ('geometry', 'effective_rank', '', 1)}
 FIDELITY = {'PSNR': ('fidelity', 'psnr_whole', 'T1w', 1), 'SSIM': ('fidelity', 'ssim_uniform_whole', 'T1w', 0.01), 'LPIPS': ('fidelity', 'lpips_sum', 'T1w', 1),
@@ -26,7 +26,7 @@ DECO = {  # label: (run, with decoder fine-tuning, numbers of table 4)
 COV = {'L_VAE + L_COV + DFT': ('decovae_cov_dft', True, (33.77, 0.963, 0.024, 6.015, 6.334, 7.644, 4.789, 6.256))}
 
 TABLES = {  # name: title, columns, rows {label: (run, fine-tuned, paper numbers)}
-    'neuroquant1': ('NeuroQuant table 1, NCANDA; Acc is of a linear probe here, of SEResNet-152 in the paper', NEUROQUANT, {
+    'neuroquant1': ('NeuroQuant table 1, NCANDA; Acc: sex from the latents by SEResNet-152 (--probe=sex --probe_networks=latent)', NEUROQUANT, {
         'VQGAN': ('vqgan', False, (26.09, 90.77, 76.23, 90.08, 25.57, 88.28, 66.25, 89.80)),
         'SD-VAE': ('sdvae', False, (27.48, 92.72, 77.14, 92.51, 26.16, 90.87, 67.34, 90.37)),
         'MediTok': ('meditok', False, (28.03, 94.11, 77.78, 93.88, 27.34, 93.08, 67.55, 92.53)),
@@ -68,7 +68,7 @@ def collect(runs):
                 if r['row'].endswith(f' {kind}') and 'mean' in r: found[r['row'][:-5]] |= {(kind, k, r['modality']): r[k] for k in ('axial', 'coronal', 'sagittal', 'mean')}
         for r in results.get('anatomy', ()): found[r['row']]['anatomy', 'mean', r['modality']] = r['mean_dice']['mean']
         for r in results.get('probes', ()):
-            if r['target'] == 'sex' and 'accuracy' in r: found[r['row']]['probe', 'accuracy', r['latent'].removeprefix('whole, ')] = r['accuracy']
+            if r['target'] == 'sex' and 'accuracy' in r and r['row'] in found: found[r['row']][r['probe'], 'accuracy', r['seen'].removeprefix('latent, ')] = r['accuracy']
     return found
 
 def paper_table(name, runs):

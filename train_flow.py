@@ -17,9 +17,10 @@ import time
 import torch
 import torch.distributed as dist
 
-from common import (all_reduce_mean, autocast, catch_signals, configure, explain_out_of_memory, git_commit, load_checkpoint, make_out_dir, open_log, peak_flops, print0,
-                    pyplot, save_checkpoint, start_processes, stop_processes, update_average)
-from data import prefetch
+from common import (all_reduce_mean, autocast, catch_signals, check_finite, configure, explain_out_of_memory, git_commit, load_checkpoint, make_out_dir, open_log,
+                    peak_flops, print0, refuse_changes, save_checkpoint, start_processes, stop_processes, update_average)
+from data import digest, prefetch
+from figures import views
 from flow import draw_times, flow_matching_loss, sample
 from latents import Latents, encode_sessions
 from model import FlowUNet, FlowUNetConfig, encoder_hash, from_checkpoint, model_args, unet_flops
@@ -31,6 +32,7 @@ data_dir = ''            # '' for the one the autoencoder was trained on
 latents_dir = ''         # '' for a folder beside the autoencoder's checkpoint
 out_dir = 'out/flow'
 init_from = 'scratch'    # scratch | resume (out_dir/ckpt.pt)
+resume_changed = False   # go on with other settings than the run began with
 log_interval = 10
 eval_interval = 1000     # steps between validations, each of which writes ckpt.pt
 eval_scans = 32          # validation scans used; -1 for all
@@ -64,6 +66,10 @@ device = ''
 dtype = 'bfloat16'       # autocast, or float32; on a CPU float32 is used
 compile = True
 seed = 0
+
+# settings that change no weight, free to differ when a run is resumed; vae is known by its hash
+NOT_RESULTS = ('vae', 'data_dir', 'latents_dir', 'out_dir', 'init_from', 'resume_changed', 'log_interval', 'eval_interval', 'eval_scans', 'sample_interval', 'wandb_project',
+               'max_iters', 'device', 'compile')
 
 # ---------------------------------------------------------------- functions of the run
 
@@ -107,28 +113,19 @@ def to_device(t):
 
 def draw_samples():
     """Picture of two unconditional samples of the averaged network, middle slices of the three planes."""
-    plt = pyplot()
-    if not plt: return
     judge = (ema or raw_model).eval()
     noise = torch.randn(2, *train_set.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     with torch.no_grad(), autocast(device, dtype):
         x = autoencoder.from_latent(judge.denormalise(sample(judge, noise, 30, shift=shift)), 0).float().clamp(0, 1).cpu()[:, 0]
     raw_model.train()
-    fig, axes = plt.subplots(2, 3, figsize=(7.5, 5))
-    for row, volume in zip(axes, x):
-        for plane, ax in enumerate(row):
-            ax.imshow(volume.select(plane, volume.shape[plane] // 2).T, origin='lower', cmap='gray', vmin=0, vmax=1)
-            ax.set_axis_off()
-    fig.tight_layout()
-    fig.savefig(os.path.join(out_dir, f'samples_{it:06d}.png'), dpi=100)
-    plt.close(fig)
+    views(os.path.join(out_dir, f'samples_{it:06d}.png'), [[(f'sample {i}', volume) for i, volume in enumerate(x.numpy())]])
 
 def save(name):
     if rank: return
     save_checkpoint(os.path.join(out_dir, name), {
         'model': raw_model.state_dict(), 'ema': ema.state_dict() if ema else None, 'optimizer': optimizer.state_dict(),
         'model_args': model_args(raw_model), 'config': config, 'data': vae_checkpoint['data'], 'voxel_mm': vae_checkpoint['voxel_mm'], 'latent_shape': train_set.shape,
-        'conditions': train_set.conditions, 'encoder_hash': train_set.encoder_hash, 'iter_num': it, 'best_val': best_val, 'git_commit': git_commit()})
+        'conditions': train_set.conditions, 'encoder_hash': train_set.encoder_hash, 'data_digest': digest(data_dir), 'world': world, 'iter_num': it, 'best_val': best_val, 'git_commit': git_commit()})
 
 if __name__ == '__main__':
     config = configure(globals(), sys.argv[1:])
@@ -172,6 +169,8 @@ if __name__ == '__main__':
         resumed = load_checkpoint(os.path.join(out_dir, 'ckpt.pt'))
         if resumed['model_args'] != model_args(raw_model) or resumed.get('encoder_hash') != train_set.encoder_hash:
             raise SystemExit(f'--init_from=resume: {out_dir}/ckpt.pt is of another network or of the latents of another autoencoder')
+        if not resume_changed: refuse_changes(resumed, config, world, NOT_RESULTS)
+        if resumed['data_digest'] != digest(data_dir): raise SystemExit(f'--init_from=resume: {data_dir}/subjects.tsv or dataset.json is not what {out_dir}/ckpt.pt was trained on')
         raw_model.load_state_dict(resumed['model'])
     elif init_from != 'scratch': raise SystemExit(f'--init_from={init_from}: scratch or resume')
     raw_model.to(device, memory_format=torch.channels_last_3d)
@@ -189,13 +188,13 @@ if __name__ == '__main__':
     print0(f'{sum(p.numel() for p in trained) / 1e6:.2f} M parameters, {flops / 1e9:.1f} GFLOP per latent forward, on {device} x {world}')
 
     # ------------------------------------------------------------ log
-    log, stop_signal = open_log(out_dir, config, wandb_project), catch_signals()
+    log, stop_signal = open_log(out_dir, config, wandb_project, it), catch_signals()
 
     # ------------------------------------------------------------ loop
     raw_model.train()
     first = logged = it
     batches = prefetch(make_batch, range(it, stop), device)
-    clock, waited = time.perf_counter(), 0.0
+    clock, waited, recent = time.perf_counter(), 0.0, []
     while it < stop:
         for group in optimizer.param_groups: group['lr'] = get_lr(it)
         asked = time.perf_counter()
@@ -214,8 +213,13 @@ if __name__ == '__main__':
         optimizer.zero_grad(set_to_none=True)
         if ema: update_average(ema, raw_model, min(ema_decay, (1 + it) / (10 + it)))
         it += 1
+        recent.append((it, ['loss', 'gradient'], torch.stack([loss.detach(), gradient]), batch['files']))  # looked at later: a look waits for the GPU
         stopped_by = stop_signal()
+        judged = it % eval_interval == 0 or it == stop or stopped_by
 
+        if it % log_interval == 0 or it == first + 1 or judged:
+            check_finite(recent)
+            recent.clear()
         if it % log_interval == 0 or it == first + 1:
             values = torch.stack([loss.detach(), gradient])
             all_reduce_mean([values])
@@ -224,14 +228,13 @@ if __name__ == '__main__':
                       'latents_per_s': world * batch_size * steps / seconds, 'data_wait': waited / seconds}
             if peak_flops(device): record['mfu'] = 3 * flops * batch_size * steps / seconds / peak_flops(device)
             if device.startswith('cuda'): record['peak_gib'] = torch.cuda.max_memory_allocated() / 2 ** 30
-            log(record)
+            if it % log_interval == 0 or it == 1: log(record)  # the first line after a resume is for the screen only
             print0(f'iter {it}: loss {record["train/loss"]:.4f} | grad {record["train/grad_norm"]:.2f} | lr {record["lr"]:.1e} | {record["ms"]:.0f} ms | '
                    f'{record["latents_per_s"]:.1f} latents/s | wait {record["data_wait"]:.0%}' + (f' | mfu {record["mfu"]:.0%}' if 'mfu' in record else '')
                    + (f' | {record["peak_gib"]:.1f} GiB' if 'peak_gib' in record else ''))
-            if not math.isfinite(values.sum().item()): raise SystemExit(f'iteration {it}: the loss or its gradient is not finite; ckpt.pt holds the last good state')
             clock, waited, logged = time.perf_counter(), 0.0, it
 
-        if it % eval_interval == 0 or it == stop or stopped_by:
+        if judged:
             if val_set and not stopped_by:
                 record = {'iter': it} | validate()
                 log(record)

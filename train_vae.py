@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from common import (all_reduce_mean, autocast, catch_signals, configure, explain_out_of_memory, git_commit, load_checkpoint, make_out_dir, open_log, peak_flops, print0,
-                    save_checkpoint, start_processes, stop_processes, update_average)
-from data import Sessions, prefetch
+from common import (all_reduce_mean, autocast, catch_signals, check_finite, configure, explain_out_of_memory, git_commit, load_checkpoint, make_out_dir, open_log,
+                    peak_flops, print0, refuse_changes, save_checkpoint, start_processes, stop_processes, update_average)
+from data import Sessions, digest, prefetch
 from losses import (ModalityClassifier, PatchDiscriminator, adversarial_loss, cov_loss, generator_loss, grad_reverse, kl_loss,
                     perceptual_loss, psnr, random_slices, reconstruction_loss, sid_loss, ssim, var_loss)
 from model import KINDS, model_args, step_flops
@@ -36,6 +36,7 @@ data_dir = 'data/phantom'
 prepare = ''             # flags for prepare.py, run first when data_dir holds no data; '' for never
 out_dir = 'out/neuroquant'
 init_from = 'scratch'    # scratch | resume (out_dir/ckpt.pt) | PATH of a checkpoint whose weights to start from
+resume_changed = False   # go on with other settings than the run began with
 log_interval = 10        # steps between log lines
 eval_interval = 1000     # steps between validations, each of which writes ckpt.pt
 eval_sessions = 32       # validation sessions used; -1 for all
@@ -114,6 +115,10 @@ dtype = 'bfloat16'       # bfloat16 autocast, or float32; on a CPU float32 is us
 compile = True           # torch.compile of encoder and decoder; on a CPU never
 checkpointing = False    # recompute the large stages in the backward pass: less memory, more time
 seed = 0
+
+# settings that change no weight, free to differ when a run is resumed; data_dir has its own check
+NOT_RESULTS = ('data_dir', 'prepare', 'out_dir', 'init_from', 'resume_changed', 'log_interval', 'eval_interval', 'eval_sessions', 'wandb_project', 'max_iters',
+               'perc_trunk', 'perc_lin', 'device', 'compile', 'checkpointing')
 
 # ---------------------------------------------------------------- functions of the run
 
@@ -232,7 +237,7 @@ def save(name):
         'classifier': classifier.state_dict() if classifier else None, 'optimizer': optimizer.state_dict(),
         'critics': critics.state_dict(), 'critic_optimizer': critic_optimizer.state_dict() if critics else None,
         'model_args': model_args(raw_model), 'config': config,
-        'data': train_set.box, 'data_digest': train_set.digest, 'voxel_mm': train_set.voxel_mm, 'iter_num': it, 'best_val': best_val, 'git_commit': git_commit()})
+        'data': train_set.box, 'data_digest': digest(data_dir), 'voxel_mm': train_set.voxel_mm, 'world': world, 'iter_num': it, 'best_val': best_val, 'git_commit': git_commit()})
 
 if __name__ == '__main__':
     config = configure(globals(), sys.argv[1:])
@@ -261,6 +266,7 @@ if __name__ == '__main__':
             if made.returncode: raise SystemExit(f'{data_dir}: prepare.py {prepare} did not finish')
     if world > 1: dist.barrier()
     train_set = Sessions(data_dir, modalities, 'train')
+    train_set.verify()
     has_val = any(row['split'] == 'val' for row in Sessions(data_dir, modalities, None).rows)
     val_set = Sessions(data_dir, modalities, 'val') if has_val else None
     print0(f'{data_dir}: {train_set.n} training sessions, {val_set.n if val_set else 0} for validation, '
@@ -293,7 +299,8 @@ if __name__ == '__main__':
         if differ: raise SystemExit(f'--init_from={init_from}: checkpoint of another model: {"; ".join(differ)}')
         raw_model.load_state_dict(start['model'] if init_from == 'resume' else start['ema'] or start['model'])  # what is judged goes on
         if init_from == 'resume': resumed = start
-        if resumed and resumed['data_digest'] != train_set.digest:
+        if resumed and not resume_changed: refuse_changes(resumed, config, world, NOT_RESULTS)
+        if resumed and resumed['data_digest'] != digest(data_dir):
             raise SystemExit(f'--init_from=resume: {data_dir}/subjects.tsv or dataset.json is not what {out_dir}/ckpt.pt was trained on; to go on with other data use --init_from={out_dir}/ckpt.pt')
     raw_model.to(device, memory_format=torch.channels_last if kind == 'convvae' and dims == 2 else torch.channels_last_3d)
     if classifier: classifier.to(device)
@@ -332,17 +339,17 @@ if __name__ == '__main__':
            f'{sum(cost) / 1e9:.1f} GFLOP forward for {"x".join(map(str, sample_shape))}, on {device} x {world}')
 
     # ------------------------------------------------------------ log
-    log, stop_signal = open_log(out_dir, config, wandb_project), catch_signals()
+    log, stop_signal = open_log(out_dir, config, wandb_project, it), catch_signals()
 
     # ------------------------------------------------------------ loop
     train_mode()
     first = it
     batches = prefetch(make_batch, (micro for i in range(it, stop) for micro in micro_steps(i)), device)
-    clock, waited, seen, done_flops, logged = time.perf_counter(), 0.0, {}, 0.0, it
+    clock, waited, seen, done_flops, logged, recent = time.perf_counter(), 0.0, {}, 0.0, it, []
     while it < stop:
         for group in optimizer.param_groups: group['lr'] = get_lr(it)
         torch.manual_seed((seed << 40) + it)  # the quantiser's draws, the same on every process and after a resume
-        terms = {}
+        terms, files = {}, []
         for what, _, weight in micro_steps(it):
             t = time.perf_counter()
             batch = next(batches)
@@ -356,6 +363,7 @@ if __name__ == '__main__':
                 with autocast(device, dtype): new['critic'] = critic_objective(x_hat, batch)
                 (weight * new['critic']).backward()
             for k, v in new.items(): terms[k] = terms.get(k, 0.0) + v.detach() * (1.0 if what == 'slices' and kind == 'neuroquant' else weight)
+            files += batch['files']
             counted = 'slices' if what == 'slices' else 'volumes'
             seen[counted] = seen.get(counted, 0) + len(x)
             decodes = len(x) + (len(batch['pairs']) if 'cross' in new else 0)
@@ -371,8 +379,13 @@ if __name__ == '__main__':
             critic_optimizer.zero_grad(set_to_none=True)
         if ema: update_average(ema, raw_model, min(ema_decay, (1 + it) / (10 + it)))  # a short average while weights move fast
         it += 1
+        recent.append((it, [*terms, 'gradient'], torch.stack([*terms.values(), norm]), files))  # looked at later: a look waits for the GPU
         stopped_by = stop_signal()
+        judged = it % eval_interval == 0 or it in (iters_3d, stop) or stopped_by
 
+        if it % log_interval == 0 or it == first + 1 or judged:
+            check_finite(recent)
+            recent.clear()
         if it % log_interval == 0 or it == first + 1:
             if hasattr(raw_model, 'quantizer'): terms['perplexity'] = raw_model.quantizer.perplexity()
             values = torch.stack([*terms.values(), norm])
@@ -384,18 +397,16 @@ if __name__ == '__main__':
                       **{f'{k}_per_s': world * n / seconds for k, n in seen.items()}, 'data_wait': waited / seconds}
             if peak_flops(device): record['mfu'] = done_flops / seconds / peak_flops(device)
             if device.startswith('cuda'): record['peak_gib'] = torch.cuda.max_memory_allocated() / 2 ** 30
-            log(record)
+            if it % log_interval == 0 or it == 1: log(record)  # the first line after a resume is for the screen only
             print0(f'iter {it}: ' + ' | '.join(f'{k} {v:.4f}' for k, v in zip(terms, values))
                    + f' | grad {norm:.2f} | lr {record["lr"]:.1e} | {record["ms"]:.0f} ms'
                    + ''.join(f' | {record[f"{k}_per_s"]:.1f} {k}/s' for k in seen)
                    + f' | wait {record["data_wait"]:.0%}'
                    + (f' | mfu {record["mfu"]:.0%}' if 'mfu' in record else '')
                    + (f' | {record["peak_gib"]:.1f} GiB' if 'peak_gib' in record else ''))
-            if not all(map(math.isfinite, [*values, norm])):
-                raise SystemExit(f'iteration {it}: a loss or gradient is not finite; ckpt.pt holds the last good state')
             clock, waited, seen, done_flops, logged = time.perf_counter(), 0.0, {}, 0.0, it
 
-        if it % eval_interval == 0 or it in (iters_3d, stop) or stopped_by:
+        if judged:
             if val_set and not stopped_by:
                 record = {'iter': it} | validate()
                 log(record)

@@ -1,5 +1,6 @@
 """Puts the project's root on the path, and makes small prepared data sets without prepare.py."""
 import contextlib
+import functools
 import io
 import json
 import os
@@ -14,13 +15,22 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+import model
+
+@functools.cache
+def counted(kind, fields, shape):
+    cls, config = model.KINDS[kind]
+    return count(cls(config(**dict(fields))), shape)
+
+count, model.step_flops = model.step_flops, lambda net, shape: counted(model.model_args(net)['kind'], tuple(vars(net.config).items()), tuple(shape))  # once per network
+
 def run(script, *args, **kwargs):
     """A script of the project as a user runs it; returns the finished process with its text output.
 
-    prepare.py, which starts processes, and calls with settings of their own get a new interpreter. The others run in this one,
-    which saves the seconds that importing torch takes; any exception but SystemExit comes through.
+    prepare.py with several workers and calls with settings of their own get a new interpreter. The others run in this one, which
+    saves the seconds that importing torch takes; any exception but SystemExit comes through.
     """
-    if script == 'prepare.py' or kwargs:
+    if (script == 'prepare.py' and '--workers=1' not in args) or kwargs:
         return subprocess.run([sys.executable, os.path.join(ROOT, script), *map(str, args)], capture_output=True, text=True,
                               cwd=kwargs.pop('cwd', ROOT), **kwargs)
     argv, handlers = sys.argv, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -54,10 +64,8 @@ def refused(process, *words):
     assert all(w in message[-1] for w in words), (message[-1:], words)
     return True
 
-@pytest.fixture
-def tiny_data(tmp_path):
-    """Twelve sessions of smooth random 32x48x32 volumes, T1w and T2w; session 3 lacks T2w, session 4 lacks T1w."""
-    folder = tmp_path / 'data'
+def make_tiny_data(folder):
+    """Twelve sessions of smooth random 32x48x32 volumes, T1w and T2w; session 3 lacks T2w, session 4 lacks T1w. folder: a new one."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in (32, 48, 32)], indexing='ij'))
@@ -74,6 +82,10 @@ def tiny_data(tmp_path):
     (folder / 'subjects.tsv').write_text('\n'.join(lines) + '\n')
     (folder / 'dataset.json').write_text(json.dumps({'shape': [32, 48, 32], 'spacing_mm': 1.0, 'modalities': ['T1w', 'T2w']}))
     return folder
+
+@pytest.fixture
+def tiny_data(tmp_path):
+    return make_tiny_data(tmp_path / 'data')
 
 TINY = ['--widths=8,8,8,8', '--anat_dim=8', '--mod_dim=4', '--modality_dim=4', '--num_codes=16', '--batch_size=2',
         '--batch_size_2d=4', '--device=cpu', '--warmup_iters=2', '--log_interval=1']

@@ -1,10 +1,10 @@
-"""Distances between sets, label maps and the probe: closed forms and constructed cases."""
+"""Distances between sets and label maps: closed forms and constructed cases."""
 import numpy as np
 import pytest
 import torch
 from scipy import linalg
 
-from metrics import auc, dice, feature_moments, frechet_distance, frechet_parts, linear_probe, region_volumes_mm3, slice_frechet, tsne
+from metrics import dice, feature_moments, frechet_distance, frechet_parts, region_volumes_mm3, slice_frechet, tsne
 
 def covariance(rng, n):
     a = rng.normal(size=(n, 3 * n))
@@ -37,47 +37,6 @@ def test_dice_and_volumes_of_constructed_maps():
     assert region_volumes_mm3(a, (1, 2, 3), (1, 2, 0.5)) == {1: 400.0, 2: 100.0, 3: 0.0}
     assert region_volumes_mm3(a, {'both': (1, 2)}, 2.0) == {'both': 4000.0}
     with pytest.raises(ValueError, match='shapes'): dice(a, b[:5], (1,))
-
-def people(rng, n=60, sessions=2, features=500, signal=0.0):
-    """n subjects with several sessions each; the subject's own pattern is far stronger than the noise between sessions."""
-    y = np.repeat(np.arange(n) % 2, sessions)
-    own = np.repeat(rng.normal(size=(n, features)), sessions, 0) + 0.1 * rng.normal(size=(n * sessions, features))
-    own[:, :10] += signal * (y[:, None] - 0.5)
-    return own, np.where(y, 'M', 'F'), np.repeat([f's{i}' for i in range(n)], sessions)
-
-def test_the_probe_finds_a_planted_signal_and_nothing_in_shuffled_labels():
-    rng = np.random.default_rng(0)
-    z, y, groups = people(rng, signal=6.0)
-    found = linear_probe(z, y, groups)
-    assert min(found['accuracy'], found['balanced_accuracy'], found['auc'], found['subject_accuracy']) > 0.95
-    assert (found['n'], found['n_groups']) == (120, 60) and found['ci95'][0] <= found['accuracy'] <= found['ci95'][1]
-    chance = [linear_probe(*people(np.random.default_rng(s)))['accuracy'] for s in range(8)]  # memory of the person would give 1
-    assert abs(np.mean(chance) - 0.5) < 0.08
-
-def test_the_probe_does_not_care_about_scale_and_shape():
-    z, y, groups = people(np.random.default_rng(0), features=24, signal=2.0)
-    plain = linear_probe(z, y, groups)
-    again = linear_probe((1e4 * z + 7).reshape(-1, 3, 2, 2, 2), y, groups)
-    assert {k: v for k, v in plain.items() if k != 'auc'} == {k: v for k, v in again.items() if k != 'auc'} and plain['auc'] == pytest.approx(again['auc'], abs=1e-3)
-
-def test_groups_that_hold_both_classes_stay_together():
-    """Modality of a scan, two scans a subject: found where planted, and never by remembering the subject."""
-    rng = np.random.default_rng(0)
-    subject, modality = np.repeat(np.arange(40), 2), np.tile(['T1w', 'T2w'], 40)
-    z = np.repeat(rng.normal(size=(40, 30)), 2, 0) + 0.1 * rng.normal(size=(80, 30))
-    found = linear_probe(z, modality, subject)
-    assert found['subject_accuracy'] is None and abs(found['accuracy'] - 0.5) < 0.25
-    z[:, 0] += 8 * (modality == 'T1w')
-    assert linear_probe(z, modality, subject)['accuracy'] > 0.95
-
-def test_auc_counts_pairs():
-    score, positive = np.array([0.1, 0.4, 0.4, 0.9]), np.array([False, True, False, True])
-    assert auc(score, positive) == pytest.approx((1 + 1 + 0.5 + 1) / 4)
-
-def test_probes_that_cannot_be_made_are_refused():
-    z, y, groups = people(np.random.default_rng(0))
-    with pytest.raises(ValueError, match='two classes'): linear_probe(z, ['F'] * len(y), groups)
-    with pytest.raises(ValueError, match='at least 5'): linear_probe(z[:12], y[:12], groups[:12])
 
 def test_streamed_slice_features_give_the_distance_of_all_of_them_at_once():
     torch.manual_seed(0)

@@ -22,7 +22,7 @@ from test_train import SHORT
 def trained(tmp_path_factory):
     """(data folder, checkpoint) of eight phantoms and a few steps; every split has sessions."""
     folder = tmp_path_factory.mktemp('run')
-    made = run('prepare.py', '--source=phantom', '--n=10', '--shape=32,48,32', '--modalities=T1w,T2w', '--split=0.5,0.25,0.25', f'--out_dir={folder}/data')
+    made = run('prepare.py', '--source=phantom', '--n=10', '--shape=32,48,32', '--modalities=T1w,T2w', '--split=0.5,0.25,0.25', '--workers=1', f'--out_dir={folder}/data')
     assert made.returncode == 0, made.stderr
     done = run('train_vae.py', *TINY, *SHORT, '--iters_2d=0', f'--data_dir={folder}/data', f'--out_dir={folder}/out')
     assert done.returncode == 0, done.stderr
@@ -181,7 +181,7 @@ def test_effective_rank_of_known_spectra():
 def test_evaluate_compares_autoencoders_and_sample_reconstructs(trained, tmp_path, args, latent, bits):
     data, neuroquant = trained
     play('train_vae.py', *TINY, '--kind=convvae', *args, '--iters=2', '--w_ssim=0', f'--data_dir={data}', f'--out_dir={tmp_path}/conv')
-    printed = play('evaluate.py', f'--ckpt={tmp_path}/conv/ckpt.pt,{neuroquant}', f'--data_dir={data}', '--device=cpu', '--max_sessions=2', '--lpips=random', '--figures=True', '--tsne_points=100')
+    printed = play('evaluate.py', f'--ckpt={tmp_path}/conv/ckpt.pt,{neuroquant}', f'--data_dir={data}', '--device=cpu', '--max_sessions=2', '--lpips=random', '--latent_figures=True', '--tsne_points=100')
     assert 'RANDOM trunk (no LPIPS)' in printed and {'latent.png', 'tsne.png', 'reconstructions.png'} <= set(os.listdir(tmp_path / 'conv'))
     table = json.loads((tmp_path / 'conv' / 'table.json').read_text())
     ours, other, *references = table['rows']
@@ -213,8 +213,8 @@ def test_dice_volumes_and_probes_get_their_tables(trained, tmp_path):
     assert found['T1w']['scans'][0]['mm3_truth']['caudate'] == pytest.approx(box * np.isin(truth, (11, 50)).sum())
     dices = found['T1w']['scans'][0]['dice']
     assert dices['left thalamus'] == 0 and 0 < dices['left cerebral cortex'] < 1 and 'volumes.png' in os.listdir(tmp_path)
-    assert 'cerebellum cortex: reconstruction' in printed and '| z_anat | modality |' in printed
-    assert {(r['latent'], r['target']) for r in table['probes']} == {('whole, T1w', 'sex'), ('whole, T2w', 'sex'), ('z_anat', 'modality')}
+    assert 'cerebellum cortex: reconstruction' in printed and '| linear | z_anat | modality |' in printed
+    assert {(r['seen'], r['target']) for r in table['probes']} == {('latent, T1w', 'sex'), ('latent, T2w', 'sex'), ('z_anat', 'modality')}
     own = play('evaluate.py', *args, '--max_sessions=1')  # against the segmenter's own labels of the input
     assert "segmenter's labels of the input" in own
     assert 'no label map' in refuses('evaluate.py', *args, '--labels=nothing')

@@ -38,15 +38,16 @@ def assert_same_run(a, b, out_a, out_b):
 
 @pytest.mark.parametrize('config', sorted(os.path.basename(p) for p in glob.glob(os.path.join(ROOT, 'config', '*.py')) if 'flow' not in p))
 def test_every_config_trains_saves_and_resumes(config, tiny_data, tmp_path):
-    """Smoke: three steps, across the change of phase where there is one, then a resume of one more."""
+    """Smoke: two steps on volumes and one on slices where there are phases, then a resume of one more."""
     settings = runpy.run_path(os.path.join(ROOT, 'config', config))
-    args = [f'{ROOT}/config/{config}', *TINY, *SHORT, '--iters_3d=2', f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/out']
+    args = [f'{ROOT}/config/{config}', *TINY, *SHORT, '--iters_3d=2', '--eval_sessions=1', f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/out']
     if settings.get('kind') == 'convvae':
         levels = len(settings.get('widths', (0,) * 4))
         args += [f'--widths={",".join(["8"] * levels)}', '--perceptual=random', '--slice_fraction=0.05', '--init_from=scratch']
+        if settings.get('patch'): args += ['--patch=24,24,24']
         if settings.get('bottleneck') == 'vq': args += [f"--latent_dim={settings.get('num_codebooks', 1)}"]
     play('train_vae.py', *args, '--max_iters=3')
-    printed = play('train_vae.py', *args, '--max_iters=4', '--init_from=resume', '--iters_3d=4')
+    printed = play('train_vae.py', *args, '--max_iters=4', '--init_from=resume')
     assert 'resumed' in printed
     values = [v for line in log_of(f'{tmp_path}/out') for v in line.values()]
     assert len(values) > 10 and np.isfinite(values).all()

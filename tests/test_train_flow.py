@@ -12,6 +12,7 @@ import torch
 from common import load_checkpoint
 from conftest import ROOT, TINY, play, refuses
 from latents import Latents, encode_conditions, nearest
+from losses import ms_ssim
 from model import encoder_hash, from_checkpoint
 
 FLOW = ['--widths=8,16', '--res_blocks=1', '--attention=False,True', '--head_width=8', '--batch_size=2', '--iters=4', '--log_interval=1', '--device=cpu']
@@ -150,14 +151,19 @@ def test_evaluate_prints_frechet_distances_of_reconstructed_and_generated_slices
     train_flow(vae, tmp_path / 'flow')
     generate(tmp_path / 'flow', tmp_path / 'new', '--n=3')
     args = [f'--ckpt={vae}', f'--data_dir={tiny_data}', '--split=train', '--device=cpu', '--reference_sessions=0']
-    printed = play('evaluate.py', *args, '--features=random', f'--generated={tmp_path}/new')
+    printed = play('evaluate.py', *args, '--max_sessions=4', '--features=random', f'--generated={tmp_path}/new')
     assert 'RANDOM features' in printed and 'gFID - rFID' in printed
-    rows = json.loads((tmp_path / 'vae' / 'table.json').read_text())['frechet']
+    table = json.loads((tmp_path / 'vae' / 'table.json').read_text())
+    rows = table['frechet']
     assert [r['row'] for r in rows] == ['floor: real against real', 'vae rFID', 'vae gFID'] * 2
     found = {(r['row'], r['modality']): r for r in rows}
     assert found['vae rFID', 'T1w']['mean'] > found['floor: real against real', 'T1w']['mean'] > 0
-    assert found['vae gFID', 'T2w']['slices']['axial'] == [7 * 32, 3 * 32]
-    play('evaluate.py', *args, '--features=random', '--max_sessions=1')
+    assert found['vae gFID', 'T2w']['slices']['axial'] == [3 * 32, 3 * 32]
+    real, new = (r for r in table['diversity'] if r['modality'] == 'T1w')
+    volumes = [torch.from_numpy(nib.load(tmp_path / 'new' / f'sample_{k:03d}.nii.gz').get_fdata(dtype=np.float32))[None, None] for k in range(3)]
+    assert new['ms_ssim'] == pytest.approx(np.mean([ms_ssim(volumes[a], volumes[b]).item() for a, b in ((0, 1), (0, 2), (1, 2))]), abs=1e-4)
+    assert (real['row'], real['volumes'], real['pairs']) == ('real', 4, 6) and os.path.getsize(tmp_path / 'vae' / 'samples.png') > 10000
+    play('evaluate.py', *args, '--features=random', '--max_sessions=1', '--fid_slices=central')
     rows = json.loads((tmp_path / 'vae' / 'table.json').read_text())['frechet']
     assert {(r['row'], 'more slices than features' in r['reason'], 'no volumes' in r['reason']) for r in rows} == {('vae rFID', True, False), ('floor: real against real', False, True)}
     assert 'RadImageNet-ResNet50_notop.pth' in refuses('evaluate.py', *args, '--features=/nowhere.pth')

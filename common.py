@@ -188,8 +188,9 @@ def make_out_dir(path):
 
 def write_text(path, text):
     """Write a small text file whole or not at all."""
-    with open(f'{path}.part', 'w') as f: f.write(text)
-    os.replace(f'{path}.part', path)
+    part = f'{path}.{os.getpid()}.part'  # jobs of an array may write the same file
+    with open(part, 'w') as f: f.write(text)
+    os.replace(part, path)
 
 def log_json(out_dir, record):
     """Append one JSON line to out_dir/log.jsonl; numbers that are not finite become null."""

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ lpips_net = None            # the network of the lpips setting, once loaded
 
 DEFINITIONS = """\
 PSNR: dB, data range 1, prediction clamped to [0,1]. SSIM: 3D, Gaussian window 11, sigma 1.5, K1 0.01, K2 0.03, valid region, times 100.
-SSIM uniform: scikit-image's default, a uniform window of 7 with sample covariance, as DeCo-VAE; times 100. LPIPS: over all slices, [0,1] as is.
+SSIM uniform: scikit-image's default, a uniform window of 7 with sample covariance, as DeCo-VAE; times 100. LPIPS: over all slices, [0,1] as is; brain: 0 outside it in both.
 whole: every voxel of the box. brain: voxels where the input is above 0 (SSIM: windows centred there).
 Mean +- standard deviation over subjects, the sessions of a subject averaged first.
 DFT: decoder fine-tuned on a frozen encoder. cos_raw: mean absolute cosine of channel pairs, means included; pearson_abs: the same of
@@ -180,7 +181,8 @@ def frechet_rows(models, n):
 
     Real: the first n sessions of the split. Floor: their even against their odd subjects. A row that cannot be computed says why.
     """
-    extractor_name, extractor = load_extractor()
+    try: extractor_name, extractor = load_extractor()
+    except (SystemExit, ValueError) as e: return 'not computed', [{'row': 'rFID, gFID', 'modality': '', 'reason': str(e)}]
     rows, real = [], {}
     def volumes(test, m, keep=lambda i: True):
         return (torch.tensor(test.volume(i, m), dtype=torch.float32, device=device)[None, None] for i in range(n) if m in test.present(i) and keep(i))
@@ -259,24 +261,31 @@ def samples(models, shown=4):
 # ---------------------------------------------------------------- anatomy
 
 def anatomy_rows(models, n):
-    """Dice and region volumes of reconstructions against the inputs, per model and modality: list of dicts."""
-    find, rows, truth = make_segmenter(segmenter, device), [], {}
-    spacing = Sessions(data_dir, models[0][2], split).voxel_mm
+    """Dice and region volumes of reconstructions against the inputs, per model and modality: list of dicts, with a reason where it fails."""
+    rows, truth = [], {}
+    try: find = make_segmenter(segmenter, device)
+    except (SystemExit, ValueError) as e: return [{'row': 'Dice', 'modality': '', 'reason': str(e)}]
     for name, model, known, _ in models:
         test = Sessions(data_dir, known, split)
         for m, modality in enumerate(known):
-            found = []
-            for i in tqdm([i for i in range(n) if m in test.present(i)], desc=f'segmenting {modality}', leave=False):
-                x = np.array(test.volume(i, m), np.float32)
-                if (i, modality) not in truth: truth[i, modality] = given_labels(test.rows[i]) if labels else find(x, spacing)
-                with torch.no_grad(): x_hat = model.reconstruct(torch.from_numpy(x)[None, None].to(device), m).float().clamp(0, 1)[0, 0].cpu().numpy()
-                ours, real = find(np.where(x > 0, x_hat, 0), spacing), truth[i, modality]
-                present = [label for label in np.unique(real) if label in FOREGROUND]
-                found.append({'subject': test.rows[i]['subject'], 'dice': {NAME_OF[k]: v for k, v in dice(ours, real, present).items()},
-                              'mm3': region_volumes_mm3(ours, MERGED, spacing), 'mm3_truth': region_volumes_mm3(real, MERGED, spacing)})
-            per_scan = [np.nanmean(list(f['dice'].values())) for f in found]
-            rows.append({'row': name, 'modality': modality, 'mean_dice': summarise(per_scan, [f['subject'] for f in found], seed=seed), 'scans': found})
+            try: rows.append({'row': name, 'modality': modality} | anatomy(find, model, test, m, n, truth))
+            except ValueError as e: rows.append({'row': name, 'modality': modality, 'reason': str(e)})
     return rows
+
+def anatomy(find, model, test, m, n, truth):
+    """Mean Dice and, per scan, Dice and volumes of each structure, of modality index m. find: a segmenter; truth: label maps by (session, modality), filled."""
+    found, modality = [], test.modalities[m]
+    for i in tqdm([i for i in range(n) if m in test.present(i)], desc=f'segmenting {modality}', leave=False):
+        x = np.array(test.volume(i, m), np.float32)
+        if (i, modality) not in truth: truth[i, modality] = given_labels(test.rows[i]) if labels else find(x, test.voxel_mm)
+        with torch.no_grad(): x_hat = model.reconstruct(torch.from_numpy(x)[None, None].to(device), m).float().clamp(0, 1)[0, 0].cpu().numpy()
+        ours, real = find(np.where(x > 0, x_hat, 0), test.voxel_mm), truth[i, modality]
+        present = [label for label in np.unique(real) if label in FOREGROUND]
+        found.append({'subject': test.rows[i]['subject'], 'dice': {NAME_OF[k]: v for k, v in dice(ours, real, present).items()},
+                      'mm3': region_volumes_mm3(ours, MERGED, test.voxel_mm), 'mm3_truth': region_volumes_mm3(real, MERGED, test.voxel_mm)})
+    if not found: raise ValueError(f'no {modality} scan')
+    per_scan = [np.nanmean(list(f['dice'].values()) or [np.nan]) for f in found]
+    return {'mean_dice': summarise(per_scan, [f['subject'] for f in found], seed=seed), 'scans': found}
 
 FOREGROUND = {label for pair in MERGED.values() for label in pair}
 NAME_OF = {label: ('' if len(pair) == 1 else ('left ', 'right ')[pair.index(label)]) + name for name, pair in MERGED.items() for label in pair}
@@ -284,7 +293,7 @@ NAME_OF = {label: ('' if len(pair) == 1 else ('left ', 'right ')[pair.index(labe
 def given_labels(row):
     path = os.path.join(data_dir, row.get(labels) or '(none)')
     try: return np.load(path)
-    except (OSError, ValueError): raise SystemExit(f"{path}: no label map; --labels={labels} must be a column of subjects.tsv with .npy files")
+    except (OSError, ValueError): raise ValueError(f"{path}: no label map; --labels={labels} must be a column of subjects.tsv with .npy files")
 
 def anatomy_table(rows):
     """Lines of markdown: mean over structures, and the two whose volumes NeuroQuant fig. 4 shows."""
@@ -292,6 +301,9 @@ def anatomy_table(rows):
     lines = ['', 'Dice x 100 against ' + (f"the given label maps ('{labels}')" if labels else "the segmenter's labels of the input") + ', mean over foreground structures, then over subjects; volumes, left + right, in mm3', '',
              '| model | modality | Dice | 95 % interval | ' + ' | '.join(f'{name}: reconstruction | ground truth' for name in shown) + ' |', '|' + ' --- |' * (4 + 2 * len(shown))]
     for r in rows:
+        if 'reason' in r:
+            lines.append(f"| {r['row']} | {r['modality']} | | {r['reason']} | | | | |")
+            continue
         d = r['mean_dice']
         volumes = [f"{np.mean([f[key][name] for f in r['scans']]):.0f}" for name in shown for key in ('mm3', 'mm3_truth')]
         lines.append(f"| {r['row']} | {r['modality']} | {100 * d['mean']:.2f} +- {100 * d['sd']:.2f} | {100 * d['ci95'][0]:.2f} to {100 * d['ci95'][1]:.2f} | " + ' | '.join(volumes) + ' |')
@@ -315,12 +327,12 @@ def probe_rows(models, n):
     for name, model, known, _ in models:
         test = Sessions(data_dir, known, split)
         scans = [(i, m) for i, m in test.scans if i < n]
-        whole, anatomy = [], []
+        whole, anatomy_latent = [], []
         for i, m in tqdm(scans, desc='latents', leave=False):
             x = torch.tensor(test.volume(i, m), dtype=torch.float32, device=device)[None, None]
             with torch.no_grad():
                 whole.append(model.latent(x, m)[0].cpu())
-                if hasattr(model, 'translate'): anatomy.append(model.encode(x)[0][0].cpu())
+                if hasattr(model, 'translate'): anatomy_latent.append(model.encode(x)[0][0].cpu())
         value, subject = (np.array([f(test.rows[i]) for i, _ in scans]) for f in (lambda row: (row.get(probe) or '').strip(), lambda row: row['subject']))
         modality = np.array([known[m] for _, m in scans])
         def add(row, how, seen, target, make):
@@ -337,7 +349,8 @@ def probe_rows(models, n):
                 on_volumes.add(of)
                 volume = lambda k: torch.tensor(test.volume(*scans[k]), dtype=torch.float32)[None]
                 add('the scans', 'SEResNet-152', f'volume, {of}', probe, lambda: network(volume, keep))
-        if anatomy and len(known) == 2: add(name, 'linear', 'z_anat', 'modality', lambda: linear(anatomy, modality, np.arange(len(scans))))
+        for a, b in combinations(known, 2) if anatomy_latent else ():
+            add(name, 'linear', 'z_anat', f'modality: {a} or {b}', lambda: linear(anatomy_latent, modality, np.flatnonzero(np.isin(modality, (a, b)))))
     return rows
 
 def probe_table(rows):
@@ -370,12 +383,17 @@ def cell(summary):
     digits = 2 if abs(summary['mean']) >= 1 else 4
     return f"{summary['mean']:.{digits}f} +- {summary['sd']:.{digits}f}"
 
+def interval(summary):
+    if not summary: return ''
+    digits = 2 if abs(summary['mean']) >= 1 else 4
+    return f"{summary['ci95'][0]:.{digits}f} to {summary['ci95'][1]:.{digits}f}"
+
 METRICS = {'psnr_whole': 'PSNR', 'ssim_whole': 'SSIM', 'psnr_brain': 'PSNR brain', 'ssim_brain': 'SSIM brain', 'ssim_uniform_whole': 'SSIM uniform'}
 
 def metric_names():
     """{key of scores: its name in the tables}."""
     if not lpips: return METRICS
-    return METRICS | {'lpips_sum': 'RANDOM trunk (no LPIPS), sum' if lpips == 'random' else f'LPIPS {lpips}, sum', 'lpips_mean': 'mean of planes'}
+    return METRICS | {'lpips_sum': 'RANDOM trunk (no LPIPS), sum' if lpips == 'random' else f'LPIPS {lpips}, sum', 'lpips_mean': 'mean of planes', 'lpips_brain': 'sum, brain'}
 
 def markdown(results, modalities):
     """The tables as text."""
@@ -386,6 +404,10 @@ def markdown(results, modalities):
     for row in results['rows']:
         cells = [cell(row['fidelity'].get(m, {}).get(k)) for m in modalities for k in metric_names()]
         lines.append('| ' + ' | '.join([row['name'], row['f'], row['latent'], row['bits'], row['dft'], *cells]) + ' |')
+    lines += ['', '95 % bootstrap interval of each mean, by subject', '', '| ' + ' | '.join(head[:1] + head[5:]) + ' |', '|' + ' --- |' * (len(head) - 4)]
+    for row in results['rows']:
+        cells = [interval(row['fidelity'].get(m, {}).get(k)) for m in modalities for k in metric_names()]
+        lines.append('| ' + ' | '.join([row['name'], *cells]) + ' |')
     models = [row for row in results['rows'] if 'geometry' in row]
     lines += ['', f'Latent, all positions of the same scans', '',
               '| model | latent | cos_raw | pearson_abs | effective rank | explained variance | channel sd | posterior sigma |', '|' + ' --- |' * 8]
@@ -486,10 +508,10 @@ def main():
         results['diversity'] = diversity_rows(models, n)
         text += '\n'.join(diversity_table(results['diversity'])) + '\n'
     if segmenter:
-        try: results['anatomy'] = anatomy_rows(models, n)
-        except ValueError as e: raise SystemExit(f'--segmenter: {e}')
+        results['anatomy'] = anatomy_rows(models, n)
         text += '\n'.join(anatomy_table(results['anatomy'])) + '\n'
-        figures.boxes(os.path.join(out_dir, 'volumes.png'), {name: volume_boxes(results['anatomy'], name) for name in ('cerebellum cortex', 'caudate')}, 'cm3')
+        if drawn := [r for r in results['anatomy'] if 'scans' in r]:
+            figures.boxes(os.path.join(out_dir, 'volumes.png'), {name: volume_boxes(drawn, name) for name in ('cerebellum cortex', 'caudate')}, 'cm3')
     else: text += '\nDice, region volumes: not computed; give --segmenter=synthseg_2.0.h5 (github.com/BBillot/SynthSeg), or a command with {in} and {out}\n'
     if probe:
         results['probes'] = probe_rows(models, n)

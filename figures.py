@@ -41,6 +41,18 @@ def views(path, blocks, title=''):
     if title: fig.suptitle(title, fontsize=10)
     finish(plt, fig, path)
 
+def contact_sheet(path, volumes, width=12):
+    """Middle axial slices of many volumes. volumes: [(heading, volume)]."""
+    plt = pyplot()
+    if not plt or not volumes: return
+    height = -(-len(volumes) // width)
+    fig, axes = plt.subplots(height, width, figsize=(1.1 * width, 1.5 * height + 0.2), squeeze=False)
+    for ax in axes.flat: ax.set_axis_off()
+    for ax, (heading, volume) in zip(axes.flat, volumes):
+        ax.imshow(volume[:, :, volume.shape[2] // 2].T.astype(np.float32), origin='lower', cmap='gray', vmin=0, vmax=1)
+        ax.set_title(heading, fontsize=5)
+    finish(plt, fig, path)
+
 def geometry(path, rows):
     """|cosine| of channels raw and centred, and explained variance, DeCo fig. 2 and 3. rows: {name: metrics.latent_geometry}, up to 16 channels."""
     rows, plt = {name: g for name, g in rows.items() if g['matrix_raw']}, pyplot()

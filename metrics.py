@@ -12,17 +12,21 @@ from losses import perceptual_loss, psnr, ssim, ssim_map
 def scores(x_hat, x, lpips=None):
     """Dict of the fidelity metrics of one volume; x_hat, x: (1,1,D,H,W), both clipped to [0,1].
 
-    lpips: a network of pretrained.LPIPS; then also 'lpips_sum', over the three planes of the mean over all slices, and 'lpips_mean'.
+    lpips: a network of pretrained.LPIPS; then also 'lpips_sum', over the three planes of the mean over all slices, 'lpips_mean', and
+    'lpips_brain', the sum with the prediction's background removed. ValueError if x has no brain, no voxel above 0.
     """
     x_hat, x = x_hat.float().clamp(0, 1), x.clamp(0, 1)
     brain = x > 0
+    if not brain.any(): raise ValueError('an empty mask: no voxel of the scan is above 0')
     similarity = ssim_map(x_hat, x)
     border = [slice((n - m) // 2, (n - m) // 2 + m) for n, m in zip(x.shape[2:], similarity.shape[2:])]
     inside = brain[(slice(None), slice(None), *border)]
     found = {'psnr_whole': psnr(x_hat, x).item(), 'ssim_whole': 100 * similarity.mean().item(),
              'psnr_brain': psnr(x_hat, x, mask=brain).item(), 'ssim_brain': 100 * similarity[inside].mean().item(),
              'ssim_uniform_whole': 100 * ssim(x_hat, x, window='uniform', size=7).item()}
-    if lpips: found |= {'lpips_sum': (total := perceptual_loss(lpips, x_hat, x, 1.0).item()), 'lpips_mean': total / 3}
+    if lpips:
+        total = perceptual_loss(lpips, x_hat, x, 1.0).item()
+        found |= {'lpips_sum': total, 'lpips_mean': total / 3, 'lpips_brain': perceptual_loss(lpips, x_hat * brain, x, 1.0).item()}
     return found
 
 def summarise(values, subjects, draws=2000, seed=0):

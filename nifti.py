@@ -4,6 +4,10 @@ Volumes are float32 (D,H,W) in RAS+: axes left-right, posterior-anterior, inferi
 front and to the top. An affine takes voxel indices to millimetres. Every refusal is a ValueError of one line, PATH: reason.
 """
 import os
+import tempfile
+import zipfile
+import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import nibabel as nib
@@ -20,28 +24,47 @@ class Native:
     orientation: str     # such as LAS
     spacing_mm: tuple
 
+def file_of(path):
+    """The file that holds a scan: the archive of ARCHIVE.zip/MEMBER, else the path itself."""
+    archive, inside, _ = path.partition('.zip/')
+    return archive + '.zip' if inside else path
+
+@contextmanager
+def unpacked(path):
+    """A file for a path that may lead into a zip archive; a member is unpacked into a temporary folder."""
+    archive = file_of(path)
+    if archive == path:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with zipfile.ZipFile(archive) as z: member = z.extract(path[len(archive) + 1:], folder)  # never outside the folder
+        except (OSError, KeyError, zipfile.BadZipFile, EOFError, zlib.error) as e: raise ValueError(f'{path}: cannot be unpacked ({e})')
+        yield member
+
 def read(path):
-    """path of a .nii or .nii.gz -> volume (D,H,W) in RAS+, its affine (4,4), Native.
+    """path of a .nii or .nii.gz, or ARCHIVE.zip/MEMBER -> volume (D,H,W) in RAS+, its affine (4,4), Native.
 
     Refused: a file that is missing, cut short or no NIfTI; sizes over 1024 along an axis, checked before memory is taken; 2D;
     4D with more than one volume; colour or complex voxels; NaN or Inf; a constant volume; an affine that cannot be inverted.
     """
     def refuse(reason): raise ValueError(f'{path}: {reason}')
-    if not os.path.isfile(path): refuse('no such file')
-    try: image = nib.load(path)
-    except Exception as e: refuse(f'not a readable NIfTI file ({type(e).__name__}); is it complete?')
-    shape = tuple(image.shape)
-    if len(shape) == 4 and shape[3] == 1: shape = shape[:3]
-    if len(shape) != 3 or min(shape) < 2:
-        refuse(f'shape {image.shape}: a single 3D volume is needed' + ('; split the series first' if len(shape) == 4 else ''))
-    if max(shape) > 1024: refuse(f'shape {shape}: more than 1024 voxels along an axis; is the header damaged?')
-    if image.get_data_dtype().kind not in 'iuf': refuse(f'voxels of type {image.get_data_dtype()}: a number per voxel is needed')
-    affine = image.affine
-    if affine is None or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        refuse('its affine cannot be inverted; repair the header')
-    native = Native(affine, shape, ''.join(nib.aff2axcodes(affine)), tuple(float(s) for s in nib.affines.voxel_sizes(affine)))
-    try: data = np.asarray(image.dataobj, np.float32).reshape(shape)
-    except Exception as e: refuse(f'its voxels cannot be read ({type(e).__name__}); the file is cut short or damaged')
+    if not os.path.isfile(file_of(path)): refuse('no such file')
+    with unpacked(path) as file:
+        try: image = nib.load(file)
+        except Exception as e: refuse(f'not a readable NIfTI file ({type(e).__name__}); is it complete?')
+        shape = tuple(image.shape)
+        if len(shape) == 4 and shape[3] == 1: shape = shape[:3]
+        if len(shape) != 3 or min(shape) < 2:
+            refuse(f'shape {image.shape}: a single 3D volume is needed' + ('; split the series first' if len(shape) == 4 else ''))
+        if max(shape) > 1024: refuse(f'shape {shape}: more than 1024 voxels along an axis; is the header damaged?')
+        if image.get_data_dtype().kind not in 'iuf': refuse(f'voxels of type {image.get_data_dtype()}: a number per voxel is needed')
+        affine = image.affine
+        if affine is None or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+            refuse('its affine cannot be inverted; repair the header')
+        native = Native(affine, shape, ''.join(nib.aff2axcodes(affine)), tuple(float(s) for s in nib.affines.voxel_sizes(affine)))
+        try: data = np.asarray(image.dataobj, np.float32).reshape(shape)
+        except Exception as e: refuse(f'its voxels cannot be read ({type(e).__name__}); the file is cut short or damaged')
     bad = np.size(data) - np.count_nonzero(np.isfinite(data))
     if bad: refuse(f'{bad} voxels are NaN or infinite; repair or leave out')
     if data.min() == data.max(): refuse(f'every voxel is {data.min():g}: an empty volume')
@@ -168,19 +191,20 @@ class Placement:
     lost: float            # fraction of the brain outside the box
     estimated: list        # per scan: no zero background, so the mask is a guess at the head
 
-def conform(volumes, affines, shape, spacing_mm=1.0, resize=False, percentiles=(0.5, 99.5), percentiles_of='brain', clip=True):
+def conform(volumes, affines, shape, spacing_mm=1.0, resize=False, percentiles=(0.5, 99.5), percentiles_of='brain', clip=True, masks=None):
     """A session's scans, RAS+ (D,H,W) each with its affine, as boxes (shape) in [0,1] on one grid -> list of boxes, Placement.
 
     The grid is that of the first scan, made isotropic; the others are brought there through the affines, each interpolated
     once. The box holds the union of the brains; each scan is scaled inside its own. A scan whose brain covers less than 5 % of
     the first one's does not overlap: ValueError whose second argument is its place in the list.
+    masks: a bool mask of the brain per scan, or None for those whose mask is to be found (brain_mask).
     resize: stretch the first scan's whole field of view over the box instead, as DeCo-VAE's 182x218x182 mm over 128x256x128 voxels.
     """
     if resize: affine, grid_shape = stretched(affines[0], volumes[0].shape, shape), tuple(shape)
     else: affine, grid_shape = grid(affines[0], volumes[0].shape, spacing_mm)
-    scans, masks, estimated = [], [], []
+    given, scans, masks, estimated = masks or [None] * len(volumes), [], [], []
     for k, (volume, a) in enumerate(zip(volumes, affines)):
-        mask, guess = brain_mask(volume)
+        mask, guess = brain_mask(volume) if given[k] is None else (given[k], False)
         scan, inside = resample_inside(volume, mask, a, affine, grid_shape)
         scans.append(scan), masks.append(inside), estimated.append(guess)
         if not masks[k].any() or (masks[k] & masks[0]).sum() < 0.05 * masks[0].sum():

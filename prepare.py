@@ -4,31 +4,49 @@
     python prepare.py --source=bids   --root=/path/to/bids --out_dir=data/mine              # sub-*/[ses-*/]anat/*_T1w.nii.gz
     python prepare.py --source=csv    --root=scans.csv     --out_dir=data/mine              # subject, session, modality, path[, sex, age, split]
     python prepare.py --source=folder --root=/path/to/nii  --out_dir=data/mine              # names that hold subject and modality
+    python prepare.py --source=pattern --root=/path --pattern='{subject}/{session}/*/{modality}.nii.gz' --out_dir=data/mine
+    python prepare.py --source=labelmaps --root=/path/to/maps --n=500 --out_dir=data/labelmaps  # images made from label maps
+    python prepare.py config/data_ixi.py --root=/path/to/IXI --dry_run=True                 # look first, write nothing
 
 Writes out_dir/sub-XX_ses-XX_MODALITY.npy (D,H,W) in [0,1], subjects.tsv, dataset.json, checksums.json and report.txt. Start it again after an
 interruption: what is written stays. See nifti.py for what happens to a scan.
 """
-import csv
 import glob
 import hashlib
 import json
 import os
-import re
+import shlex
+import subprocess
 import sys
+import tempfile
+import time
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import numpy as np
 from tqdm import tqdm
 
 import nifti
+import preflight
+import sources
 import synth
 from common import configure, make_out_dir, write_text
+from register import register as register_rigidly
 
 # ---------------------------------------------------------------- settings
-source = 'phantom'        # phantom | bids | csv | folder
-root = ''                 # of bids and folder: a directory; of csv: the table
+source = 'phantom'        # phantom | labelmaps | bids | csv | folder | pattern | ixi | ukb
+root = ''                 # a directory; of csv: the table
+pattern = ''              # of source='pattern': paths below root, with {subject}, {modality}, perhaps {session}, and * for any name
+entities = ()             # of bids: only files with all of these in their names, such as space-MNI152NLin6Asym
+people = ''               # spreadsheet saved as .csv or .tsv, for sex and age
+columns = ('subject', 'sex', 'age')  # its columns
+sex_codes = ()            # what its values mean, such as 1=M,2=F
+mask = ''                 # brain masks: files beside the scan, or paths below root, with {subject}, {session}, {modality} and *
+skullstrip = ''           # or a command that makes a brain of a head: "CMD {in} {out}"
+register = False          # rigidly register a session's scans onto its first one
+dry_run = False           # only look at every scan: a table and contact sheets in out_dir/preflight, no data
+shard = ''                # i/n: only every n-th session from the i-th (0 to n-1) on; run once more without it to finish
 out_dir = 'data/phantom'
 shape = (144, 192, 144)   # box in voxels (left-right, posterior-anterior, inferior-superior)
 spacing_mm = 1.0
@@ -37,7 +55,8 @@ percentiles = (0.5, 99.5) # intensities that become 0 and 1
 clip = True               # False keeps intensities above 1 for training (DeCo-VAE's code); metrics clip them
 percentiles_of = 'brain'  # or 'volume', background and all (DeCo-VAE, with 0,99.5)
 modalities = ()           # () for all that are found; of phantoms: T1w, T2w, FLAIR
-n = 40                    # phantoms
+n = 40                    # phantoms, or sessions made from label maps
+thickness_mm = 1.0        # of labelmaps: slices up to so thick, along an axis drawn per image
 split = (0.8, 0.1, 0.1)   # train, val, test; a subject's part follows from a hash of its name
 dtype = 'float32'         # or float16: half the disk, errors up to 0.00025
 seed = 0                  # of phantoms and of the split
@@ -46,77 +65,6 @@ strict = False            # stop at the first bad scan instead of leaving it out
 
 BOX = ('shape', 'spacing_mm', 'resize', 'percentiles', 'percentiles_of', 'clip')  # how a scan gets into its box: nifti.conform
 ORDER = ('T1w', 'T2w', 'FLAIR', 'PD')  # the first one present gives a session its grid
-SUFFIXES = {'t1w': 'T1w', 't1': 'T1w', 'mprage': 'T1w', 't2w': 'T2w', 't2': 'T2w', 'flair': 'FLAIR', 't2flair': 'FLAIR',
-            'pd': 'PD', 'pdw': 'PD'}
-
-# ---------------------------------------------------------------- finding scans
-
-def clean(kind, text, where):
-    """A subject, session or modality as part of a file name, with its prefix; refused if it holds anything else than a name."""
-    text = str(text).strip()
-    if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_.+-]*', text) or '..' in text:
-        raise SystemExit(f'{where}: {kind} {text!r}: only letters, digits and -_.+ may be in a name')
-    if kind == 'modality': return SUFFIXES.get(text.lower(), text)
-    prefix = {'subject': 'sub-', 'session': 'ses-'}[kind]
-    return text if text.startswith(prefix) else prefix + text
-
-def add_scan(sessions, subject, session, modality, path, notes):
-    scans = sessions[subject, session]
-    if modality in scans: notes.append(f'{path}: another {modality} of {subject} {session}, {scans[modality]} is used')
-    else: scans[modality] = path
-
-def find_bids(root, notes):
-    """sub-*/[ses-*/]anat/*_SUFFIX.nii[.gz] -> sessions {(subject, session): {modality: path}}, people {subject: columns}."""
-    sessions, people = defaultdict(dict), {}
-    for path in sorted(glob.glob(f'{root}/sub-*/anat/*.nii*') + glob.glob(f'{root}/sub-*/ses-*/anat/*.nii*')):
-        parts = os.path.relpath(path, root).split(os.sep)
-        stem = re.sub(r'\.nii(\.gz)?$', '', parts[-1])
-        suffix = stem.split('_')[-1]
-        modality = SUFFIXES.get(suffix.lower(), suffix if suffix[:1].isupper() else '')
-        if not modality: notes.append(f'{path}: not a scan that is known ({suffix})')
-        else: add_scan(sessions, parts[0], parts[1] if len(parts) == 4 else 'ses-01', modality, path, notes)
-    table = os.path.join(root, 'participants.tsv')
-    for row in read_table(table) if os.path.exists(table) else []:
-        person = row.get('participant_id', '')
-        known = {k: v for k, v in row.items() if v and v.lower() not in ('n/a', 'nan')}
-        people[person if person.startswith('sub-') else 'sub-' + person] = {'sex': known.get('sex') or known.get('gender') or '', 'age': known.get('age', '')}
-    return sessions, people
-
-def find_csv(table, notes):
-    """A table with columns subject, session, modality, path and perhaps sex, age, split."""
-    sessions, people = defaultdict(dict), {}
-    rows = read_table(table)
-    missing = {'subject', 'session', 'modality', 'path'} - set(rows[0] if rows else ())
-    if missing: raise SystemExit(f"{table}: no column {', '.join(sorted(missing))}")
-    for number, row in enumerate(rows, 2):
-        where = f'{table} line {number}'
-        subject, session, modality = (clean(k, row[k] or ('01' if k == 'session' else ''), where) for k in ('subject', 'session', 'modality'))
-        part = (row.get('split') or '').strip()
-        if part not in ('', 'train', 'val', 'test'): raise SystemExit(f'{where}: split {part!r}: train, val or test')
-        person = people.setdefault(subject, {'sex': row.get('sex') or '', 'age': row.get('age') or '', 'split': part})
-        if person['split'] != part: raise SystemExit(f"{where}: subject {subject} is in two splits ({person['split'] or 'none'} and {part or 'none'})")
-        add_scan(sessions, subject, session, modality, os.path.join(os.path.dirname(os.path.abspath(table)), row['path']), notes)
-    return sessions, people
-
-def find_folder(root, notes):
-    """Every .nii[.gz] below root whose name, or its folder's and its own, hold subject and modality: 01_T1w.nii.gz, 01/t1.nii."""
-    sessions = defaultdict(dict)
-    for path in sorted(glob.glob(f'{root}/**/*.nii', recursive=True) + glob.glob(f'{root}/**/*.nii.gz', recursive=True)):
-        names = re.sub(r'\.nii(\.gz)?$', '', os.path.relpath(path, root)).split(os.sep)
-        words = [w for name in names for w in name.split('_')]
-        kinds = [w for w in words if w.lower() in SUFFIXES]
-        others = [w for w in words if w not in kinds]
-        visits = [w for w in others if w.startswith('ses-')]
-        subject = next((w for w in others if w not in visits), '')
-        if not kinds or not subject: notes.append(f'{path}: subject and modality cannot be told from the name')
-        else: add_scan(sessions, clean('subject', subject, path), visits[0] if visits else 'ses-01', SUFFIXES[kinds[-1].lower()], path, notes)
-    return sessions, {}
-
-def read_table(path):
-    try:
-        with open(path, newline='', encoding='utf-8-sig') as f:
-            return list(csv.DictReader(f, delimiter='\t' if path.endswith('.tsv') else ','))
-    except (OSError, UnicodeDecodeError, csv.Error) as e: raise SystemExit(f'{path}: cannot read this table ({e})')
 
 # ---------------------------------------------------------------- one session, in a worker process
 
@@ -140,33 +88,78 @@ def save_npy(path, array):
 def facts_path(s, subject, session):
     return os.path.join(s['out_dir'], '.facts', f'{subject}_{session}.json')
 
-def make_phantom(s, index):
+def make_phantom(s, subject, session, index):
     p = synth.phantom(index, tuple(s['shape']), s['seed'], tuple(s['modalities']))
     facts = {'subject': p['subject'], 'session': p['session'], 'sex': p['sex'], 'age': f"{p['age']:.1f}", 'files': {}, 'checksums': {}, 'lost': 0.0,
              'skipped': [], 'orientation': {}, 'spacing': {}, 'estimated': []}
-    for modality, volume in {**p['images'], 'dseg': p['labels']}.items():
-        path = npy_path(s, p['subject'], p['session'], modality)
-        if modality != 'dseg': volume = nifti.scale_intensity(volume, p['labels'] > 0, s['percentiles'], s['percentiles_of'], s['clip'])[0].astype(s['dtype'])
+    write_images(s, facts, p['images'], p['labels'])
+    return facts
+
+def make_from_labels(s, subject, session, job):
+    """One deformed variant of a label map, and images made from it. job: (path, number)."""
+    path, number = job
+    volume, affine, native = nifti.read(path)
+    v = synth.variant(volume.astype(np.int16), np.sqrt((affine[:3, :3] ** 2).sum(0)), s['shape'], s['spacing_mm'], tuple(s['modalities']), (s['seed'], number), s['thickness_mm'])
+    facts = {'subject': subject, 'session': session, 'files': {}, 'checksums': {}, 'lost': v['lost'], 'skipped': [], 'orientation': {'dseg': native.orientation},
+             'spacing': {'dseg': 'x'.join(f'{w:.2g}' for w in native.spacing_mm)}, 'estimated': []}
+    write_images(s, facts, v['images'], v['labels'])
+    return facts
+
+def write_images(s, facts, images, labels):
+    """Scale and write a session that comes with its label map."""
+    for modality, volume in {**images, 'dseg': labels}.items():
+        path = npy_path(s, facts['subject'], facts['session'], modality)
+        if modality != 'dseg': volume = nifti.scale_intensity(volume, labels > 0, s['percentiles'], s['percentiles_of'], s['clip'])[0].astype(s['dtype'])
         facts['files'][modality] = os.path.basename(path)
         facts['checksums'][os.path.basename(path)] = save_npy(path, volume)
-    return facts
+
+def brain_of(s, subject, session, modality, path):
+    """A scan read, and its brain mask where one is given: volume, affine, Native, bool mask or None. ValueError with one line."""
+    volume, affine, native = nifti.read(path)
+    if s['mask']:
+        names = {s['mask'].format(subject=a, session=b, modality=modality) for a in (subject, subject.removeprefix('sub-')) for b in (session, session.removeprefix('ses-'))}
+        for folder in (os.path.dirname(path), s['root']):
+            if found := sorted({file for name in names for file in glob.glob(os.path.join(folder, name))}): break
+        if len(found) != 1: raise ValueError(f"{path}: {len(found)} files fit its mask, {' or '.join(sorted(names))}")
+        inside, its_affine, _ = nifti.read(found[0])
+        return volume, affine, native, nifti.resample((inside > 0).astype(np.float32), its_affine, affine, volume.shape) > 0.5
+    if s['skullstrip']:
+        with tempfile.TemporaryDirectory() as folder:
+            given, made = os.path.join(folder, 'head.nii.gz'), os.path.join(folder, 'brain.nii.gz')
+            nifti.write(given, volume, native)
+            done = subprocess.run([word.format(**{'in': given, 'out': made}) for word in shlex.split(s['skullstrip'])], capture_output=True, text=True)
+            if done.returncode or not os.path.exists(made):
+                raise ValueError(f"{path}: --skullstrip ended with {done.returncode} ({(done.stderr.strip().splitlines() or ['no message'])[-1]})")
+            brain, its_affine, _ = nifti.read(made)
+            return volume, affine, native, nifti.resample((brain != 0).astype(np.float32), its_affine, affine, volume.shape) > 0.5
+    return volume, affine, native, None
+
+def register_scans(good, notes):
+    """Move the affines of a session's later scans onto its first one; good: [(modality, volume, affine, ...)]. Poor results are noted and left out."""
+    fixed, lines = good[0], []
+    for k, (modality, volume, affine, *rest) in enumerate(good[1:], 1):
+        new, facts = register_rigidly(fixed[1], fixed[2], volume, affine)
+        good[k] = (modality, volume, new, *rest)
+        lines.append(f"{modality} moved {facts['moved_mm']:.1f} mm, likeness {facts['nmi_before']:.3f} -> {facts['nmi_after']:.3f}" + (f", NOT USED: {facts['reason']}" if facts['reason'] else ''))
+    notes += lines
 
 def make_session(s, subject, session, scans):
     """Read, conform and write one session's scans; a scan that cannot be used is left out with its reason."""
-    facts = {'subject': subject, 'session': session, 'files': {}, 'checksums': {}, 'lost': 0.0, 'skipped': [], 'orientation': {}, 'spacing': {}, 'estimated': []}
+    facts = {'subject': subject, 'session': session, 'files': {}, 'checksums': {}, 'lost': 0.0, 'skipped': [], 'orientation': {}, 'spacing': {}, 'estimated': [], 'registered': []}
     good = []
     for modality in sorted(scans, key=lambda m: (ORDER.index(m) if m in ORDER else len(ORDER), m)):
-        try: good.append((modality, *nifti.read(scans[modality])))
+        try: good.append((modality, *brain_of(s, subject, session, modality, scans[modality])))
         except ValueError as e: facts['skipped'].append(str(e))
+    if s['register'] and good: register_scans(good, facts['registered'])
     while good:
         try:
-            boxes, placement = nifti.conform([g[1] for g in good], [g[2] for g in good], **{k: s[k] for k in BOX})
+            boxes, placement = nifti.conform([g[1] for g in good], [g[2] for g in good], **{k: s[k] for k in BOX}, masks=[g[4] for g in good])
             break
         except ValueError as e:
             k = e.args[1]
             facts['skipped'].append(f'{scans[good[k][0]]}: {e.args[0]}')
             del good[k]
-    for k, (modality, _, _, native) in enumerate(good):
+    for k, (modality, _, _, native, _) in enumerate(good):
         path = npy_path(s, subject, session, modality)
         facts['files'][modality] = os.path.basename(path)
         facts['checksums'][os.path.basename(path)] = save_npy(path, boxes[k].astype(s['dtype']))
@@ -179,28 +172,30 @@ def make_session(s, subject, session, scans):
     return facts
 
 def work(s, job):
-    """Facts of one session, from an earlier run where its volumes are written and were made from the same files."""
-    made_from = {m: [p, os.path.getmtime(p) if os.path.exists(p) else 0] for m, p in job[2].items()} if s['source'] != 'phantom' else {}
-    subject, session = job[0], job[1]
+    """Facts of one session, from an earlier run where its volumes are written and were made from the same files in the same way."""
+    subject, session, scans = job
+    paths = {} if s['source'] == 'phantom' else {'dseg': scans[0]} if s['source'] == 'labelmaps' else scans
+    made_from = {m: [p, os.path.getmtime(f) if os.path.exists(f := nifti.file_of(p)) else 0] for m, p in paths.items()} | {'how': [s[k] for k in ('mask', 'skullstrip', 'register', 'thickness_mm')]}
     try:
         with open(facts_path(s, subject, session)) as f: facts = json.load(f)
-        wanted = set(s['modalities'] if s['source'] == 'phantom' else ())
-        if facts['made_from'] == made_from and wanted <= set(facts['files']) and facts['checksums'] and \
+        wanted = set(s['modalities'] if s['source'] in ('phantom', 'labelmaps') else ())
+        if facts['made_from'] == json.loads(json.dumps(made_from)) and wanted <= set(facts['files']) and facts['checksums'] and \
            all(is_written(os.path.join(s['out_dir'], name), s) for name in facts['files'].values()): return facts
     except (OSError, ValueError, KeyError): pass
-    facts = make_phantom(s, job[2]) if s['source'] == 'phantom' else make_session(s, *job)
-    facts['made_from'] = made_from
+    start = time.perf_counter()
+    facts = {'phantom': make_phantom, 'labelmaps': make_from_labels}.get(s['source'], make_session)(s, *job)
+    facts |= {'made_from': made_from, 'seconds': time.perf_counter() - start}
     write_text(facts_path(s, subject, session), json.dumps(facts))
     return facts
 
-def work_all(s, jobs):
-    """Facts of every job as they come; one worker is this process itself."""
+def run_all(task, s, jobs):
+    """task(s, job) of every job as they come; one worker is this process itself."""
     if s['workers'] == 1:
-        yield from (work(s, job) for job in jobs)
+        yield from (task(s, job) for job in jobs)
         return
     os.environ.update(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1')  # one thread for each worker
     with ProcessPoolExecutor(os.cpu_count() if s['workers'] < 1 else s['workers']) as pool:
-        futures = [pool.submit(work, s, job) for job in jobs]
+        futures = [pool.submit(task, s, job) for job in jobs]
         try:
             for future in as_completed(futures): yield future.result()
         finally: pool.shutdown(cancel_futures=True)  # what has not begun never will, if the caller stops
@@ -239,9 +234,55 @@ def report(facts, table, notes):
     lines += [f'warning: no subject in split {p}; give --split, more subjects, or a split column' for p in ('train', 'val', 'test') if not splits[p]]
     if cropped: lines.append(f'{len(cropped)} brains did not fit the box; most was lost of {cropped[0][1]}: {cropped[0][0]:.1%} of its voxels')
     if estimated: lines += [f'warning: {len(estimated)} scans have no zero background; taken as raw head scans, masked by a threshold:', *[f'  {p}' for p in estimated[:20]]]
+    moved = [f"  {f['subject']} {f['session']}: {line}" for f in facts for line in f.get('registered', ())]
+    if moved: lines += [f'{len(moved)} scans registered, {sum("NOT USED" in line for line in moved)} of them without success:', *moved[:50]]
     if notes: lines += [f'{len(notes)} files not used:', *[f'  {line}' for line in notes[:50]]]
     lines += [f'{len(skipped)} scans skipped:', *[f'  {line}' for line in skipped]] if skipped else ['no scan was skipped']
     return '\n'.join(lines) + '\n'
+
+def rate(s, facts):
+    """Speed and size, and what they mean for 30,000 scans."""
+    scans, seconds = sum(len(set(f['files']) - {'dseg'}) for f in facts), sum(f['seconds'] for f in facts)
+    size = os.path.getsize(os.path.join(s['out_dir'], next(iter(facts[0]['files'].values()))))
+    return (f'{scans / seconds:.2f} scans/s per core and {size} bytes a scan: 30,000 scans would take {30000 * seconds / scans / 3600:.1f} core hours '
+            f'and {30000 * size / 1e9:.0f} GB')
+
+def parse_shard(text):
+    """'i/n' -> i, n; (0, 1) for ''."""
+    part, _, parts = (text or '0/1').partition('/')
+    if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)): raise SystemExit(f'--shard={text}: i/n with i from 0 to n-1, such as 0/8')
+    return int(part), int(parts)
+
+def find_jobs(s):
+    """What to make: [(subject, session, what make_... takes)], {subject: its sex, age, split}, and notes on files left out."""
+    notes, who = [], {}
+    if s['source'] not in FINDERS: raise SystemExit(f"--source={s['source']}: {', '.join(FINDERS)}")
+    if s['source'] in ('phantom', 'labelmaps'):
+        s['modalities'] = s['modalities'] or ORDER[:3]
+        unknown = [m for m in s['modalities'] if m not in synth.TISSUE and not (s['source'] == 'labelmaps' and synth.is_random(m))]
+        if unknown: raise SystemExit(f"--modalities: made images are {', '.join(synth.TISSUE)}" + ", random1, random2, ..." * (s['source'] == 'labelmaps') + f", not {', '.join(unknown)}")
+        if s['n'] < 1: raise SystemExit(f"--n={s['n']}: at least 1")
+    if s['source'] == 'phantom': return [(f'sub-{i:03d}', 'ses-01', i) for i in range(1, s['n'] + 1)], who, notes
+    if not os.path.exists(s['root']): raise SystemExit(f"--root={s['root']}: no such file or folder")
+    if s['source'] == 'labelmaps':
+        maps = list(sources.find_labelmaps(s['root'], notes).items())
+        if not maps: raise SystemExit(f"{s['root']}: no label maps (.nii, .nii.gz) there")
+        return [(maps[k % len(maps)][0], f'ses-{k // len(maps):04d}', (maps[k % len(maps)][1], k)) for k in range(s['n'])], who, notes
+    extra = {'bids': (s['entities'],), 'pattern': (s['pattern'],)}.get(s['source'], ())
+    sessions, who = FINDERS[s['source']](s['root'], notes, *extra)
+    if s['people']:
+        subjects = {subject for subject, _ in sessions}
+        who = {k: who.get(k, {}) | v for k, v in sources.read_people(s['people'], s['columns'], s['sex_codes'], subjects).items()}
+    if s['modalities']:
+        for m in s['modalities']:
+            if not any(m in scans for scans in sessions.values()): raise SystemExit(f"{s['root']}: no scan of modality {m}")
+        sessions = {k: {m: p for m, p in scans.items() if m in s['modalities']} for k, scans in sessions.items()}
+    jobs = [(*k, scans) for k, scans in sorted(sessions.items()) if scans]
+    if not jobs: raise SystemExit(f"{s['root']}: no scans found for --source={s['source']}" + (f' ({notes[0]})' if notes else ''))
+    return jobs, who, notes
+
+FINDERS = {'phantom': None, 'labelmaps': None, 'bids': sources.find_bids, 'csv': sources.find_csv, 'folder': sources.find_folder, 'pattern': sources.find_pattern,
+           'ixi': sources.find_ixi, 'ukb': sources.find_ukb}
 
 def main(s):
     if len(s['shape']) != 3 or min(s['shape']) < 8: raise SystemExit(f"--shape={s['shape']}: three sizes of at least 8 voxels")
@@ -249,33 +290,25 @@ def main(s):
     if s['dtype'] not in ('float32', 'float16'): raise SystemExit(f"--dtype={s['dtype']}: float32 or float16")
     if len(s['percentiles']) != 2 or not 0 <= s['percentiles'][0] < s['percentiles'][1] <= 100: raise SystemExit(f"--percentiles={s['percentiles']}: two numbers, rising, within 0 and 100")
     if s['percentiles_of'] not in ('brain', 'volume'): raise SystemExit(f"--percentiles_of={s['percentiles_of']}: brain or volume")
+    if s['mask'] and s['skullstrip']: raise SystemExit('--mask and --skullstrip: one of them')
+    if s['skullstrip'] and not ('{in}' in s['skullstrip'] and '{out}' in s['skullstrip']): raise SystemExit(f"--skullstrip={s['skullstrip']}: a command with {{in}} and {{out}}")
     if s['spacing_mm'] <= 0: raise SystemExit(f"--spacing_mm={s['spacing_mm']}: must be positive")
-    notes, people = [], {}
-    if s['source'] == 'phantom':
-        s['modalities'] = s['modalities'] or ORDER[:3]
-        unknown = [m for m in s['modalities'] if m not in synth.TISSUE]
-        if unknown: raise SystemExit(f"--modalities: phantoms have {', '.join(synth.TISSUE)}, not {', '.join(unknown)}")
-        jobs = [(f'sub-{i:03d}', 'ses-01', i) for i in range(1, s['n'] + 1)]
-    else:
-        find = {'bids': find_bids, 'csv': find_csv, 'folder': find_folder}.get(s['source'])
-        if not find: raise SystemExit(f"--source={s['source']}: phantom, bids, csv or folder")
-        if not os.path.exists(s['root']): raise SystemExit(f"--root={s['root']}: no such file or folder")
-        sessions, people = find(s['root'], notes)
-        if s['modalities']:
-            for m in s['modalities']:
-                if not any(m in scans for scans in sessions.values()): raise SystemExit(f"{s['root']}: no scan of modality {m}")
-            sessions = {k: {m: p for m, p in scans.items() if m in s['modalities']} for k, scans in sessions.items()}
-        jobs = [(*k, scans) for k, scans in sorted(sessions.items()) if scans]
-        if not jobs: raise SystemExit(f"{s['root']}: no scans found for --source={s['source']}" + (f' ({notes[0]})' if notes else ''))
+    jobs, who, notes = find_jobs(s)
+    if s['dry_run']:
+        if s['source'] in ('phantom', 'labelmaps'): raise SystemExit('--dry_run looks at scans; phantoms and images of label maps are made')
+        return preflight.show(s, [row for rows in tqdm(run_all(preflight.examine, s, jobs), total=len(jobs), desc='sessions', mininterval=1) for row in rows], notes)
+    part, parts = parse_shard(s['shard'])
+    jobs = jobs[part::parts]
     keep = claim_out_dir(s)
     write_text(os.path.join(s['out_dir'], 'dataset.json'), json.dumps(keep, indent=1))
 
-    facts, coming = [], work_all(s, jobs)
+    facts, coming = [], run_all(work, s, jobs)
     try:
         for done in tqdm(coming, total=len(jobs), desc='sessions', mininterval=1):
             facts.append(done)
             if s['strict'] and done['skipped']: raise SystemExit(f"{done['skipped'][0]} (--strict=True)")
     finally: coming.close()
+    if s['shard']: return print(f"shard {s['shard']}: {len(facts)} sessions are written; once all {parts} are, run without --shard to finish")
     facts.sort(key=lambda f: (f['subject'], f['session']))
     used = [f for f in facts if f['files']]
     if not used: raise SystemExit(f"{s['root']}: every scan was skipped, the first because {facts[0]['skipped'][0]}")
@@ -283,12 +316,12 @@ def main(s):
     found = [m for m in {m: 0 for f in used for m in f['files']} if m != 'dseg']
     columns = sorted(found, key=lambda m: (ORDER.index(m) if m in ORDER else len(ORDER), m))
     table = [{'subject': f['subject'], 'session': f['session'],
-              'split': people.get(f['subject'], {}).get('split') or split_of(f['subject'], s['split'], s['seed']),
+              'split': who.get(f['subject'], {}).get('split') or split_of(f['subject'], s['split'], s['seed']),
               **{m: f['files'].get(m, '') for m in columns}, 'dseg': f['files'].get('dseg', ''),
-              'sex': f.get('sex') or people.get(f['subject'], {}).get('sex', ''), 'age': f.get('age') or people.get(f['subject'], {}).get('age', ''),
+              'sex': f.get('sex') or who.get(f['subject'], {}).get('sex', ''), 'age': f.get('age') or who.get(f['subject'], {}).get('age', ''),
               'lost': f"{f['lost']:.4f}"} for f in used]
     text = report(facts, table, notes)
-    labels = {str(k): v for k, v in synth.LABELS.items()} if s['source'] == 'phantom' else {}
+    labels = {str(k): v for k, v in synth.LABELS.items()} if s['source'] in ('phantom', 'labelmaps') else {}
     write_text(os.path.join(s['out_dir'], 'dataset.json'), json.dumps(keep | {
         'modalities': columns, 'axes': 'RAS+', 'voxel_mm': np.median([f.get('voxel_mm', [s['spacing_mm']] * 3) for f in used], 0).tolist(), 'labels': labels,
         'sessions': dict(Counter(row['split'] for row in table))}, indent=1))
@@ -296,7 +329,7 @@ def main(s):
     write_text(os.path.join(s['out_dir'], 'report.txt'), text)
     write_text(os.path.join(s['out_dir'], 'subjects.tsv'), '\n'.join(  # last: without it the folder does not count as data
         '\t'.join(str(v) for v in line) for line in [list(table[0]), *[row.values() for row in table]]) + '\n')
-    print(text + f"written to {s['out_dir']}")
+    print(f"{text}{rate(s, used)}\nwritten to {s['out_dir']}")
 
 if __name__ == '__main__':
     main(configure(globals(), sys.argv[1:]))

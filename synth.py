@@ -221,8 +221,11 @@ def phantom_labels(shape, rng, sex, age=50.0):
 
 # ---------------------------------------------------------------------------------------------- images
 
-GROUPS = {'white': (2, 41, 7, 46), 'cortex': (3, 42, 8, 47), 'hippocampus': (17, 53), 'thalamus': (10, 49), 'caudate': (11, 50),
-          'putamen': (12, 51), 'pallidum': (13, 52), 'stem': (16,), 'csf': (24, 4, 43, 14, 15)}
+# labels that share a mean; the phantoms' first, then those that only label maps of others hold
+GROUPS = {'white': (2, 41, 7, 46, 77, 251, 252, 253, 254, 255), 'cortex': (3, 42, 8, 47), 'hippocampus': (17, 53, 18, 54), 'thalamus': (10, 49),
+          'caudate': (11, 50, 26, 58), 'putamen': (12, 51), 'pallidum': (13, 52), 'stem': (16, 28, 60, 85), 'csf': (24, 4, 43, 14, 15, 5, 44, 72)}
+# lesions, vessels, choroid plexus and borders inside ventricles count as the tissue around them
+SAME_AS = {25: 2, 57: 41, 30: 24, 62: 24, 31: 4, 63: 43, 136: 4, 137: 43, 163: 4, 164: 43, 80: 2}
 # mean intensity of each group, white or bright fluid near 1; a subject's own means lie within about 0.02 of these
 TISSUE = {
     'T1w': dict(white=0.92, cortex=0.60, hippocampus=0.62, thalamus=0.75, caudate=0.66, putamen=0.69, pallidum=0.80, stem=0.84, csf=0.16),
@@ -240,12 +243,18 @@ def _shrink(x, factor):
     return x
 
 
-def images_from_labels(labels, modalities, rng, noise=0.02, bias=0.08, shrink=1):
+def is_random(modality):
+    """random1, random2, ...: a contrast drawn anew for every image (domain randomisation, Billot et al. 2023)."""
+    return modality.startswith('random') and modality[6:].isdigit()
+
+
+def images_from_labels(labels, modalities, rng, noise=0.02, bias=0.08, shrink=1, thickness=1.0):
     """Images of any FreeSurfer-numbered label map -> {modality: float32 (D, H, W)}, background 0, brain above 0.
 
-    labels: (D, H, W) integers; with shrink=2 twice as fine as the images, so that a voxel holds parts of tissues.
-    noise: standard deviation of the Rician noise; bias: of the logarithm of a smooth field. An image does not depend on which
-    others are asked for. ValueError for an unknown modality or label.
+    labels: (D, H, W) integers; with shrink=2 twice as fine as the images, so that a voxel holds parts of tissues. modalities: of
+    TISSUE, or is_random. noise: standard deviation of the Rician noise; bias: of the logarithm of a smooth field. thickness: slices
+    up to so many voxels thick along a random axis. An image does not depend on which others are asked for. ValueError for an
+    unknown modality or label.
     """
     unknown = sorted(set(np.unique(labels).tolist()) - {0} - {label for group in GROUPS.values() for label in group})
     if unknown: raise ValueError(f'labels {unknown} have no tissue')
@@ -253,18 +262,28 @@ def images_from_labels(labels, modalities, rng, noise=0.02, bias=0.08, shrink=1)
     inside = _shrink(labels > 0, shrink) >= 0.5
     images = {}
     for modality in modalities:
-        if modality not in TISSUE: raise ValueError(f"modality '{modality}': known are {', '.join(TISSUE)}")
-        own = np.random.default_rng((base, list(TISSUE).index(modality)))
+        if modality not in TISSUE and not is_random(modality): raise ValueError(f"modality '{modality}': known are {', '.join(TISSUE)}, random1, random2, ...")
+        own = np.random.default_rng((base, len(TISSUE) + int(modality[6:]) if is_random(modality) else list(TISSUE).index(modality)))
         value = np.zeros(int(labels.max()) + 1, np.float32)
-        for group, mean in TISSUE[modality].items():
+        means = dict(zip(GROUPS, own.uniform(0.1, 1, len(GROUPS)))) if is_random(modality) else TISSUE[modality]
+        for group, mean in means.items():
             level = mean + 0.02 * own.standard_normal()
             for label in GROUPS[group]:
                 if label < len(value): value[label] = level
         clean = _shrink(ndimage.gaussian_filter(value[labels], 0.5), shrink)  # partial volume
         clean *= np.exp(bias * _smooth_field(clean.shape, own)) * (1 + 0.5 * noise * _smooth_field(clean.shape, own, 12))
         real, imaginary = noise * own.standard_normal((2, *clean.shape), dtype=np.float32)
-        images[modality] = np.where(inside, np.maximum(np.hypot(clean + real, imaginary), 1e-4), 0).astype(np.float32)
+        image = np.hypot(clean + real, imaginary)
+        if thickness > 1: image = ndimage.gaussian_filter1d(image, own.uniform(1, thickness) / 2.355, axis=int(own.integers(3)))
+        images[modality] = np.where(inside, np.maximum(image, 1e-4), 0).astype(np.float32)
     return images
+
+
+def coarsen(labels, fine):
+    """Label map at 1/fine of the size: the commonest label of a block's tissue; background where half of the block is."""
+    share = {label: _shrink(labels == label, fine) for label in np.unique(labels)}
+    inside = 1 - share.pop(0, np.zeros(1)) >= 0.5
+    return np.where(inside, np.array(list(share))[np.argmax(np.stack(list(share.values())), 0)], 0).astype(np.int16)
 
 
 def phantom(index, shape, seed=0, modalities=('T1w', 'T2w', 'FLAIR')):
@@ -278,9 +297,42 @@ def phantom(index, shape, seed=0, modalities=('T1w', 'T2w', 'FLAIR')):
     fine = 2 if max((hi - lo) / n for (lo, hi), n in zip(BOX, shape)) > 3 else 1
     labels = phantom_labels(tuple(fine * n for n in shape), rng, sex, age)
     images = images_from_labels(labels, modalities, np.random.default_rng((seed, index, 1)), shrink=fine)
-    if fine > 1:
-        share = {label: _shrink(labels == label, fine) for label in np.unique(labels)}
-        inside = 1 - share.pop(0) >= 0.5
-        commonest = np.argmax(np.stack(list(share.values())), 0)
-        labels = np.where(inside, np.array(list(share))[commonest], 0).astype(np.int16)
+    if fine > 1: labels = coarsen(labels, fine)
     return {'subject': f'sub-{index:03d}', 'session': 'ses-01', 'sex': sex, 'age': age, 'labels': labels, 'images': images}
+
+# ---------------------------------------------------------------------------------------------- label maps of real heads
+
+
+def brain_labels(labels):
+    """A FreeSurfer-style map of a head -> its brain alone, in the labels that have a tissue (GROUPS). ValueError for unknown ones."""
+    labels = np.where(labels < 500, labels, 0)  # from 500 on: what lies outside the brain
+    for label, other in SAME_AS.items(): labels = np.where(labels == label, other, labels)
+    unknown = sorted(set(np.unique(labels).tolist()) - {0} - {label for group in GROUPS.values() for label in group})
+    if unknown: raise ValueError(f'labels {unknown} have no tissue; FreeSurfer numbers are expected')
+    if not labels.any(): raise ValueError('a label map without a brain')
+    parts, _ = ndimage.label(labels > 0)
+    return np.where(parts == np.bincount(parts[parts > 0]).argmax(), labels, 0).astype(np.int16)  # specks apart from the brain go
+
+
+def variant(labels, voxel_mm, shape, spacing_mm, modalities, seed, thickness_mm=1.0):
+    """A deformed copy of a head's label map in a box of `shape` voxels of spacing_mm, and images of it.
+
+    labels (D, H, W) RAS+, voxel_mm its three spacings. Turned within about 10 degrees and scaled by about 5 % per axis about the brain's
+    middle, warped smoothly by about 2 mm; a brain too high for the box loses its inferior end. A function of its arguments.
+    returns labels (shape) int16, images {modality: float32}, lost, the fraction of the brain outside the box
+    """
+    labels, rng = brain_labels(labels), np.random.default_rng(seed)
+    where = np.argwhere(labels > 0)
+    low, high = where.min(0) * voxel_mm, (where.max(0) + 1) * voxel_mm
+    box = np.array(shape) * spacing_mm
+    middle = (low + high) / 2
+    middle[2] = max(middle[2], high[2] - box[2] / 2)
+    fine = 2 if spacing_mm > 1.5 * max(voxel_mm) else 1
+    size = tuple(fine * n for n in shape)
+    turn = Rotation.from_euler('xyz', 4 * np.clip(rng.standard_normal(3), -2.5, 2.5), degrees=True).as_matrix() * np.exp(0.04 * np.clip(rng.standard_normal(3), -2.5, 2.5))
+    grid = np.meshgrid(*[(np.arange(n, dtype=np.float32) + 0.5) * (spacing_mm / fine) - b / 2 for n, b in zip(size, box)], indexing='ij', sparse=True)
+    at = [(sum(np.float32(turn[i, j]) * grid[j] for j in range(3)) + np.float32(middle[i]) + 2 * _smooth_field(size, rng)) / np.float32(voxel_mm[i]) - np.float32(0.5) for i in range(3)]
+    warped = ndimage.map_coordinates(labels, at, order=0, output=np.int16)
+    images = images_from_labels(warped, modalities, np.random.default_rng((*seed, 1)), shrink=fine, thickness=thickness_mm / spacing_mm)
+    placed = ((where + 0.5) * voxel_mm - middle) @ np.linalg.inv(turn).T  # mm from the box's middle, but for the warp
+    return {'labels': coarsen(warped, fine) if fine > 1 else warped, 'images': images, 'lost': float((np.abs(placed) > box / 2).any(1).mean())}

@@ -128,6 +128,9 @@ def test_scores_whole_and_brain_only():
     assert s['ssim_whole'] == pytest.approx(100 * ssim(y, x).item(), abs=1e-3)
     assert s['ssim_brain'] == pytest.approx(100 * ssim_map(y, x)[inside].mean().item(), abs=1e-3)
 
+def test_a_scan_without_brain_is_refused():
+    with pytest.raises(ValueError, match='empty mask'): scores(torch.rand(1, 1, 16, 16, 16), torch.zeros(1, 1, 16, 16, 16))
+
 def test_summary_averages_sessions_within_subjects():
     s = summarise([1.0, 3.0, 8.0], ['a', 'a', 'b'])
     assert s['mean'] == 5 and s['sd'] == pytest.approx(np.std([2, 8], ddof=1)) and (s['n_subjects'], s['n_sessions']) == (2, 3)
@@ -213,9 +216,11 @@ def test_dice_volumes_and_probes_get_their_tables(trained, tmp_path):
     assert found['T1w']['scans'][0]['mm3_truth']['caudate'] == pytest.approx(box * np.isin(truth, (11, 50)).sum())
     dices = found['T1w']['scans'][0]['dice']
     assert dices['left thalamus'] == 0 and 0 < dices['left cerebral cortex'] < 1 and 'volumes.png' in os.listdir(tmp_path)
-    assert 'cerebellum cortex: reconstruction' in printed and '| linear | z_anat | modality |' in printed
-    assert {(r['seen'], r['target']) for r in table['probes']} == {('latent, T1w', 'sex'), ('latent, T2w', 'sex'), ('z_anat', 'modality')}
+    assert 'cerebellum cortex: reconstruction' in printed and '| linear | z_anat | modality: T1w or T2w |' in printed
+    assert {(r['seen'], r['target']) for r in table['probes']} == {('latent, T1w', 'sex'), ('latent, T2w', 'sex'), ('z_anat', 'modality: T1w or T2w')}
     own = play('evaluate.py', *args, '--max_sessions=1')  # against the segmenter's own labels of the input
     assert "segmenter's labels of the input" in own
-    assert 'no label map' in refuses('evaluate.py', *args, '--labels=nothing')
-    assert 'segmenter ended with' in refuses('evaluate.py', *args[:-1], f'--segmenter={sys.executable} /nowhere.py {{in}} {{out}}')
+    for given, reason in ((['--labels=nothing'], 'no label map'), ([f'--segmenter={sys.executable} /nowhere.py {{in}} {{out}}'], 'segmenter ended with'),
+                          (['--segmenter=/nowhere.h5'], '/nowhere.h5')):
+        printed = play('evaluate.py', *args, '--max_sessions=1', *given)  # one line, and the other rows are there
+        assert reason in printed and '| out | 16x |' in printed

@@ -166,7 +166,8 @@ def test_evaluate_prints_frechet_distances_of_reconstructed_and_generated_slices
     play('evaluate.py', *args, '--features=random', '--max_sessions=1', '--fid_slices=central')
     rows = json.loads((tmp_path / 'vae' / 'table.json').read_text())['frechet']
     assert {(r['row'], 'more slices than features' in r['reason'], 'no volumes' in r['reason']) for r in rows} == {('vae rFID', True, False), ('floor: real against real', False, True)}
-    assert 'RadImageNet-ResNet50_notop.pth' in refuses('evaluate.py', *args, '--features=/nowhere.pth')
+    printed = play('evaluate.py', *args, '--max_sessions=1', '--features=/nowhere.pth')
+    assert 'RadImageNet-ResNet50_notop.pth' in printed and '| vae | 2x |' in printed  # one line, and the other rows are there
 
 def test_two_processes_train_the_flow_of_one(tiny_data, tmp_path):
     vae = train_vae(tiny_data, tmp_path / 'vae')

@@ -70,12 +70,18 @@ def start_processes(device):
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     if device.startswith('cuda') and not torch.cuda.is_available():
         raise SystemExit(f'--device={device}: this torch sees no CUDA device; use --device=cpu')
+    warn_of_slow_convolutions(device, torch.__version__, torch.backends.cudnn.version() or 0)
     if 'RANK' not in os.environ: return 0, 1, device
     if device == 'cuda':
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
     return dist.get_rank(), dist.get_world_size(), device
+
+def warn_of_slow_convolutions(device, version, cudnn):
+    """One line for torch 2.9 with a cuDNN before 9.15: 3D convolutions in bfloat16 take 3 to 4 times the time and memory there (pytorch#166122, #166643)."""
+    if device.startswith('cuda') and version.startswith('2.9.') and cudnn < 91500 and os.environ.get('RANK', '0') == '0':
+        print(f'torch {version} with cuDNN {cudnn}: 3D convolutions in bfloat16 are slow and take much memory; upgrade torch, or pip install nvidia-cudnn-cu12>=9.15', flush=True)
 
 def stop_processes():
     if dist.is_initialized(): dist.destroy_process_group()

@@ -19,36 +19,53 @@ from scipy.spatial.transform import Rotation
 
 # ---------------------------------------------------------------- the index
 
+SAME = ('shape', 'spacing_mm', 'resize', 'percentiles', 'percentiles_of', 'clip')  # of dataset.json: how scans got into their box, as arguments of nifti.conform
+
 def read_index(data_dir, modalities, split=None):
     """Rows of subjects.tsv of one split (None: all) that hold at least one of the modalities, and dataset.json as a dict.
 
-    A row is a session: dict of the columns, file names under the modalities ('' where missing). SystemExit with one line if
-    the folder is not prepared data, a modality is missing everywhere, a subject is in two splits, or no session is left.
+    data_dir: a folder, or several with commas between, made with the same settings. A row is a session: dict of the columns, file
+    names under the modalities ('' where missing), and 'folder'. SystemExit with one line if a folder is not prepared data, a
+    modality is missing everywhere, a subject is in two splits, or no session is left.
     """
-    def refuse(reason): raise SystemExit(f'{data_dir}: {reason}')
-    try:
-        with open(os.path.join(data_dir, 'dataset.json')) as f: dataset = json.load(f)
-        with open(os.path.join(data_dir, 'subjects.tsv'), newline='') as f: rows = list(csv.DictReader(f, delimiter='\t'))
-    except OSError as e:
-        refuse(f'no prepared data there ({os.path.basename(e.filename)}: {e.strerror}); make some with '
-               f'python prepare.py --source=phantom --out_dir={data_dir}')
-    except json.JSONDecodeError: refuse('dataset.json is not JSON; run prepare.py again')
-    split_of = {}
-    for row in rows:
-        if split_of.setdefault(row['subject'], row['split']) != row['split']:
-            refuse(f"subject {row['subject']} is in two splits ({split_of[row['subject']]} and {row['split']}); fix subjects.tsv")
+    def refuse(reason, folder=data_dir): raise SystemExit(f'{folder}: {reason}')
+    rows, first = [], None
+    for folder in data_dir.split(',') if isinstance(data_dir, str) else [str(data_dir)]:
+        try:
+            with open(os.path.join(folder, 'dataset.json')) as f: dataset = json.load(f)
+            with open(os.path.join(folder, 'subjects.tsv'), newline='') as f: found = list(csv.DictReader(f, delimiter='\t'))
+        except OSError as e:
+            refuse(f'no prepared data there ({os.path.basename(e.filename)}: {e.strerror}); make some with '
+                   f'python prepare.py --source=phantom --out_dir={folder}', folder)
+        except json.JSONDecodeError: refuse('dataset.json is not JSON; run prepare.py again', folder)
+        first = first or dataset
+        for key in SAME:
+            if dataset.get(key) != first.get(key): refuse(f'made with {key} {dataset.get(key)}, {data_dir.split(",")[0]} with {first.get(key)}', folder)
+        split_of = {}
+        for row in found:
+            row['folder'] = folder
+            if split_of.setdefault(row['subject'], row['split']) != row['split']:
+                refuse(f"subject {row['subject']} is in two splits ({split_of[row['subject']]} and {row['split']}); fix subjects.tsv", folder)
+        rows += found
     for modality in modalities:
         if not any(row.get(modality) for row in rows):
-            has = [m for m in dataset.get('modalities', []) if any(row.get(m) for row in rows)]
+            has = [m for m in first.get('modalities', []) if any(row.get(m) for row in rows)]
             refuse(f"no volume of modality {modality}; it has {', '.join(has) or 'none'}")
     rows = [row for row in rows if split in (None, row['split']) and any(row.get(m) for m in modalities)]
     if not rows: refuse(f"no session of {', '.join(modalities)} in split '{split}'")
-    return rows, dataset
+    return rows, first
 
 def digest(data_dir):
-    """16 hex digits of subjects.tsv and dataset.json, by which a resumed run knows its data."""
-    with open(os.path.join(data_dir, 'subjects.tsv'), 'rb') as a, open(os.path.join(data_dir, 'dataset.json'), 'rb') as b:
-        return hashlib.sha256(a.read() + b.read()).hexdigest()[:16]
+    """16 hex digits of subjects.tsv and dataset.json of every folder, by which a resumed run knows its data."""
+    found = hashlib.sha256()
+    for folder in data_dir.split(','):
+        for name in ('subjects.tsv', 'dataset.json'):
+            with open(os.path.join(folder, name), 'rb') as f: found.update(f.read())
+    return found.hexdigest()[:16]
+
+def as_float(stored):
+    """A stored volume, or part of one, as float32 in [0, 1]; 8-bit ones hold 255 times that."""
+    return np.asarray(stored, np.float32) / np.float32(255) if stored.dtype == np.uint8 else np.asarray(stored, np.float32)
 
 def random(*key):
     """A generator that is a function of its key, a few integers."""
@@ -84,89 +101,122 @@ def augment(volume, rng):
 class Sessions:
     """The sessions of one split, as batches. modalities: those wanted, in the model's order; a session may lack some.
 
-    data_dir, split: as read_index. shape: (D,H,W) of every volume. box: how scans got there, as arguments of nifti.conform;
-    voxel_mm: its voxels. n: number of sessions.
+    data_dir, split: as read_index. temperature: 1 draws every session, or scan, equally often; above 1, datasets (and modalities,
+    of scans) with few are drawn more often, with probability ~ size^(1/temperature). shape: (D,H,W) of every volume. box: how scans
+    got there, as arguments of nifti.conform; voxel_mm: its voxels. n: number of sessions.
     """
-    def __init__(self, data_dir, modalities, split):
-        self.data_dir, self.modalities = data_dir, tuple(modalities)
+    def __init__(self, data_dir, modalities, split, temperature=1.0):
+        self.data_dir, self.modalities, self.temperature = data_dir, tuple(modalities), temperature
         self.rows, dataset = read_index(data_dir, modalities, split)
         self.shape = tuple(dataset['shape'])
-        self.box = {k: dataset[k] for k in ('shape', 'spacing_mm', 'resize', 'percentiles', 'percentiles_of', 'clip') if k in dataset}
+        self.box = {k: dataset[k] for k in SAME if k in dataset}
         self.voxel_mm = dataset.get('voxel_mm', [dataset['spacing_mm']] * 3)
         self.n = len(self.rows)
         self.scans = [(i, m) for i, row in enumerate(self.rows) for m, name in enumerate(self.modalities) if row.get(name)]
+        self.session_groups, self.scan_groups = {}, {}
+        for i, row in enumerate(self.rows): self.session_groups.setdefault(row['folder'], []).append(i)
+        for k, (i, m) in enumerate(self.scans): self.scan_groups.setdefault((self.rows[i]['folder'], m), []).append(k)
+
+    def choose(self, groups, place, seed):
+        """The element at a place of the run: of shuffled epochs of everything, or at another temperature of a group drawn by its size."""
+        if self.temperature == 1: return draw(sum(map(len, groups.values())), place, seed)
+        rng, weights = random(seed, 13, place), np.array([len(g) for g in groups.values()]) ** (1 / self.temperature)
+        members = list(groups.values())[rng.choice(len(weights), p=weights / weights.sum())]
+        return members[rng.integers(len(members))]
 
     def present(self, i):
         """Modality indices that session i has."""
         return [m for m, name in enumerate(self.modalities) if self.rows[i].get(name)]
 
-    def volume(self, i, m):
+    def path(self, i, m):
+        return os.path.join(self.rows[i]['folder'], self.rows[i][self.modalities[m]])
+
+    def stored(self, i, m):
         """Memory-mapped (D,H,W) array of session i, modality index m. SystemExit with one line if the file is not usable."""
-        path = os.path.join(self.data_dir, self.rows[i][self.modalities[m]])
-        try: array = np.load(path, mmap_mode='r')
-        except (OSError, ValueError) as e: raise SystemExit(f'{path}: unreadable ({e}); delete it and run prepare.py again')
-        if array.shape != self.shape: raise SystemExit(f'{path}: shape {array.shape}, dataset.json says {self.shape}')
+        try: array = np.load(self.path(i, m), mmap_mode='r')
+        except (OSError, ValueError) as e: raise SystemExit(f'{self.path(i, m)}: unreadable ({e}); delete it and run prepare.py again')
+        if array.shape != self.shape: raise SystemExit(f'{self.path(i, m)}: shape {array.shape}, dataset.json says {self.shape}')
         return array
+
+    def volume(self, i, m):
+        """The same as float32 in [0, 1]."""
+        return as_float(self.stored(i, m))
 
     def verify(self, count=8):
         """SystemExit if a volume of the split is missing, or one of `count` random ones is unreadable or not what checksums.json says."""
-        there = set(os.listdir(self.data_dir))
+        there, known = {}, {}
+        for folder in {row['folder'] for row in self.rows}:
+            there[folder] = set(os.listdir(folder))
+            if 'checksums.json' in there[folder]:
+                with open(os.path.join(folder, 'checksums.json')) as f: known[folder] = json.load(f)
         for i, m in self.scans:
-            if self.rows[i][self.modalities[m]] not in there: raise SystemExit(f'{self.data_dir}/{self.rows[i][self.modalities[m]]}: missing; run prepare.py again')
-        known = {}
-        if 'checksums.json' in there:
-            with open(os.path.join(self.data_dir, 'checksums.json')) as f: known = json.load(f)
+            if os.path.basename(self.path(i, m)) not in there[self.rows[i]['folder']]: raise SystemExit(f'{self.path(i, m)}: missing; run prepare.py again')
         for k in random(0, 12).permutation(len(self.scans))[:count]:
-            volume, name = self.volume(*self.scans[k]), self.rows[self.scans[k][0]][self.modalities[self.scans[k][1]]]
-            if known and zlib.crc32(np.ascontiguousarray(volume)) != known.get(name):
-                raise SystemExit(f'{self.data_dir}/{name}: not the volume that prepare.py wrote (checksum); delete it and run prepare.py again')
+            (i, m), volume = self.scans[k], self.stored(*self.scans[k])
+            sums = known.get(self.rows[i]['folder'])
+            if sums and zlib.crc32(np.ascontiguousarray(volume)) != sums.get(self.rows[i][self.modalities[m]]):
+                raise SystemExit(f'{self.path(i, m)}: not the volume that prepare.py wrote (checksum); delete it and run prepare.py again')
 
-    def session_batch(self, batch_size, seed, rank, world, step, patch=()):
+    def labels(self, i, crop=...):
+        """Part of session i's label map (column dseg) as int16. SystemExit with one line if it has none."""
+        path = os.path.join(self.rows[i]['folder'], self.rows[i].get('dseg') or '(no dseg)')
+        try: return np.asarray(np.load(path, mmap_mode='r')[crop], np.int16)
+        except (OSError, ValueError) as e: raise SystemExit(f'{path}: no label map of {self.rows[i]["subject"]} to draw images from ({e})')
+
+    def session_batch(self, batch_size, seed, rank, world, step, patch=(), labels=False):
         """Batch of sessions, every modality that each has, whole or as patches at one random place per session.
 
-        batch_size: sessions per process. patch: (D,H,W), at most the volume's size per axis; () for whole volumes.
-        returns dict: x (B,1,D,H,W) float32; modality (B,) int64; session (B,) int64, row of the index;
+        batch_size: sessions per process. patch: (D,H,W), at most the volume's size per axis; () for whole volumes. labels: also
+        labels (B,1,D,H,W) int16, the sessions' label maps.
+        returns dict: x (B,1,D,H,W) float32; modality (B,) int64; session (B,) int64, row of the index; place (B,) int64, the
+            sample's number in the run;
             pairs (P,2) int64, every ordered pair (source, target) of rows of one session; files, names of the volumes;
             share, pair_share: this process's part of the joined batch's volumes and pairs, 1.0 when all have the same
         """
         places = step * batch_size * world + np.arange(batch_size * world)  # of the joined batch
-        chosen = [draw(self.n, int(p), seed) for p in places]
+        chosen = [self.choose(self.session_groups, int(p), seed) for p in places]
         counts = np.array([len(self.present(i)) for i in chosen]).reshape(world, batch_size)
         mine = slice(rank * batch_size, (rank + 1) * batch_size)
         size = tuple(min(p, n) for p, n in zip(patch or self.shape, self.shape))
-        x, modality, session, pairs = [], [], [], []
+        x, modality, session, numbers, maps, pairs = [], [], [], [], [], []
         for place, i in zip(places[mine], chosen[mine]):
             start = [int(s) for s in random(seed, 1, int(place)).integers(0, np.subtract(self.shape, size) + 1)]
             crop = tuple(slice(s, s + n) for s, n in zip(start, size))
             first = len(x)
             for m in self.present(i):
-                x.append(np.asarray(self.volume(i, m)[crop], np.float32))
+                x.append(as_float(self.stored(i, m)[crop]))
                 modality.append(m)
                 session.append(i)
+                numbers.append(int(place) * len(self.modalities) + m)
+                if labels: maps.append(self.labels(i, crop))
             rows = range(first, len(x))
             pairs += [(a, b) for a in rows for b in rows if a != b]
         counts, pair_counts = counts.sum(1), (counts * (counts - 1)).sum(1)  # per process
         files = [self.rows[i][self.modalities[m]] for i, m in zip(session, modality)]
         return dict(x=torch.from_numpy(np.stack(x))[:, None], modality=torch.tensor(modality), session=torch.tensor(session), files=files,
+                    place=torch.tensor(numbers), **({'labels': torch.from_numpy(np.stack(maps))[:, None]} if labels else {}),
                     pairs=torch.tensor(pairs, dtype=torch.int64).view(-1, 2), share=world * counts[rank] / counts.sum(),
                     pair_share=world * pair_counts[rank] / max(pair_counts.sum(), 1))
 
-    def scan_batch(self, batch_size, seed, rank, world, step, patch=(), augmented=False):
-        """Batch of single scans, of whichever modality, whole or as patches at random places; augmented: see augment().
+    def scan_batch(self, batch_size, seed, rank, world, step, patch=(), augmented=False, labels=False):
+        """Batch of single scans, of whichever modality, whole or as patches at random places; augmented: see augment(); labels as in session_batch.
 
         returns dict: x (B,1,D,H,W) float32; modality (B,) int64; place (B,) int64, the sample's number in the run; files; share 1.0
         """
         size = tuple(min(p, n) for p, n in zip(patch or self.shape, self.shape))
-        x, modality, files, places = [], [], [], (step * world + rank) * batch_size + np.arange(batch_size)
+        x, modality, files, maps, places = [], [], [], [], (step * world + rank) * batch_size + np.arange(batch_size)
         for place in places:
-            i, m = self.scans[draw(len(self.scans), int(place), seed)]
+            i, m = self.scans[self.choose(self.scan_groups, int(place), seed)]
             files.append(self.rows[i][self.modalities[m]])
-            rng, volume = random(seed, 4, int(place)), self.volume(i, m)
-            if augmented: volume = augment(volume, rng)
+            rng, volume = random(seed, 4, int(place)), self.stored(i, m)
+            if augmented: volume = augment(as_float(volume), rng)
             start = rng.integers(0, np.subtract(self.shape, size) + 1).tolist()
-            x.append(np.asarray(volume[tuple(slice(s, s + n) for s, n in zip(start, size))], np.float32))
+            crop = tuple(slice(s, s + n) for s, n in zip(start, size))
+            x.append(as_float(volume[crop]))
             modality.append(m)
-        return dict(x=torch.from_numpy(np.stack(x))[:, None], modality=torch.tensor(modality), place=torch.from_numpy(places), files=files, share=1.0)
+            if labels: maps.append(self.labels(i, crop))
+        return dict(x=torch.from_numpy(np.stack(x))[:, None], modality=torch.tensor(modality), place=torch.from_numpy(places), files=files,
+                    **({'labels': torch.from_numpy(np.stack(maps))[:, None]} if labels else {}), share=1.0)
 
     def slice_batch(self, batch_size, seed, rank, world, step, axis=None, min_brain=0.02, per_volume=8):
         """Batch of slices across `axis` (None: drawn per step); slices with less than min_brain of brain are left out.
@@ -187,19 +237,22 @@ class Sessions:
 
     def brain_slices(self, axis, place, seed, min_brain, count):
         """Session, modality index and up to `count` random slices across `axis` of the volume at a place of the shuffled scans."""
-        rng, scan = random(seed, 3, place), draw(len(self.scans), place, seed)
+        rng, scan = random(seed, 3, place), self.choose(self.scan_groups, place, seed)
         for _ in range(100):
             i, m = self.scans[scan]
-            volume, found = np.moveaxis(self.volume(i, m), axis, 0), []
+            volume, found = np.moveaxis(self.stored(i, m), axis, 0), []
             for j in rng.permutation(len(volume)):
-                if np.count_nonzero(volume[j]) >= min_brain * volume[j].size: found.append(np.asarray(volume[j], np.float32))
+                if np.count_nonzero(volume[j]) >= min_brain * volume[j].size: found.append(as_float(volume[j]))
                 if len(found) == count: break
             if found: return i, m, found
             scan = rng.integers(len(self.scans))
         raise SystemExit(f'{self.data_dir}: no slice with {min_brain:.0%} brain in 100 volumes; is the background exactly 0?')
 
 def prefetch(make_batch, steps, device, ahead=2):
-    """Yield make_batch(step) for each step, with its tensors on `device`, prepared by a thread while the model computes."""
+    """Yield make_batch(step) for each step, with its tensors on `device`, prepared by a thread while the model computes.
+
+    'place' stays on the CPU: it seeds generators, and asking a device for it would mean waiting.
+    """
     pin = device.startswith('cuda')
     def ready(step):
         batch = make_batch(step)
@@ -210,4 +263,4 @@ def prefetch(make_batch, steps, device, ahead=2):
             while len(waiting) < ahead and (step := next(steps, None)) is not None: waiting.append(pool.submit(ready, step))
             if not waiting: return
             batch = waiting.pop(0).result()
-            yield {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            yield {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) and k != 'place' else v for k, v in batch.items()}

@@ -291,7 +291,7 @@ FOREGROUND = {label for pair in MERGED.values() for label in pair}
 NAME_OF = {label: ('' if len(pair) == 1 else ('left ', 'right ')[pair.index(label)]) + name for name, pair in MERGED.items() for label in pair}
 
 def given_labels(row):
-    path = os.path.join(data_dir, row.get(labels) or '(none)')
+    path = os.path.join(row['folder'], row.get(labels) or '(none)')
     try: return np.load(path)
     except (OSError, ValueError): raise ValueError(f"{path}: no label map; --labels={labels} must be a column of subjects.tsv with .npy files")
 

@@ -38,19 +38,22 @@ def examine(s, job):
     return rows
 
 def suspects(rows):
-    """Scans that look more like another modality's mean than like their own's, the scan itself left out: list of lines. Needs 5 scans of each."""
-    images = defaultdict(list)
-    for row in rows: images[row['modality']].append(row['small'].astype(np.float64))
-    images = {m: np.stack(v) for m, v in images.items() if len(v) >= 5}
-    totals, lines = {m: v.sum(0) for m, v in images.items()}, []
-    for row in rows:
-        own = row['modality']
-        if own not in images or len(images) < 2: continue
-        x = row['small'].astype(np.float64)
-        inside = x > 0
-        like = {m: np.corrcoef(x[inside], ((total - x) if m == own else total)[inside])[0, 1] for m, total in totals.items()}
-        best = max(like, key=like.get)
-        if like[best] > like[own] + 0.05: lines.append(f"{row['path']}: named {own}, looks like {best} (correlation {like[best]:.2f} against {like[own]:.2f})")
+    """Scans that look more like another modality's mean than like their own's, the scan itself left out: list of lines.
+
+    Heads are compared with heads and brains with brains, from 5 scans of a modality on.
+    """
+    lines = []
+    for background in ('zero', 'estimated'):
+        images = defaultdict(list)
+        for row in rows:
+            if row['background'] == background: images[row['modality']].append((row['path'], row['small'].astype(np.float64)))
+        totals = {m: sum(x for _, x in these) for m, these in images.items() if len(these) >= 5}
+        for own in totals if len(totals) > 1 else ():
+            for path, x in images[own]:
+                inside = x > 0
+                like = {m: np.corrcoef(x[inside], ((total - x) if m == own else total)[inside])[0, 1] for m, total in totals.items()}
+                best = max(like, key=like.get)
+                if like[best] > like[own] + 0.05: lines.append(f'{path}: named {own}, looks like {best} (correlation {like[best]:.2f} against {like[own]:.2f})')
     return lines
 
 def show(s, rows, notes):

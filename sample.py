@@ -19,7 +19,7 @@ import torch
 
 import nifti
 from common import autocast, configure, load_checkpoint, make_out_dir, start_processes, write_text
-from data import random, read_index
+from data import as_float, random, read_index
 from figures import views
 from flow import sample
 from latents import Latents, encode_conditions, nearest, value_of
@@ -135,7 +135,7 @@ def compare_with_training(checkpoint, names, z, volumes, shown):
     m = names.index(shown[0]) if shown[0] else None  # volumes are compared in one modality
     def volume(part, k):
         row, modality = part.scans[k]
-        return np.asarray(np.load(os.path.join(c['data_dir'], row[names[modality]]), mmap_mode='r'), np.float32)
+        return as_float(np.load(os.path.join(row['folder'], row[names[modality]]), mmap_mode='r'))
     of_modality = [k for k in range(train.n) if m in (None, train.scans[k][1])]
     latent = nearest([*z, *[part.load(k)[0] for part, k in places]], ((k, train.load(k)[0]) for k in range(train.n)))
     seen = [(part, k) for part, k in places if m in (None, part.scans[k][1])]

@@ -6,6 +6,8 @@ to the front and to the top. Labels are FreeSurfer numbers. All randomness comes
     phantom(index, shape, seed) -> labels (anatomy, sex, age) -> images (contrast, bias field, texture, noise)
 """
 import numpy as np
+import torch
+import torch.nn.functional as F
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
@@ -336,3 +338,28 @@ def variant(labels, voxel_mm, shape, spacing_mm, modalities, seed, thickness_mm=
     images = images_from_labels(warped, modalities, np.random.default_rng((*seed, 1)), shrink=fine, thickness=thickness_mm / spacing_mm)
     placed = ((where + 0.5) * voxel_mm - middle) @ np.linalg.inv(turn).T  # mm from the box's middle, but for the warp
     return {'labels': coarsen(warped, fine) if fine > 1 else warped, 'images': images, 'lost': float((np.abs(placed) > box / 2).any(1).mean())}
+
+
+def render(labels, modalities, generators, noise=0.02, bias=0.08):
+    """Images of label maps on their own device, as an augmentation while training; the sister of images_from_labels in torch.
+
+    labels: (B, 1, D, H, W) int64 on a CPU or GPU, of brain_labels. modalities: B names; generators: B torch.Generator on a CPU, one
+    per sample. returns (B, 1, D, H, W) float32 in [0, 1], background exactly 0, brain above 0.
+    """
+    device, grid = labels.device, labels.shape[2:]
+    images = []
+    for one, modality, g in zip(labels[:, 0], modalities, generators):
+        normal = lambda *shape: torch.randn(*shape, generator=g)
+        if is_random(modality): means = dict(zip(GROUPS, (0.1 + 0.9 * torch.rand(len(GROUPS), generator=g)).tolist()))
+        else: means = TISSUE[modality]
+        value = torch.zeros(256)
+        for group, mean in means.items(): value[list(GROUPS[group])] = mean + 0.02 * normal(1)
+        field = F.interpolate(normal(1, 1, 4, 4, 4).to(device), size=grid, mode='trilinear', align_corners=True)
+        sharp = value.to(device)[one][None, None]
+        clean = (sharp + F.avg_pool3d(sharp, 3, 1, 1)) / 2  # partial volume
+        own = torch.Generator(device).manual_seed(int(torch.randint(2 ** 31, (1,), generator=g)))
+        real, imaginary = noise * torch.randn(2, *grid, generator=own, device=device)
+        image = torch.hypot(clean[0, 0] * torch.exp(bias * field[0, 0]) + real, imaginary)
+        image = image / torch.quantile(image[one > 0][::7], 0.995)  # every seventh voxel tells a percentile well enough
+        images.append(torch.where(one > 0, image.clamp(1e-4, 1), 0.0))
+    return torch.stack(images)[:, None]

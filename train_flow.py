@@ -143,6 +143,7 @@ if __name__ == '__main__':
     if vae_checkpoint['model_args']['kind'] == 'flowunet': raise SystemExit(f'--vae={vae}: this is a flow, not an autoencoder')
     autoencoder = from_checkpoint(vae_checkpoint).to(device)
     data_dir = data_dir or vae_checkpoint['config']['data_dir']
+    if ',' in data_dir: raise SystemExit(f'--data_dir={data_dir}: the latents of one data set; give one folder')
     modalities = tuple(vae_checkpoint['config']['modalities'])
     latents_dir = latents_dir or os.path.join(os.path.dirname(vae) or '.', 'latents_' + os.path.basename(os.path.normpath(data_dir)))
     config |= dict(data_dir=data_dir, latents_dir=latents_dir)

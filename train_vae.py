@@ -29,10 +29,11 @@ from losses import (ModalityClassifier, PatchDiscriminator, adversarial_loss, co
                     perceptual_loss, psnr, random_slices, reconstruction_loss, sid_loss, ssim, var_loss)
 from model import KINDS, model_args, step_flops
 from pretrained import LPIPS
+from synth import TISSUE, is_random, render
 
 # ---------------------------------------------------------------- settings; the defaults are the paper's NeuroQuant
 # in and out
-data_dir = 'data/phantom'
+data_dir = 'data/phantom'  # or several, with commas between
 prepare = ''             # flags for prepare.py, run first when data_dir holds no data; '' for never
 out_dir = 'out/neuroquant'
 init_from = 'scratch'    # scratch | resume (out_dir/ckpt.pt) | PATH of a checkpoint whose weights to start from
@@ -46,6 +47,8 @@ batch_size = 4           # per process and micro-step: sessions with all their m
 grad_accum = 1           # micro-steps per step
 patch = ()               # (D,H,W) cut at random; () for whole volumes
 batch_size_2d = 128      # slices per process of neuroquant's 2D steps
+temperature = 1.0        # above 1, small datasets (data_dir=A,B,...) and rare modalities are drawn more often
+synthesise = 0.0         # share of the volumes drawn anew, at every step, from their label maps (column dseg)
 augment = False          # convvae: flips, bias field, gamma, small rotation and zoom
 # model: fields of NeuroQuantConfig (kind='neuroquant') or ConvVAEConfig (kind='convvae'), explained there
 kind = 'neuroquant'
@@ -147,10 +150,19 @@ def micro_steps(it):
 
 def make_batch(micro):
     what, number, _ = micro
-    if what == 'scans': return train_set.scan_batch(batch_size, seed, rank, world, number, patch, augment)
-    if what == 'sessions': return train_set.session_batch(batch_size, seed, rank, world, number, patch)
+    if what == 'scans': return train_set.scan_batch(batch_size, seed, rank, world, number, patch, augment, synthesise > 0)
+    if what == 'sessions': return train_set.session_batch(batch_size, seed, rank, world, number, patch, synthesise > 0)
     if kind == 'convvae': return train_set.slice_batch(batch_size, seed, rank, world, number, axis=slice_axis)
     return train_set.slice_batch(batch_size_2d, seed, rank, world, number)
+
+def redraw(batch):
+    """Some volumes of a batch anew: an image of the same label map and modality, by the sample's number in the run."""
+    draws = [torch.Generator().manual_seed((seed << 44) + (1 << 43) + place) for place in batch['place'].tolist()]
+    chosen = torch.tensor([torch.rand((), generator=g).item() < synthesise for g in draws])
+    if not chosen.any(): return batch['x']
+    x, k = batch['x'].clone(), chosen.nonzero()[:, 0].tolist()
+    x[k] = render(batch['labels'][k].long(), [modalities[batch['modality'][i]] for i in k], [draws[i] for i in k])
+    return x
 
 def neuroquant_objective(batch, what, it):
     """Loss of one micro-batch and its unweighted terms, each a mean over the joined batch; None, since no discriminator follows."""
@@ -255,6 +267,9 @@ if __name__ == '__main__':
     if kind == 'convvae' and bottleneck == 'vq' and max(w_kl, w_sid, w_cov, w_var) > 0: raise SystemExit("w_kl, w_sid, w_cov and w_var need bottleneck='kl'")
     if device == 'cpu': dtype, compile = 'float32', False
     explain_out_of_memory(f'batch_size={batch_size} (raise grad_accum for it), batch_size_2d={batch_size_2d}, patch={patch} or set checkpointing=True')
+    if synthesise > 0 and (augment or not all(m in TISSUE or is_random(m) for m in modalities)):
+        raise SystemExit(f"--synthesise={synthesise}: for modalities {', '.join(TISSUE)}, random1, random2, ..., and not with augment")
+    if temperature < 1: raise SystemExit(f'--temperature={temperature}: 1 or more')
     stop = min(max_iters, iters if kind == 'convvae' else iters_3d + (iters_2d if joint == 'sequential' else 0))
 
     # ------------------------------------------------------------ data
@@ -265,7 +280,7 @@ if __name__ == '__main__':
             made = subprocess.run([sys.executable, os.path.join(here, 'prepare.py'), *shlex.split(prepare), f'--out_dir={data_dir}'])
             if made.returncode: raise SystemExit(f'{data_dir}: prepare.py {prepare} did not finish')
     if world > 1: dist.barrier()
-    train_set = Sessions(data_dir, modalities, 'train')
+    train_set = Sessions(data_dir, modalities, 'train', temperature)
     train_set.verify()
     has_val = any(row['split'] == 'val' for row in Sessions(data_dir, modalities, None).rows)
     val_set = Sessions(data_dir, modalities, 'val') if has_val else None
@@ -354,6 +369,7 @@ if __name__ == '__main__':
             t = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - t
+            if 'labels' in batch: batch['x'] = redraw(batch)
             x = batch['x'] = batch['x'].contiguous(memory_format=torch.channels_last_3d)
             critics.requires_grad_(False)  # the generator's step leaves them no gradient
             with autocast(device, dtype): loss, new, x_hat = objective(batch, what, it)

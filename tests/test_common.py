@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from common import configure, load_checkpoint, save_checkpoint, update_average
+from common import configure, load_checkpoint, save_checkpoint, update_average, warn_of_slow_convolutions
 from conftest import ROOT
 
 def settings():
@@ -63,6 +63,12 @@ def test_average_follows_weights_and_copies_buffers():
     b.running_mean.fill_(7)
     update_average(a, b, 0.75)
     assert a.weight.tolist() == [1.5] * 3 and a.running_mean.tolist() == [7] * 3
+
+@pytest.mark.parametrize('device, version, cudnn, warned', [('cuda', '2.9.1+cu128', 91002, True), ('cuda:3', '2.9.0', 90800, True), ('cpu', '2.9.1', 0, False),
+                                                            ('cuda', '2.9.1', 91501, False), ('cuda', '2.13.0', 91002, False)])
+def test_slow_versions_are_warned_of(device, version, cudnn, warned, capsys):
+    warn_of_slow_convolutions(device, version, cudnn)
+    assert ('cuDNN' in capsys.readouterr().out) == warned
 
 def test_out_of_memory_ends_with_one_line():
     code = "import torch, common; common.explain_out_of_memory('batch_size=4'); raise torch.OutOfMemoryError('CUDA out of memory')"

@@ -1,10 +1,14 @@
 """Batches: a function of (seed, rank, step), the joined batch of any number of processes, no subject in two splits."""
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 from conftest import TINY, refused, run
 from data import Sessions, augment, prefetch, read_index
+from prepare import stored
 
 MODALITIES = ('T1w', 'T2w')
 
@@ -122,3 +126,41 @@ def test_augmented_volumes_stay_images_with_a_background_of_zero(tiny_data):
 def test_slices_across_a_given_axis(tiny_data):
     sessions = Sessions(tiny_data, MODALITIES, 'train')
     assert {sessions.slice_batch(4, 0, 0, 1, step, axis=1)['x'].shape for step in range(6)} == {(4, 1, 32, 1, 32)}
+
+# ---------------------------------------------------------------- several data sets, storage
+
+def copy_of(folder, new, sessions):
+    """A data set with only some sessions of the split 'train'."""
+    shutil.copytree(folder, new)
+    head, *lines = (new / 'subjects.tsv').read_text().splitlines()
+    (new / 'subjects.tsv').write_text('\n'.join([head, *lines[:sessions], *[line for line in lines if '\ttrain\t' not in line]]) + '\n')
+    return new
+
+def test_temperature_draws_small_data_sets_and_rare_modalities_more_often(tiny_data, tmp_path):
+    small = copy_of(tiny_data, tmp_path / 'small', 2)
+    (small / 'subjects.tsv').write_text((small / 'subjects.tsv').read_text().replace('sub-01_ses-01_T2w.npy', ''))
+    both = f'{tiny_data},{small}'
+    for temperature, share in ((1.0, 2 / 10), (2.0, 2 ** 0.5 / (2 ** 0.5 + 8 ** 0.5)), (1e9, 0.5)):
+        sessions = Sessions(both, MODALITIES, 'train', temperature)
+        drawn = [sessions.rows[sessions.choose(sessions.session_groups, p, 0)]['folder'] for p in range(3000)]
+        assert drawn.count(str(small)) / 3000 == pytest.approx(share, abs=0.03)
+    scans = [sessions.scans[sessions.choose(sessions.scan_groups, p, 0)] for p in range(3000)]
+    assert sum(m == 1 and sessions.rows[i]['folder'] == str(small) for i, m in scans) / 3000 == pytest.approx(0.25, abs=0.03)  # one of 17 scans
+    assert set(sessions.session_batch(2, 0, 0, 1, 0)) == set(Sessions(tiny_data, MODALITIES, 'train').session_batch(2, 0, 0, 1, 0))
+
+def test_data_sets_of_different_boxes_are_refused(tiny_data, tmp_path):
+    other = copy_of(tiny_data, tmp_path / 'other', 2)
+    facts = json.loads((other / 'dataset.json').read_text())
+    (other / 'dataset.json').write_text(json.dumps(facts | {'spacing_mm': 2.0}))
+    with pytest.raises(SystemExit, match='other: made with spacing_mm 2.0, .* with 1.0'): Sessions(f'{tiny_data},{other}', MODALITIES, 'train')
+
+def test_eight_bit_volumes_come_back_within_half_a_step_and_keep_their_mask(tiny_data):
+    plain = Sessions(tiny_data, MODALITIES, 'train')
+    before = [plain.session_batch(2, 0, 0, 1, 0)['x'], plain.scan_batch(2, 0, 0, 1, 0, (16, 16, 16))['x'], plain.slice_batch(8, 0, 0, 1, 0)['x'], torch.tensor(plain.volume(0, 0))]
+    for path in tiny_data.glob('*.npy'): np.save(path, stored(np.load(path), 'uint8'))
+    small = Sessions(tiny_data, MODALITIES, 'train')
+    after = [small.session_batch(2, 0, 0, 1, 0)['x'], small.scan_batch(2, 0, 0, 1, 0, (16, 16, 16))['x'], small.slice_batch(8, 0, 0, 1, 0)['x'], torch.tensor(small.volume(0, 0))]
+    for a, b in zip(before, after):
+        assert b.dtype == torch.float32 and ((a > 0) == (b > 0)).all()
+        assert (a - b).abs()[a > 1 / 255].max() <= 0.5 / 255 + 1e-6 and (a - b).abs().max() <= 1 / 255
+    assert (stored(np.array([0, 1e-4, 1.0]), 'uint8') == [0, 1, 255]).all()

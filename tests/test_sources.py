@@ -7,15 +7,18 @@ import zipfile
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from scipy.spatial.transform import Rotation
 
 import nifti
 import sources
 import synth
-from conftest import ROOT, refused, run
+from common import load_checkpoint
+from conftest import ROOT, TINY, play, refused, refuses, run
 from register import mutual_information, register
 from test_nifti import head, save, store
 from test_prepare import add, prepare, table
+from test_train import SHORT, assert_same_run
 
 LABELMAPS = os.path.join(ROOT, '..', 'shared', 'data', 'labelmaps')
 
@@ -212,6 +215,30 @@ def test_random_contrasts_differ_and_keep_tissues_uniform():
     with pytest.raises(ValueError, match='random'): synth.images_from_labels(labels, ('random',), np.random.default_rng(0))
     with pytest.raises(ValueError, match='no tissue'): synth.brain_labels(np.full((4, 4, 4), 200))
     with pytest.raises(ValueError, match='without a brain'): synth.brain_labels(np.full((4, 4, 4), 514))
+
+def test_rendered_images_are_functions_of_their_generator_with_the_contrasts_of_the_prepared_ones():
+    labels = torch.from_numpy(synth.phantom(1, (40, 52, 40))['labels'].astype(np.int64))[None, None].repeat(3, 1, 1, 1, 1)
+    draw = lambda seeds: synth.render(labels, ('T1w', 'T2w', 'random1'), [torch.Generator().manual_seed(s) for s in seeds])
+    a, b = draw((1, 2, 3)), draw((1, 5, 6))
+    assert torch.equal(a[0], b[0]) and not torch.equal(a[1], b[1]) and ((a > 0) == (labels > 0)).all() and a.max() <= 1
+    for image, modality in zip(a[:2], ('T1w', 'T2w')):
+        means = {group: image[0][torch.isin(labels[0, 0], torch.tensor(synth.GROUPS[group]))].mean() for group in ('white', 'csf')}
+        assert (means['white'] > means['csf'] + 0.1) == (modality == 'T1w')
+    assert (a[2] - b[2]).abs().mean() > (a[1] - b[1]).abs().mean()  # a random contrast differs by more than noise
+
+def test_training_on_images_drawn_anew_resumes_to_the_same_bits(tmp_path):
+    for seed in (1, 2, 3): label_map(tmp_path / 'maps', seed)
+    assert prepare('labelmaps', tmp_path / 'maps', tmp_path / 'data', '--n=6', '--shape=32,48,32', '--spacing_mm=5', '--modalities=T1w,T2w', '--split=1,0,0').returncode == 0
+    def go(out, *args):
+        play('train_vae.py', *TINY, *SHORT, f'--data_dir={tmp_path}/data', f'--out_dir={tmp_path}/{out}', '--iters_2d=0', *args)
+        return load_checkpoint(tmp_path / out / 'ckpt.pt')
+    whole = go('a', '--synthesise=0.5')
+    go('b', '--synthesise=0.5', '--max_iters=2')
+    assert_same_run(whole, go('b', '--synthesise=0.5', '--init_from=resume'), tmp_path / 'a', tmp_path / 'b')
+    plain = go('c')
+    assert any(not torch.equal(v, whole['model'][k]) for k, v in plain['model'].items())
+    for file in (tmp_path / 'data').glob('*dseg.npy'): file.unlink()
+    assert 'no label map' in refuses('train_vae.py', *TINY, f'--data_dir={tmp_path}/data', f'--out_dir={tmp_path}/d', '--synthesise=1.0')
 
 @pytest.mark.skipif(not os.path.isdir(LABELMAPS), reason='no real label maps beside the project')
 def test_a_real_label_map_becomes_a_session(tmp_path):

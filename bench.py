@@ -27,14 +27,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as networks
-from common import all_reduce_mean, autocast, configure, load_checkpoint, start_processes, stop_processes
+from common import all_reduce_mean, autocast, configure, load_checkpoint, save_checkpoint, start_processes, stop_processes
 from data import Sessions
 from flow import flow_matching_loss, sample
 from losses import PatchDiscriminator, kl_loss, reconstruction_loss
 from pretrained import load_maisi_unet, load_maisi_vae
 
 # ---------------------------------------------------------------- settings
-cases = ('neuroquant', 'slices', 'linear', 'vae', 'whole', 'unet', 'loader', 'processes')
+cases = ('neuroquant', 'slices', 'linear', 'vae', 'whole', 'unet', 'loader', 'checkpoint', 'processes')
 vs = ''                  # 'monai'
 samplers = ''            # checkpoint of a flow
 size = 0                 # side of the cube of vae, of whole on a CPU and of --vs=monai; 0 picks 96 on a GPU, 48 on a CPU
@@ -125,9 +125,9 @@ def measure(name, calls, voxels, compiled=()):
     if profile and 'training step' in calls: dearest(name, calls['training step'])
     return found
 
-def training(net, loss):
+def training(net, loss, layout=torch.channels_last_3d):
     """The forward pass and a training step of net as calls for measure(). loss(): a scalar."""
-    net.to(device, memory_format=torch.channels_last_3d).train()
+    net.to(device, memory_format=layout).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
     def forward():
         with torch.no_grad(), autocast(device, dtype): loss()
@@ -177,16 +177,18 @@ def case_neuroquant():
         measure(f'NeuroQuant, {sessions} x 2 volumes of {"x".join(map(str, shape))}', training(net, loss), 2 * sessions * math.prod(shape), (net.encoder, net.decoder))
 
 def case_slices():
-    """A 2D step; and the same slices as volumes of depth 1 through Conv3d: 27 taps, 18 of them on padding."""
-    n, (h, w) = slices or (128 if big else 4), (144, 192)
-    net = networks.NeuroQuant(networks.NeuroQuantConfig())
-    x, modality = torch.rand(n, 1, h, w, 1, device=device), torch.arange(n, device=device) % 2
-    calls = training(net, lambda: reconstruction_loss(net(x, modality)['x_hat'], x, 0.5))
-    ours = measure(f'NeuroQuant, {n} slices of {h}x{w}', calls, n * h * w, (net.encoder, net.decoder))
-    plane_forward, networks.Conv.forward = networks.Conv.forward, nn.Conv3d.forward
-    try: theirs = measure(f'the same as volumes of depth 1', {'training step': calls['training step']}, n * h * w, (net.encoder, net.decoder))
-    finally: networks.Conv.forward = plane_forward
-    print(f'\nslices against volumes of depth 1: ratio {ours["training step"] / theirs["training step"]:.2f}\n\n{HEAD}')
+    """A 2D step; and the same slices as volumes of depth 1 through Conv3d: 27 taps, 18 of them on padding, which kernels may skip."""
+    n = slices or (128 if big else 4)
+    for shape in ((144, 192, 1), (1, 144, 192)):
+        net = networks.NeuroQuant(networks.NeuroQuantConfig())
+        x, modality = torch.rand(n, 1, *shape, device=device), torch.arange(n, device=device) % 2
+        calls = training(net, lambda: reconstruction_loss(net(x, modality)['x_hat'], x, 0.5))
+        name, voxels = f'NeuroQuant, {n} slices of {"x".join(map(str, shape))}', n * math.prod(shape)
+        ours = measure(name, calls, voxels, (net.encoder, net.decoder))
+        plane_forward, networks.Conv.forward = networks.Conv.forward, nn.Conv3d.forward
+        try: theirs = measure(f'{name} through Conv3d', {'training step': calls['training step']}, voxels, (net.encoder, net.decoder))
+        finally: networks.Conv.forward = plane_forward
+        print(f'\nslices against volumes of depth 1: ratio {ours["training step"] / theirs["training step"]:.2f}\n\n{HEAD}')
 
 def case_linear():
     """Is the cost linear in voxels? A volume, and one of twice the length."""
@@ -218,7 +220,7 @@ def case_whole():
 def case_unet():
     net, batch, shape = networks.FlowUNet(networks.FlowUNetConfig()), 4 if big else 1, (4, 32, 64, 32) if big else (4, 16, 16, 16)
     x, noise, t = torch.randn(batch, *shape, device=device), torch.randn(batch, *shape, device=device), torch.rand(batch, device=device)
-    calls = training(net, lambda: flow_matching_loss(net, x, noise, t, None, 'l2'))
+    calls = training(net, lambda: flow_matching_loss(net, x, noise, t, None, 'l2'), torch.channels_last_3d if big else torch.contiguous_format)  # as train_flow.py
     def draw():
         with autocast(device, dtype): sample(net, noise[:1], 30)
     measure(f'FlowUNet, {batch} x {"x".join(map(str, shape))}', calls | {'sampling of one latent, 30 steps': draw}, batch * math.prod(shape[1:]), (net,))
@@ -242,6 +244,17 @@ def case_loader():
             ms, spread = milliseconds(lambda: make(next(step)))
             print(f'| {name} | {ms:.1f} | {spread:.1f} |')
         print(f'\n{HEAD}')
+
+def case_checkpoint():
+    """What saving costs: weights, their average and the optimiser's state of NeuroQuant's default."""
+    net, loss = neuroquant_step((32, 48, 32), 1)
+    optimizer = torch.optim.AdamW(net.to(device).parameters(), fused=True)
+    loss().backward()
+    optimizer.step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, 'ckpt.pt')
+        ms, spread = milliseconds(lambda: save_checkpoint(path, {'model': net.state_dict(), 'ema': net.state_dict(), 'optimizer': optimizer.state_dict()}))
+        print(f'\na checkpoint of {os.path.getsize(path) / 2 ** 20:.0f} MiB: {ms:.0f} ms (spread {spread:.0f}), {ms / 350_000:.2%} of 1000 steps of 350 ms\n\n{HEAD}')
 
 def case_processes():
     """Throughput of two processes of one thread over twice that of one, gradients averaged; on a CPU only."""

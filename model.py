@@ -84,8 +84,9 @@ class AxialAttention(nn.Module):
         B, M, N, L, C = h.shape
         qkv = self.qkv(h).view(B * M * N, L, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                           # three of (B*M*N, heads, L, C/heads)
-        y = torch.cat([F.scaled_dot_product_attention(*rows)           # CUDA kernels take at most 65535 rows
-                       for rows in zip(q.split(65535), k.split(65535), v.split(65535))])
+        parts = [F.scaled_dot_product_attention(*rows)                 # CUDA kernels take at most 65535 rows
+                 for rows in zip(q.split(65535), k.split(65535), v.split(65535))]
+        y = torch.cat(parts) if len(parts) > 1 else parts[0]           # cat of one part would copy it
         y = self.proj(y.transpose(1, 2).reshape(B, M, N, L, C))
         return x + y.movedim(3, 1 + self.axis).movedim(-1, 1)
 

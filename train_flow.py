@@ -174,7 +174,8 @@ if __name__ == '__main__':
         if resumed['data_digest'] != digest(data_dir): raise SystemExit(f'--init_from=resume: {data_dir}/subjects.tsv or dataset.json is not what {out_dir}/ckpt.pt was trained on')
         raw_model.load_state_dict(resumed['model'])
     elif init_from != 'scratch': raise SystemExit(f'--init_from={init_from}: scratch or resume')
-    raw_model.to(device, memory_format=torch.channels_last_3d)
+    layout = torch.channels_last_3d if device.startswith('cuda') else torch.contiguous_format  # on a CPU small grids are faster so
+    raw_model.to(device, memory_format=layout)
     ema = copy.deepcopy(raw_model).requires_grad_(False).eval() if ema_decay > 0 else None
     trained = list(raw_model.parameters())
     optimizer = torch.optim.Adam(trained, lr=lr, betas=(beta1, beta2), fused=True)
@@ -204,7 +205,7 @@ if __name__ == '__main__':
         z, cond = batch['mean'], to_device(batch['cond'])
         eps, x0, t = draws(batch['place'])
         if 'sd' in batch: z = z + batch['sd'] * eps  # a fresh draw from the posterior at every step
-        x1 = raw_model.normalise(z).contiguous(memory_format=torch.channels_last_3d)
+        x1 = raw_model.normalise(z).contiguous(memory_format=layout)
         with autocast(device, dtype):
             loss = flow_matching_loss(raw_model, x1, x0, t, cond, norm)
         loss.backward()

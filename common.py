@@ -86,13 +86,16 @@ def warn_of_slow_convolutions(device, version, cudnn):
 def stop_processes():
     if dist.is_initialized(): dist.destroy_process_group()
 
-def explain_out_of_memory(keys):
-    """From now on running out of GPU memory ends the program with one line: the peak, and the settings that lower it."""
+def explain_failures(keys):
+    """From now on two errors end the program with one line: out of GPU memory, with the peak and the settings that lower it; a lost process."""
     usual = sys.excepthook
     def hook(kind, error, trace):
-        if not issubclass(kind, torch.OutOfMemoryError): return usual(kind, error, trace)
-        peak = f'{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB' if torch.cuda.is_available() else 'not known'
-        print(f'out of GPU memory, peak {peak}: lower {keys}', file=sys.stderr)
+        lost = dist.is_initialized() and any(w in str(error) for w in ('Connection closed by peer', 'Connection reset', 'Broken pipe', 'Socket', 'NCCL', 'remote process'))
+        if issubclass(kind, torch.OutOfMemoryError):
+            peak = f'{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB' if torch.cuda.is_available() else 'not known'
+            print(f'out of GPU memory, peak {peak}: lower {keys}', file=sys.stderr)
+        elif lost: print(f'process {dist.get_rank()}: another process is gone ({str(error).strip().splitlines()[0]}); its own message says why', file=sys.stderr)
+        else: usual(kind, error, trace)
     sys.excepthook = hook
 
 def catch_signals():

@@ -19,7 +19,7 @@ from scipy.spatial.transform import Rotation
 
 # ---------------------------------------------------------------- the index
 
-SAME = ('shape', 'spacing_mm', 'resize', 'percentiles', 'percentiles_of', 'clip')  # of dataset.json: how scans got into their box, as arguments of nifti.conform
+BOX = ('shape', 'spacing_mm', 'resize', 'percentiles', 'percentiles_of', 'clip')  # of dataset.json: how scans got into their box, arguments of nifti.conform
 
 def read_index(data_dir, modalities, split=None):
     """Rows of subjects.tsv of one split (None: all) that hold at least one of the modalities, and dataset.json as a dict.
@@ -39,7 +39,7 @@ def read_index(data_dir, modalities, split=None):
                    f'python prepare.py --source=phantom --out_dir={folder}', folder)
         except json.JSONDecodeError: refuse('dataset.json is not JSON; run prepare.py again', folder)
         first = first or dataset
-        for key in SAME:
+        for key in BOX:
             if dataset.get(key) != first.get(key): refuse(f'made with {key} {dataset.get(key)}, {data_dir.split(",")[0]} with {first.get(key)}', folder)
         split_of = {}
         for row in found:
@@ -109,7 +109,7 @@ class Sessions:
         self.data_dir, self.modalities, self.temperature = data_dir, tuple(modalities), temperature
         self.rows, dataset = read_index(data_dir, modalities, split)
         self.shape = tuple(dataset['shape'])
-        self.box = {k: dataset[k] for k in SAME if k in dataset}
+        self.box = {k: dataset[k] for k in BOX if k in dataset}
         self.voxel_mm = dataset.get('voxel_mm', [dataset['spacing_mm']] * 3)
         self.n = len(self.rows)
         self.scans = [(i, m) for i, row in enumerate(self.rows) for m, name in enumerate(self.modalities) if row.get(name)]

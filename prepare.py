@@ -32,6 +32,7 @@ import preflight
 import sources
 import synth
 from common import configure, make_out_dir, write_text
+from data import BOX
 from register import register as register_rigidly
 
 # ---------------------------------------------------------------- settings
@@ -63,7 +64,6 @@ seed = 0                  # of phantoms and of the split
 workers = -1              # processes; -1 for one per core, 1 for none but this
 strict = False            # stop at the first bad scan instead of leaving it out
 
-BOX = ('shape', 'spacing_mm', 'resize', 'percentiles', 'percentiles_of', 'clip')  # how a scan gets into its box: nifti.conform
 ORDER = ('T1w', 'T2w', 'FLAIR', 'PD')  # the first one present gives a session its grid
 
 # ---------------------------------------------------------------- one session, in a worker process
@@ -101,12 +101,16 @@ def make_phantom(s, subject, session, index):
     return facts
 
 def make_from_labels(s, subject, session, job):
-    """One deformed variant of a label map, and images made from it. job: (path, number)."""
+    """One deformed variant of a label map, and images made from it; a map that cannot be used is left out with its reason. job: (path, number)."""
     path, number = job
-    volume, affine, native = nifti.read(path)
-    v = synth.variant(volume.astype(np.int16), np.sqrt((affine[:3, :3] ** 2).sum(0)), s['shape'], s['spacing_mm'], tuple(s['modalities']), (s['seed'], number), s['thickness_mm'])
-    facts = {'subject': subject, 'session': session, 'files': {}, 'checksums': {}, 'lost': v['lost'], 'skipped': [], 'orientation': {'dseg': native.orientation},
-             'spacing': {'dseg': 'x'.join(f'{w:.2g}' for w in native.spacing_mm)}, 'estimated': []}
+    facts = {'subject': subject, 'session': session, 'files': {}, 'checksums': {}, 'lost': 0.0, 'skipped': [], 'orientation': {}, 'spacing': {}, 'estimated': []}
+    try:
+        volume, affine, native = nifti.read(path)
+        v = synth.variant(volume.astype(np.int16), np.sqrt((affine[:3, :3] ** 2).sum(0)), s['shape'], s['spacing_mm'], tuple(s['modalities']), (s['seed'], number), s['thickness_mm'])
+    except ValueError as e:
+        facts['skipped'].append(str(e) if str(e).startswith(path) else f'{path}: {e}')
+        return facts
+    facts |= {'lost': v['lost'], 'orientation': {'dseg': native.orientation}, 'spacing': {'dseg': 'x'.join(f'{w:.2g}' for w in native.spacing_mm)}}
     write_images(s, facts, v['images'], v['labels'])
     return facts
 
@@ -184,7 +188,7 @@ def work(s, job):
     try:
         with open(facts_path(s, subject, session)) as f: facts = json.load(f)
         wanted = set(s['modalities'] if s['source'] in ('phantom', 'labelmaps') else ())
-        if facts['made_from'] == json.loads(json.dumps(made_from)) and wanted <= set(facts['files']) and facts['checksums'] and \
+        if facts['made_from'] == made_from and wanted <= set(facts['files']) and facts['checksums'] and \
            all(is_written(os.path.join(s['out_dir'], name), s) for name in facts['files'].values()): return facts
     except (OSError, ValueError, KeyError): pass
     start = time.perf_counter()
@@ -296,6 +300,8 @@ def main(s):
     if s['dtype'] == 'uint8' and not s['clip']: raise SystemExit('--dtype=uint8 holds nothing above 1: it needs --clip=True')
     if len(s['percentiles']) != 2 or not 0 <= s['percentiles'][0] < s['percentiles'][1] <= 100: raise SystemExit(f"--percentiles={s['percentiles']}: two numbers, rising, within 0 and 100")
     if s['percentiles_of'] not in ('brain', 'volume'): raise SystemExit(f"--percentiles_of={s['percentiles_of']}: brain or volume")
+    try: s['mask'].format(subject='', session='', modality='')
+    except (KeyError, ValueError, IndexError): raise SystemExit(f"--mask={s['mask']}: may hold {{subject}}, {{session}}, {{modality}} and *")
     if s['mask'] and s['skullstrip']: raise SystemExit('--mask and --skullstrip: one of them')
     if s['skullstrip'] and not ('{in}' in s['skullstrip'] and '{out}' in s['skullstrip']): raise SystemExit(f"--skullstrip={s['skullstrip']}: a command with {{in}} and {{out}}")
     if s['spacing_mm'] <= 0: raise SystemExit(f"--spacing_mm={s['spacing_mm']}: must be positive")

@@ -17,7 +17,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from common import (all_reduce_mean, autocast, catch_signals, check_finite, configure, explain_out_of_memory, git_commit, load_checkpoint, make_out_dir, open_log,
+from common import (all_reduce_mean, autocast, catch_signals, check_finite, configure, explain_failures, git_commit, load_checkpoint, make_out_dir, open_log,
                     peak_flops, print0, refuse_changes, save_checkpoint, start_processes, stop_processes, update_average)
 from data import digest, prefetch
 from figures import views
@@ -131,7 +131,7 @@ if __name__ == '__main__':
     config = configure(globals(), sys.argv[1:])
     rank, world, device = start_processes(device)
     if device == 'cpu': dtype, compile = 'float32', False
-    explain_out_of_memory(f'batch_size={batch_size}')
+    explain_failures(f'batch_size={batch_size}')
     if normalise not in ('global', 'channel'): raise SystemExit(f'--normalise={normalise}: global or channel')
     try: draw_times(1, times, shift)
     except ValueError as e: raise SystemExit(f'--times: {e}')

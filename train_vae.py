@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from common import (all_reduce_mean, autocast, catch_signals, check_finite, configure, explain_out_of_memory, git_commit, load_checkpoint, make_out_dir, open_log,
+from common import (all_reduce_mean, autocast, catch_signals, check_finite, configure, explain_failures, git_commit, load_checkpoint, make_out_dir, open_log,
                     peak_flops, print0, refuse_changes, save_checkpoint, start_processes, stop_processes, update_average)
 from data import Sessions, digest, prefetch
 from losses import (ModalityClassifier, PatchDiscriminator, adversarial_loss, cov_loss, generator_loss, grad_reverse, kl_loss,
@@ -266,7 +266,7 @@ if __name__ == '__main__':
     if kind == 'convvae' and dims == 2 and patch: raise SystemExit('patch is for volumes; with dims=2 whole slices are used')
     if kind == 'convvae' and bottleneck == 'vq' and max(w_kl, w_sid, w_cov, w_var) > 0: raise SystemExit("w_kl, w_sid, w_cov and w_var need bottleneck='kl'")
     if device == 'cpu': dtype, compile = 'float32', False
-    explain_out_of_memory(f'batch_size={batch_size} (raise grad_accum for it), batch_size_2d={batch_size_2d}, patch={patch} or set checkpointing=True')
+    explain_failures(f'batch_size={batch_size} (raise grad_accum for it), batch_size_2d={batch_size_2d}, patch={patch} or set checkpointing=True')
     if synthesise > 0 and (augment or not all(m in TISSUE or is_random(m) for m in modalities)):
         raise SystemExit(f"--synthesise={synthesise}: for modalities {', '.join(TISSUE)}, random1, random2, ..., and not with augment")
     if temperature < 1: raise SystemExit(f'--temperature={temperature}: 1 or more')

@@ -71,8 +71,8 @@ def test_slow_versions_are_warned_of(device, version, cudnn, warned, capsys):
     assert ('cuDNN' in capsys.readouterr().out) == warned
 
 def test_out_of_memory_ends_with_one_line():
-    code = "import torch, common; common.explain_out_of_memory('batch_size=4'); raise torch.OutOfMemoryError('CUDA out of memory')"
+    code = "import torch, common; common.explain_failures('batch_size=4'); raise torch.OutOfMemoryError('CUDA out of memory')"
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and 'lower batch_size=4' in done.stderr
-    code = "import common; common.explain_out_of_memory('x'); raise KeyError('other errors keep their traceback')"
+    code = "import common; common.explain_failures('x'); raise KeyError('other errors keep their traceback')"
     assert 'Traceback' in subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True).stderr

@@ -74,7 +74,7 @@ def test_derivatives_are_chosen_by_their_entities(tmp_path):
     (['--source=pattern', '--pattern={subject}.nii.gz'], ['{modality}']), (['--source=pattern', '--pattern={subject}/{modality}_{run}.nii'], ['{run}']),
     (['--source=folder', '--people={root}/p.csv'], ['p.csv', "no column 'subject'", 'eid']), (['--source=folder', '--people={root}/p.csv', '--columns=eid,sex,age'], ['none of its rows']),
     (['--source=folder', '--shard=3/3'], ['--shard=3/3', 'i/n']), (['--source=folder', '--skullstrip=bet x y'], ['{in}', '{out}']), (['--source=folder', '--mask=a', '--skullstrip={in}{out}'], ['one of them']),
-    (['--source=phantom', '--dry_run=True'], ['dry_run']), (['--source=labelmaps', '--modalities=CT'], ['CT', 'random1'])])
+    (['--source=folder', '--mask={sub}.nii'], ['--mask', '{subject}']), (['--source=phantom', '--dry_run=True'], ['dry_run']), (['--source=labelmaps', '--modalities=CT'], ['CT', 'random1'])])
 def test_bad_settings_of_sources_end_with_one_line(args, words, tmp_path):
     add(tmp_path, '01_T1w.nii.gz')
     (tmp_path / 'p.csv').write_text('eid,sex,age\n77,F,3\n')
@@ -193,10 +193,12 @@ def label_map(folder, seed):
 
 def test_label_maps_become_sessions_that_stay_with_their_subject(tmp_path):
     for seed in (1, 2, 3): label_map(tmp_path / 'maps', seed)
-    args = ['--n=7', '--shape=32,48,32', '--spacing_mm=4', '--modalities=T1w,T2w,random1', '--thickness_mm=8', '--split=0.4,0.3,0.3']
+    save(str(tmp_path / 'maps' / 'm4_odd.nii.gz'), 200 + np.indices((8, 8, 8))[0], np.int16)
+    args = ['--n=9', '--shape=32,48,32', '--spacing_mm=4', '--modalities=T1w,T2w,random1', '--thickness_mm=8', '--split=0.4,0.3,0.3']
     done = prepare('labelmaps', tmp_path / 'maps', tmp_path / 'out', *args)
     assert done.returncode == 0, done.stderr
     rows = table(tmp_path / 'out')
+    assert 'm4_odd.nii.gz: labels [200, 201' in done.stdout
     assert len(rows) == 7 and len({r['subject'] for r in rows}) == 3 and len({(r['subject'], r['split']) for r in rows}) == 3
     first = {m: np.load(tmp_path / 'out' / rows[0][m]) for m in ('T1w', 'T2w', 'random1', 'dseg')}
     assert all(((v > 0) == (first['dseg'] > 0)).all() for v in first.values()) and set(np.unique(first['dseg'])) <= set(synth.LABELS)

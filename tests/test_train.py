@@ -140,8 +140,13 @@ def test_checkpointing_of_convvae_changes_memory_and_nothing_else(tiny_data, tmp
     plain, recomputed = (train(tiny_data, tmp_path / str(c), *args, f'--checkpointing={c}')['model'] for c in (False, True))
     for k, v in plain.items(): torch.testing.assert_close(recomputed[k], v, rtol=1e-4, atol=1e-5)
 
-def test_resume_of_a_gan_run_gives_the_same_bits(tiny_data, tmp_path):
+@pytest.mark.parametrize('tuning', [False, True])
+def test_resume_of_a_gan_run_gives_the_same_bits(tuning, tiny_data, tmp_path):
+    """As the whole autoencoder is trained, and as its decoder is fine-tuned."""
     args = [*KL, '--w_gan=0.1', '--w_sid=1.0', '--w_perc=0.1', '--perceptual=random', '--augment=True', '--gan_start=1']
+    if tuning:
+        train(tiny_data, tmp_path / 'first', *args, '--max_iters=1')
+        args += ['--freeze_encoder=True', '--w_sid=0.0', f'--init_from={tmp_path}/first/ckpt.pt']
     whole = train(tiny_data, tmp_path / 'a', *args, '--max_iters=4')
     train(tiny_data, tmp_path / 'b', *args, '--max_iters=2')
     parts = train(tiny_data, tmp_path / 'b', *args, '--max_iters=4', '--init_from=resume')

@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, register_flop_formula
 
 import model as networks
 from common import all_reduce_mean, autocast, configure, load_checkpoint, save_checkpoint, start_processes, stop_processes
@@ -61,6 +61,10 @@ def milliseconds(step):
         if device.startswith('cuda'): torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times[1:]), max(times[1:]) - min(times[1:])
+
+@register_flop_formula(torch.ops.aten.mkldnn_convolution)
+def count_onednn(x_shape, w_shape, *args, out_shape=None, **kwargs):
+    return conv_flop_count(x_shape, w_shape, out_shape)
 
 class Operands(TorchDispatchMode):
     """Adds up the bytes that convolutions, matrix products and attentions read and write; the rest can be fused into them."""

@@ -24,7 +24,15 @@ def missing_axis(x):
     if len(ones) > 1: raise ValueError(f'{tuple(x.shape)} has {len(ones)} axes of length 1: a slice has one, a volume none')
     return ones[0] if ones else None
 
-class Conv(nn.Conv3d):
+class Conv3d(nn.Conv3d):
+    """nn.Conv3d. On a CPU a single small sample goes to oneDNN, up to 11 times as fast as the kernel that torch picks for it."""
+    def _conv_forward(self, x, weight, bias):
+        if x.device.type == 'cpu' and len(x) == 1 and x[0, 0].numel() >= 64 and x.dtype == weight.dtype == torch.float32 \
+           and not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available():
+            return torch.mkldnn_convolution(x, weight, bias, self.padding, self.stride, self.dilation, self.groups)
+        return super()._conv_forward(x, weight, bias)
+
+class Conv(Conv3d):
     """Zero-padded 3D convolution; on a slice, the 2D convolution whose kernel is summed over the missing axis.
 
     The sum gives a slice what an inner slice of a volume constant along that axis would get, so activations keep their scale
@@ -378,7 +386,7 @@ def group_norm(channels):
     return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
 
 def make_conv(dims, *args, **kwargs):
-    return (nn.Conv2d if dims == 2 else nn.Conv3d)(*args, **kwargs)
+    return (nn.Conv2d if dims == 2 else Conv3d)(*args, **kwargs)
 
 def slabwise(fn, x, size, up=1, down=1, halo=1):
     """fn(x) slab by slab along D, equal to fn(x) for an fn that changes D by up/down and reaches `halo` coarse voxels far.
@@ -667,10 +675,10 @@ class TimeResBlock(nn.Module):
         super().__init__()
         self.resample = resample
         self.norm1, self.norm2 = group_norm(c_in), group_norm(c_out)
-        self.conv1 = nn.Conv3d(c_in, c_out, 3, padding=1)
-        self.conv2 = nn.Conv3d(c_out, c_out, 3, padding=1)
+        self.conv1 = Conv3d(c_in, c_out, 3, padding=1)
+        self.conv2 = Conv3d(c_out, c_out, 3, padding=1)
         self.emb = nn.Linear(c_emb, c_out)
-        self.skip = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.skip = Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
@@ -707,7 +715,7 @@ class FlowUNet(nn.Module):
         self.class_embeddings = nn.ModuleList(nn.Embedding(rows, n) for rows in c.classes)
         self.vector_mlps = nn.ModuleList(mlp(length) for length in c.vectors)
         c_emb, last = n * (1 + len(c.vectors)), len(w) - 1
-        self.conv_in = nn.Conv3d(c.in_channels, w[0], 3, padding=1)
+        self.conv_in = Conv3d(c.in_channels, w[0], 3, padding=1)
         self.down = nn.ModuleList(UNetLevel([w[max(i - 1, 0)]] + [w[i]] * (c.res_blocks - 1), w[i], c_emb, c.attention[i], c.head_width,
                                             'down' if i < last else '') for i in range(len(w)))
         self.middle = nn.ModuleList([TimeResBlock(w[-1], w[-1], c_emb), Attention(w[-1], c.head_width), TimeResBlock(w[-1], w[-1], c_emb)])
@@ -716,7 +724,7 @@ class FlowUNet(nn.Module):
             below, skips = [w[min(i + 1, last)]] + [w[i]] * c.res_blocks, [w[i]] * c.res_blocks + [w[max(i - 1, 0)]]
             self.up.append(UNetLevel([a + b for a, b in zip(below, skips)], w[i], c_emb, c.attention[i], c.head_width, 'up' if i else ''))
         self.norm_out = group_norm(w[0])
-        self.conv_out = nn.Conv3d(w[0], c.in_channels, 3, padding=1)
+        self.conv_out = Conv3d(w[0], c.in_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
         self.register_buffer('latent_mean', torch.zeros(c.in_channels))

@@ -88,4 +88,4 @@ def tiny_data(tmp_path):
     return make_tiny_data(tmp_path / 'data')
 
 TINY = ['--widths=8,8,8,8', '--anat_dim=8', '--mod_dim=4', '--modality_dim=4', '--num_codes=16', '--batch_size=2',
-        '--batch_size_2d=4', '--device=cpu', '--warmup_iters=2', '--log_interval=1']
+        '--batch_size_2d=4', '--res_blocks=1', '--device=cpu', '--warmup_iters=2', '--log_interval=1']

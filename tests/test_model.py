@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import AxialAttention, Conv, NeuroQuant, NeuroQuantConfig, double, from_checkpoint, halve, model_args, step_flops
+from model import AxialAttention, Conv, Conv3d, NeuroQuant, NeuroQuantConfig, double, from_checkpoint, halve, model_args, step_flops
 
 TINY = dict(widths=(16, 16, 16, 16), anat_dim=8, mod_dim=4, modality_dim=4, num_codes=16)
 
@@ -16,6 +16,17 @@ def with_random_projection(attention):
     nn.init.normal_(attention.proj.weight, std=0.1)
     nn.init.normal_(attention.proj.bias, std=0.1)
     return attention
+
+@pytest.mark.parametrize('batch', [1, 2])
+@pytest.mark.parametrize('shape, kwargs', [((8, 10, 6), dict(padding=1)), ((8, 10, 6), dict(padding=1, stride=2, bias=False)), ((3, 3, 3), dict(padding=1))])
+def test_conv3d_gives_what_torchs_gives(batch, shape, kwargs):
+    plain, ours = nn.Conv3d(5, 7, 3, **kwargs), Conv3d(5, 7, 3, **kwargs)
+    ours.load_state_dict(plain.state_dict())
+    a, b = (torch.randn(batch, 5, *shape, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in (0, 1))
+    torch.testing.assert_close(ours(a), plain(b), rtol=1e-5, atol=1e-5)
+    ours(a).square().sum().backward(), plain(b).square().sum().backward()
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.weight.grad, plain.weight.grad, rtol=1e-4, atol=1e-3)
 
 # ---------------------------------------------------------------- attention
 

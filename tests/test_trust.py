@@ -21,7 +21,7 @@ from test_train import SHORT, assert_same_run, log_of
 
 # ---------------------------------------------------------------- interruptions
 
-@pytest.mark.parametrize('kills', [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('kills', [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_ends_as_one_that_was_not(kills, tiny_data, tmp_path):
     """kill -9 at any moment, with a checkpoint at every step so that many fall into one; weights, codebook, optimiser and log agree."""
     steps = 4 * kills

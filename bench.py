@@ -30,11 +30,11 @@ import model as networks
 from common import all_reduce_mean, autocast, configure, load_checkpoint, save_checkpoint, start_processes, stop_processes
 from data import Sessions
 from flow import flow_matching_loss, sample
-from losses import PatchDiscriminator, kl_loss, reconstruction_loss
+from losses import PatchDiscriminator, adversarial_loss, kl_loss, reconstruction_loss
 from pretrained import load_maisi_unet, load_maisi_vae
 
 # ---------------------------------------------------------------- settings
-cases = ('neuroquant', 'slices', 'linear', 'vae', 'whole', 'unet', 'loader', 'checkpoint', 'processes')
+cases = ('neuroquant', 'slices', 'linear', 'vae', 'whole', 'unet', 'critic', 'loader', 'checkpoint', 'processes')  # of --vs=monai: vae, whole, unet, critic
 vs = ''                  # 'monai'
 samplers = ''            # checkpoint of a flow
 size = 0                 # side of the cube of vae, of whole on a CPU and of --vs=monai; 0 picks 96 on a GPU, 48 on a CPU
@@ -229,6 +229,10 @@ def case_unet():
         with autocast(device, dtype): sample(net, noise[:1], 30)
     measure(f'FlowUNet, {batch} x {"x".join(map(str, shape))}', calls | {'sampling of one latent, 30 steps': draw}, batch * math.prod(shape[1:]), (net,))
 
+def case_critic():
+    net, x = PatchDiscriminator(3), torch.rand(2 if big else 1, 1, side, side, side, device=device)
+    measure(f'PatchGAN, {len(x)} x {side}^3', training(net, lambda: adversarial_loss(net(x), True)), x.numel(), (net,))
+
 def case_loader():
     """Batches from memory-mapped files, without any network; from the page cache when the files are new."""
     with tempfile.TemporaryDirectory() as folder:
@@ -339,8 +343,9 @@ def against_monai():
     except ImportError: raise SystemExit('--vs=monai needs MONAI: pip install -r requirements-dev.txt')
     print(f'medians of {turns} runs in turn, on {device} in {dtype}{", compiled" * compile}, MONAI {monai.__version__}\n\n'
           '| network, batch 1 | ms: here / MONAI | ratio | MiB: here / MONAI | ratio |\n| --- | --- | --- | --- | --- |')
-    for what, title in (('vae', f'MAISI autoencoder, {side}^3, forward and backward'), ('decode', f'MAISI decoder to {side}^3, forward'),
-                        ('unet', f'MAISI U-Net, 4x{latent_side}^3, forward and backward'), ('critic', f'PatchGAN, {side}^3, forward and backward')):
+    for case, what, title in (('vae', 'vae', f'MAISI autoencoder, {side}^3, forward and backward'), ('whole', 'decode', f'MAISI decoder to {side}^3, forward'),
+                              ('unet', 'unet', f'MAISI U-Net, 4x{latent_side}^3, forward and backward'), ('critic', 'critic', f'PatchGAN, {side}^3, forward and backward')):
+        if case not in cases: continue
         found = {'nanomri': [], 'monai': []}
         for _ in range(turns):
             for who in found:

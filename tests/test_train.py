@@ -15,7 +15,7 @@ from common import load_checkpoint
 from data import Sessions
 from model import from_checkpoint
 
-SHORT = ['--iters_3d=4', '--iters_2d=3', '--cross_start=1', '--cross_ramp=2', '--adv_start=1', '--eval_interval=100']
+SHORT = ['--iters_3d=4', '--iters_2d=3', '--cross_start=1', '--cross_ramp=2', '--adv_start=1', '--eval_interval=100', '--eval_sessions=1']
 
 def train(data, out, *args):
     play('train_vae.py', *TINY, *SHORT, f'--data_dir={data}', f'--out_dir={out}', *args)
@@ -40,7 +40,7 @@ def assert_same_run(a, b, out_a, out_b):
 def test_every_config_trains_saves_and_resumes(config, tiny_data, tmp_path):
     """Smoke: two steps on volumes and one on slices where there are phases, then a resume of one more."""
     settings = runpy.run_path(os.path.join(ROOT, 'config', config))
-    args = [f'{ROOT}/config/{config}', *TINY, *SHORT, '--iters_3d=2', '--eval_sessions=1', f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/out']
+    args = [f'{ROOT}/config/{config}', *TINY, *SHORT, '--iters_3d=2', f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/out']
     if 'FLAIR' in settings.get('modalities', ()): args.append('--modalities=T1w,T2w')
     if settings.get('kind') == 'convvae':
         levels = len(settings.get('widths', (0,) * 4))
@@ -81,8 +81,8 @@ def test_grad_accumulation_of_equal_parts_equals_one_batch(tiny_data, tmp_path):
                                        '--w_perc=0.1', '--perceptual=random', '--patch=32,32,32', '--iters=4', '--augment=True']])
 def test_two_processes_equal_one_on_the_joined_batch(kind, tiny_data, tmp_path):
     """Cross and adversarial losses on, sessions that lack a modality, an uneven validation set, volumes then slices; ConvVAE with GANs."""
-    one = train(tiny_data, tmp_path / 'one', *kind, '--batch_size_2d=16')
-    args = [*TINY, *SHORT, *kind, f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/two', '--batch_size=1', '--batch_size_2d=8']
+    one = train(tiny_data, tmp_path / 'one', *kind, '--batch_size_2d=16', '--eval_sessions=-1')
+    args = [*TINY, *SHORT, *kind, '--eval_sessions=-1', f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/two', '--batch_size=1', '--batch_size_2d=8']
     done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29512', 'train_vae.py', *args],
                           cwd=ROOT, capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stderr

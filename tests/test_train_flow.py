@@ -16,7 +16,7 @@ from losses import ms_ssim
 from model import encoder_hash, from_checkpoint
 
 FLOW = ['--widths=8,16', '--res_blocks=1', '--attention=False,True', '--head_width=8', '--batch_size=2', '--iters=4', '--log_interval=1', '--device=cpu']
-KL = [*TINY, '--kind=convvae', '--widths=16,16', '--latent_dim=3', '--w_ssim=0', '--w_kl=1e-3', '--iters=2']
+KL = [*TINY, '--kind=convvae', '--widths=16,16', '--latent_dim=3', '--w_ssim=0', '--w_kl=1e-3', '--iters=2', '--eval_sessions=1']
 
 def train_vae(data, out, *args):
     play('train_vae.py', *(args or KL), f'--data_dir={data}', f'--out_dir={out}')

@@ -212,7 +212,7 @@ def case_vae():
     measure(f'MAISI-VAE, {batch} x {side}^3', training(net, loss), batch * side ** 3, (net.encoder, net.decoder))
 
 def case_whole():
-    """A whole volume in and out, slab by slab on a GPU."""
+    """A whole volume in and out, and out slab by slab."""
     shape = (128, 256, 128) if big else (side,) * 3
     net = networks.ConvVAE(networks.ConvVAEConfig()).to(device, memory_format=torch.channels_last_3d).eval()
     x, z = torch.rand(1, 1, *shape, device=device), torch.randn(1, *net.latent_shape(shape), device=device)
@@ -268,7 +268,7 @@ def case_processes():
     """Throughput of two processes of one thread over twice that of one, gradients averaged; on a CPU only."""
     if big: return
     def run(n):
-        args = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={n}', '--master_port=29517', __file__, '--only=process x', '--device=cpu', f'--repeats={repeats}']
+        args = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={n}', '--master_port=29517', __file__, '--only=process', '--device=cpu', f'--repeats={repeats}']
         return last_json(args, os.environ | {'OMP_NUM_THREADS': '1'})['ms']
     one, two = run(1), run(2)
     print(f'\none process {one:.0f} ms a step, two {two:.0f} ms for twice the volumes: scaling efficiency {one / two:.0%}\n\n{HEAD}')
@@ -380,7 +380,7 @@ if __name__ == '__main__':
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     if only:
-        what, who = only.split()
+        what, _, who = only.partition(' ')
         found = one_process() if what == 'process' else contest(what, who == 'nanomri')
         if rank == 0: print(json.dumps(found))
         stop_processes()

@@ -4,7 +4,6 @@ A batch is a function of (seed, rank, step) alone, so a resumed run goes on with
 see the batch that one process would see. Array axes are (D, H, W) = (left-right, posterior-anterior, inferior-superior).
 """
 import csv
-import hashlib
 import json
 import os
 import zlib
@@ -55,13 +54,24 @@ def read_index(data_dir, modalities, split=None):
     if not rows: refuse(f"no session of {', '.join(modalities)} in split '{split}'")
     return rows, first
 
-def digest(data_dir):
-    """16 hex digits of subjects.tsv and dataset.json of every folder, by which a resumed run knows its data."""
-    found = hashlib.sha256()
-    for folder in data_dir.split(','):
-        for name in ('subjects.tsv', 'dataset.json'):
-            with open(os.path.join(folder, name), 'rb') as f: found.update(f.read())
-    return found.hexdigest()[:16]
+def fingerprint(data_dir):
+    """{what: checksum} of dataset.json and of every session's row, by which a resumed run knows its data and can tell what changed."""
+    found, folders = {}, data_dir.split(',')
+    for k, folder in enumerate(folders):
+        of = f'data set {k + 1}: ' * (len(folders) > 1)
+        with open(os.path.join(folder, 'dataset.json'), 'rb') as f: found[f'{of}dataset.json'] = zlib.crc32(f.read())
+        with open(os.path.join(folder, 'subjects.tsv'), newline='') as f:
+            for row in csv.DictReader(f, delimiter='\t'): found[f"{of}{row['subject']} {row['session']}"] = zlib.crc32(repr(row).encode())
+    return found
+
+def refuse_other_data(there, data_dir, path):
+    """SystemExit that says what differs if data_dir is not what the run of the checkpoint at `path`, with fingerprint `there`, has seen."""
+    here = fingerprint(data_dir)
+    kinds = {'changed': [k for k in there if k in here and there[k] != here[k]], 'gone': [k for k in there if k not in here], 'new': [k for k in here if k not in there]}
+    differ = [f'{len(names)} {kind} ({", ".join(names[:3])}{", ..." * (len(names) > 3)})' for kind, names in kinds.items() if names]
+    if differ:
+        raise SystemExit(f'--init_from=resume: {data_dir} is not what {path} was trained on: {"; ".join(differ)}; '
+                         'restore it, or begin a new run')
 
 def as_float(stored):
     """A stored volume, or part of one, as float32 in [0, 1]; 8-bit ones hold 255 times that."""

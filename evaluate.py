@@ -67,6 +67,10 @@ Mean +- standard deviation over subjects, the sessions of a subject averaged fir
 DFT: decoder fine-tuned on a frozen encoder. cos_raw: mean absolute cosine of channel pairs, means included; pearson_abs: the same of
 centred channels. Effective rank: exp of the entropy of the explained variance, whose covariance is that of pearson_abs."""
 
+def load(test, i, m):
+    """Scan of session i, modality index m, as (1,1,D,H,W) on the device."""
+    return torch.tensor(test.volume(i, m), device=device)[None, None]
+
 # ---------------------------------------------------------------- reference rows
 
 def dct_codec(x, bits):
@@ -109,14 +113,14 @@ def nearest_training_scan(train, m, targets):
     small = lambda v: torch.nn.functional.avg_pool3d(torch.tensor(np.asarray(v, np.float32))[None], block)[0].flatten()
     scans = [i for i, k in train.scans if k == m]
     library = torch.stack([small(train.volume(i, m)) for i in tqdm(scans, desc='nearest scan', leave=False)])
-    return [np.asarray(train.volume(scans[int((library - small(t)).square().mean(1).argmin())], m), np.float32) for t in targets]
+    return [train.volume(scans[int((library - small(t)).square().mean(1).argmin())], m) for t in targets]
 
 def reference_rows(test, train, n, rates):
     """Scores of what costs nothing to learn, per row and modality: lists of (subject, scores). rates: bits for the codec's rows."""
     rows = {}
     for m, name in enumerate(test.modalities):
         sessions = [i for i in range(n) if m in test.present(i)]
-        volumes = [np.asarray(test.volume(i, m), np.float32) for i in sessions]
+        volumes = [test.volume(i, m) for i in sessions]
         mean = training_mean(train, m).astype(np.float32)
         guesses = {'population mean of the training set': [mean] * len(volumes),
                    'nearest training scan': nearest_training_scan(train, m, volumes),
@@ -140,7 +144,7 @@ def judge(model, test, n):
         subject, x = test.rows[i]['subject'], {}
         with autocast(device, dtype):
             for m in test.present(i):
-                x[m] = torch.tensor(test.volume(i, m), dtype=torch.float32, device=device)[None, None]
+                x[m] = load(test, i, m)
                 total = total + moments(model.latent(x[m], m))
                 logvar = model.posterior(x[m])[1]
                 if logvar is not None: sigmas.append(torch.exp(0.5 * logvar.float()).mean().item())
@@ -185,7 +189,7 @@ def frechet_rows(models, n):
     except (SystemExit, ValueError) as e: return 'not computed', [{'row': 'rFID, gFID', 'modality': '', 'reason': str(e)}]
     rows, real = [], {}
     def volumes(test, m, keep=lambda i: True):
-        return (torch.tensor(test.volume(i, m), dtype=torch.float32, device=device)[None, None] for i in range(n) if m in test.present(i) and keep(i))
+        return (load(test, i, m) for i in range(n) if m in test.present(i) and keep(i))
     def add(row, modality, make):
         try: rows.append({'row': row, 'modality': modality} | make())
         except ValueError as e: rows.append({'row': row, 'modality': modality, 'reason': str(e)})
@@ -235,7 +239,7 @@ def diversity_rows(models, n):
         for m, modality in enumerate(known):
             first_scans = {test.rows[i]['subject']: i for i in reversed(range(n)) if m in test.present(i)}.values()  # one per subject
             sets = {name: lambda: read_generated(folder, modality)}
-            if modality not in seen: sets = {'real': lambda: (torch.tensor(test.volume(i, m), dtype=torch.float32, device=device)[None, None] for i in first_scans)} | sets
+            if modality not in seen: sets = {'real': lambda: (load(test, i, m) for i in first_scans)} | sets
             seen.add(modality)
             for row, volumes in sets.items():
                 try: rows.append({'row': row, 'modality': modality} | ms_ssim_of_pairs(volumes()))
@@ -276,9 +280,9 @@ def anatomy(find, model, test, m, n, truth):
     """Mean Dice and, per scan, Dice and volumes of each structure, of modality index m. find: a segmenter; truth: label maps by (session, modality), filled."""
     found, modality = [], test.modalities[m]
     for i in tqdm([i for i in range(n) if m in test.present(i)], desc=f'segmenting {modality}', leave=False):
-        x = np.array(test.volume(i, m), np.float32)
+        x = test.volume(i, m)
         if (i, modality) not in truth: truth[i, modality] = given_labels(test.rows[i]) if labels else find(x, test.voxel_mm)
-        with torch.no_grad(): x_hat = model.reconstruct(torch.from_numpy(x)[None, None].to(device), m).float().clamp(0, 1)[0, 0].cpu().numpy()
+        with torch.no_grad(): x_hat = model.reconstruct(load(test, i, m), m).float().clamp(0, 1)[0, 0].cpu().numpy()
         ours, real = find(np.where(x > 0, x_hat, 0), test.voxel_mm), truth[i, modality]
         present = [label for label in np.unique(real) if label in FOREGROUND]
         found.append({'subject': test.rows[i]['subject'], 'dice': {NAME_OF[k]: v for k, v in dice(ours, real, present).items()},
@@ -329,7 +333,7 @@ def probe_rows(models, n):
         scans = [(i, m) for i, m in test.scans if i < n]
         whole, anatomy_latent = [], []
         for i, m in tqdm(scans, desc='latents', leave=False):
-            x = torch.tensor(test.volume(i, m), dtype=torch.float32, device=device)[None, None]
+            x = load(test, i, m)
             with torch.no_grad():
                 whole.append(model.latent(x, m)[0].cpu())
                 if hasattr(model, 'translate'): anatomy_latent.append(model.encode(x)[0][0].cpu())
@@ -347,7 +351,7 @@ def probe_rows(models, n):
             if 'latent' in probe_networks: add(name, 'SEResNet-152', f'latent, {of}', probe, lambda: network(whole.__getitem__, keep))
             if 'volume' in probe_networks and of not in on_volumes:
                 on_volumes.add(of)
-                volume = lambda k: torch.tensor(test.volume(*scans[k]), dtype=torch.float32)[None]
+                volume = lambda k: torch.tensor(test.volume(*scans[k]))[None]
                 add('the scans', 'SEResNet-152', f'volume, {of}', probe, lambda: network(volume, keep))
         for a, b in combinations(known, 2) if anatomy_latent else ():
             add(name, 'linear', 'z_anat', f'modality: {a} or {b}', lambda: linear(anatomy_latent, modality, np.flatnonzero(np.isin(modality, (a, b)))))
@@ -384,6 +388,7 @@ def cell(summary):
     return f"{summary['mean']:.{digits}f} +- {summary['sd']:.{digits}f}"
 
 def interval(summary):
+    """The 95 % interval of the mean."""
     if not summary: return ''
     digits = 2 if abs(summary['mean']) >= 1 else 4
     return f"{summary['ci95'][0]:.{digits}f} to {summary['ci95'][1]:.{digits}f}"
@@ -437,8 +442,8 @@ def reconstructions(models):
     if i is None: return []
     blocks = []
     for m, modality in enumerate(names):
-        x = np.asarray(test.volume(i, m), np.float32)
-        block, batch = [(f'{modality} input', x)], torch.tensor(x, device=device)[None, None]
+        x = test.volume(i, m)
+        block, batch = [(f'{modality} input', x)], load(test, i, m)
         for name, model, known, _ in models:
             if modality not in known: continue
             with autocast(device, dtype): x_hat = model.reconstruct(batch, known.index(modality)).float().clamp(0, 1)[0, 0].cpu().numpy()
@@ -453,7 +458,7 @@ def embed_latents(models, n):
     for name, model, known, _ in models:
         test, z, brain = Sessions(data_dir, known, split), [], []
         for i, m in [(i, m) for i, m in test.scans if i < n][:20]:
-            x = torch.tensor(test.volume(i, m), dtype=torch.float32, device=device)[None, None]
+            x = load(test, i, m)
             latent = model.posterior(x)[0][0].cpu()
             z.append(latent.flatten(1).T)
             brain.append(torch.nn.functional.interpolate((x.cpu() > 0).float(), size=latent.shape[1:], mode='area').flatten() > 0.5)

@@ -1,4 +1,4 @@
-"""A look at every scan before anything is made of them: prepare.py --dry_run=True."""
+"""A look at every scan as it is, before any mask or registration and before data are made: prepare.py --dry_run=True."""
 import os
 import zlib
 from collections import Counter, defaultdict

@@ -6,7 +6,7 @@
     python prepare.py --source=folder --root=/path/to/nii  --out_dir=data/mine              # names that hold subject and modality
     python prepare.py --source=pattern --root=/path --pattern='{subject}/{session}/*/{modality}.nii.gz' --out_dir=data/mine
     python prepare.py --source=labelmaps --root=/path/to/maps --n=500 --out_dir=data/labelmaps  # images made from label maps
-    python prepare.py config/data_ixi.py --root=/path/to/IXI --dry_run=True                 # look first, write nothing
+    python prepare.py config/data_ixi.py --root=/path/to/IXI --dry_run=True                 # look first, make nothing
 
 Writes out_dir/sub-XX_ses-XX_MODALITY.npy (D,H,W) in [0,1], subjects.tsv, dataset.json, checksums.json and report.txt. Start it again after an
 interruption: what is written stays. See nifti.py for what happens to a scan.
@@ -93,17 +93,20 @@ def save_npy(path, array):
 def facts_path(s, subject, session):
     return os.path.join(s['out_dir'], '.facts', f'{subject}_{session}.json')
 
+def no_facts(subject, session):
+    """What is known of a session before anything is made of it: files, checksums, spacings, ... by modality; what went wrong."""
+    return {'subject': subject, 'session': session, 'files': {}, 'checksums': {}, 'lost': 0.0, 'skipped': [], 'orientation': {}, 'spacing': {},
+            'estimated': [], 'registered': []}
+
 def make_phantom(s, subject, session, index):
     p = synth.phantom(index, tuple(s['shape']), s['seed'], tuple(s['modalities']))
-    facts = {'subject': p['subject'], 'session': p['session'], 'sex': p['sex'], 'age': f"{p['age']:.1f}", 'files': {}, 'checksums': {}, 'lost': 0.0,
-             'skipped': [], 'orientation': {}, 'spacing': {}, 'estimated': []}
+    facts = no_facts(subject, session) | {'sex': p['sex'], 'age': f"{p['age']:.1f}"}
     write_images(s, facts, p['images'], p['labels'])
     return facts
 
 def make_from_labels(s, subject, session, job):
     """One deformed variant of a label map, and images made from it; a map that cannot be used is left out with its reason. job: (path, number)."""
-    path, number = job
-    facts = {'subject': subject, 'session': session, 'files': {}, 'checksums': {}, 'lost': 0.0, 'skipped': [], 'orientation': {}, 'spacing': {}, 'estimated': []}
+    (path, number), facts = job, no_facts(subject, session)
     try:
         volume, affine, native = nifti.read(path)
         v = synth.variant(volume.astype(np.int16), np.sqrt((affine[:3, :3] ** 2).sum(0)), s['shape'], s['spacing_mm'], tuple(s['modalities']), (s['seed'], number), s['thickness_mm'])
@@ -144,18 +147,19 @@ def brain_of(s, subject, session, modality, path):
     return volume, affine, native, None
 
 def register_scans(good, notes):
-    """Move the affines of a session's later scans onto its first one; good: [(modality, volume, affine, ...)]. Poor results are noted and left out."""
-    fixed, lines = good[0], []
+    """Move the affines of a session's later scans onto its first one; good: [(modality, volume, affine, ...)], changed in place.
+
+    notes: gets a line per scan; where registration fails the scan keeps its affine.
+    """
+    fixed = good[0]
     for k, (modality, volume, affine, *rest) in enumerate(good[1:], 1):
         new, facts = register_rigidly(fixed[1], fixed[2], volume, affine)
         good[k] = (modality, volume, new, *rest)
-        lines.append(f"{modality} moved {facts['moved_mm']:.1f} mm, likeness {facts['nmi_before']:.3f} -> {facts['nmi_after']:.3f}" + (f", NOT USED: {facts['reason']}" if facts['reason'] else ''))
-    notes += lines
+        notes.append(f"{modality} moved {facts['moved_mm']:.1f} mm, likeness {facts['nmi_before']:.3f} -> {facts['nmi_after']:.3f}" + (f", NOT USED: {facts['reason']}" if facts['reason'] else ''))
 
 def make_session(s, subject, session, scans):
     """Read, conform and write one session's scans; a scan that cannot be used is left out with its reason."""
-    facts = {'subject': subject, 'session': session, 'files': {}, 'checksums': {}, 'lost': 0.0, 'skipped': [], 'orientation': {}, 'spacing': {}, 'estimated': [], 'registered': []}
-    good = []
+    facts, good = no_facts(subject, session), []
     for modality in sorted(scans, key=lambda m: (ORDER.index(m) if m in ORDER else len(ORDER), m)):
         try: good.append((modality, *brain_of(s, subject, session, modality, scans[modality])))
         except ValueError as e: facts['skipped'].append(str(e))
@@ -217,7 +221,7 @@ def split_of(subject, fractions, seed):
     return 'train' if place < fractions[0] else 'val' if place < fractions[0] + fractions[1] else 'test'
 
 def claim_out_dir(s):
-    """Write dataset.json, or refuse if the folder holds data of other settings."""
+    """The settings that make the data what they are; refused if the folder holds data of others, written to dataset.json if it holds none."""
     path = os.path.join(s['out_dir'], 'dataset.json')
     keep = {k: list(v) if isinstance(v, tuple) else v for k, v in s.items() if k in ('source', *BOX, 'dtype', 'split', 'seed')}
     if os.path.exists(path):
@@ -227,6 +231,7 @@ def claim_out_dir(s):
         for k, v in keep.items():
             if old.get(k) != v: raise SystemExit(f"{s['out_dir']}: holds data made with {k}={old.get(k)}, not {v}; choose another --out_dir or delete it")
     make_out_dir(os.path.join(s['out_dir'], '.facts'))
+    if not os.path.exists(path): write_text(path, json.dumps(keep, indent=1))
     return keep
 
 def report(facts, table, notes):
@@ -243,7 +248,7 @@ def report(facts, table, notes):
     lines += [f'warning: no subject in split {p}; give --split, more subjects, or a split column' for p in ('train', 'val', 'test') if not splits[p]]
     if cropped: lines.append(f'{len(cropped)} brains did not fit the box; most was lost of {cropped[0][1]}: {cropped[0][0]:.1%} of its voxels')
     if estimated: lines += [f'warning: {len(estimated)} scans have no zero background; taken as raw head scans, masked by a threshold:', *[f'  {p}' for p in estimated[:20]]]
-    moved = [f"  {f['subject']} {f['session']}: {line}" for f in facts for line in f.get('registered', ())]
+    moved = [f"  {f['subject']} {f['session']}: {line}" for f in facts for line in f['registered']]
     if moved: lines += [f'{len(moved)} scans registered, {sum("NOT USED" in line for line in moved)} of them without success:', *moved[:50]]
     if notes: lines += [f'{len(notes)} files not used:', *[f'  {line}' for line in notes[:50]]]
     lines += [f'{len(skipped)} scans skipped:', *[f'  {line}' for line in skipped]] if skipped else ['no scan was skipped']
@@ -312,7 +317,6 @@ def main(s):
     part, parts = parse_shard(s['shard'])
     jobs = jobs[part::parts]
     keep = claim_out_dir(s)
-    write_text(os.path.join(s['out_dir'], 'dataset.json'), json.dumps(keep, indent=1))
 
     facts, coming = [], run_all(work, s, jobs)
     try:

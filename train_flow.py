@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from common import (all_reduce_mean, autocast, catch_signals, check_finite, configure, explain_failures, git_commit, load_checkpoint, make_out_dir, open_log,
                     peak_flops, print0, refuse_changes, save_checkpoint, start_processes, stop_processes, update_average)
-from data import digest, prefetch
+from data import fingerprint, prefetch, refuse_other_data
 from figures import views
 from flow import draw_times, flow_matching_loss, sample
 from latents import Latents, encode_sessions
@@ -125,7 +125,7 @@ def save(name):
     save_checkpoint(os.path.join(out_dir, name), {
         'model': raw_model.state_dict(), 'ema': ema.state_dict() if ema else None, 'optimizer': optimizer.state_dict(),
         'model_args': model_args(raw_model), 'config': config, 'data': vae_checkpoint['data'], 'voxel_mm': vae_checkpoint['voxel_mm'], 'latent_shape': train_set.shape,
-        'conditions': train_set.conditions, 'encoder_hash': train_set.encoder_hash, 'data_digest': digest(data_dir), 'world': world, 'iter_num': it, 'best_val': best_val, 'git_commit': git_commit()})
+        'conditions': train_set.conditions, 'encoder_hash': train_set.encoder_hash, 'fingerprint': fingerprint(data_dir), 'world': world, 'iter_num': it, 'best_val': best_val, 'git_commit': git_commit()})
 
 if __name__ == '__main__':
     config = configure(globals(), sys.argv[1:])
@@ -171,7 +171,7 @@ if __name__ == '__main__':
         if resumed['model_args'] != model_args(raw_model) or resumed.get('encoder_hash') != train_set.encoder_hash:
             raise SystemExit(f'--init_from=resume: {out_dir}/ckpt.pt is of another network or of the latents of another autoencoder')
         if not resume_changed: refuse_changes(resumed, config, world, NOT_RESULTS)
-        if resumed['data_digest'] != digest(data_dir): raise SystemExit(f'--init_from=resume: {data_dir}/subjects.tsv or dataset.json is not what {out_dir}/ckpt.pt was trained on')
+        refuse_other_data(resumed['fingerprint'], data_dir, f'{out_dir}/ckpt.pt')
         raw_model.load_state_dict(resumed['model'])
     elif init_from != 'scratch': raise SystemExit(f'--init_from={init_from}: scratch or resume')
     layout = torch.channels_last_3d if device.startswith('cuda') else torch.contiguous_format  # on a CPU small grids are faster so

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from common import (all_reduce_mean, autocast, catch_signals, check_finite, configure, explain_failures, git_commit, load_checkpoint, make_out_dir, open_log,
                     peak_flops, print0, refuse_changes, save_checkpoint, start_processes, stop_processes, update_average)
-from data import Sessions, digest, prefetch
+from data import Sessions, fingerprint, prefetch, refuse_other_data
 from losses import (ModalityClassifier, PatchDiscriminator, adversarial_loss, cov_loss, generator_loss, grad_reverse, kl_loss,
                     perceptual_loss, psnr, random_slices, reconstruction_loss, sid_loss, ssim, var_loss)
 from model import KINDS, model_args, step_flops
@@ -160,8 +160,8 @@ def redraw(batch):
     draws = [torch.Generator().manual_seed((seed << 44) + (1 << 43) + place) for place in batch['place'].tolist()]
     chosen = torch.tensor([torch.rand((), generator=g).item() < synthesise for g in draws])
     if not chosen.any(): return batch['x']
-    x, k = batch['x'].clone(), chosen.nonzero()[:, 0].tolist()
-    x[k] = render(batch['labels'][k].long(), [modalities[batch['modality'][i]] for i in k], [draws[i] for i in k])
+    x, k, modality = batch['x'].clone(), chosen.nonzero()[:, 0].tolist(), batch['modality'].tolist()
+    x[k] = render(batch['labels'][k].long(), [modalities[modality[i]] for i in k], [draws[i] for i in k])
     return x
 
 def neuroquant_objective(batch, what, it):
@@ -249,7 +249,7 @@ def save(name):
         'classifier': classifier.state_dict() if classifier else None, 'optimizer': optimizer.state_dict(),
         'critics': critics.state_dict(), 'critic_optimizer': critic_optimizer.state_dict() if critics else None,
         'model_args': model_args(raw_model), 'config': config,
-        'data': train_set.box, 'data_digest': digest(data_dir), 'voxel_mm': train_set.voxel_mm, 'world': world, 'iter_num': it, 'best_val': best_val, 'git_commit': git_commit()})
+        'data': train_set.box, 'fingerprint': fingerprint(data_dir), 'voxel_mm': train_set.voxel_mm, 'world': world, 'iter_num': it, 'best_val': best_val, 'git_commit': git_commit()})
 
 if __name__ == '__main__':
     config = configure(globals(), sys.argv[1:])
@@ -267,15 +267,15 @@ if __name__ == '__main__':
     if kind == 'convvae' and bottleneck == 'vq' and max(w_kl, w_sid, w_cov, w_var) > 0: raise SystemExit("w_kl, w_sid, w_cov and w_var need bottleneck='kl'")
     if device == 'cpu': dtype, compile = 'float32', False
     explain_failures(f'batch_size={batch_size} (raise grad_accum for it), batch_size_2d={batch_size_2d}, patch={patch} or set checkpointing=True')
-    if synthesise > 0 and (augment or not all(m in TISSUE or is_random(m) for m in modalities)):
-        raise SystemExit(f"--synthesise={synthesise}: for modalities {', '.join(TISSUE)}, random1, random2, ..., and not with augment")
+    if synthesise > 0 and (augment or (kind == 'convvae' and dims == 2) or not all(m in TISSUE or is_random(m) for m in modalities)):
+        raise SystemExit(f"--synthesise={synthesise}: for volumes of {', '.join(TISSUE)}, random1, random2, ..., not with dims=2 or augment")
     if temperature < 1: raise SystemExit(f'--temperature={temperature}: 1 or more')
     stop = min(max_iters, iters if kind == 'convvae' else iters_3d + (iters_2d if joint == 'sequential' else 0))
 
     # ------------------------------------------------------------ data
     if rank == 0:
         make_out_dir(out_dir)
-        if prepare and not os.path.exists(os.path.join(data_dir, 'subjects.tsv')):
+        if prepare and ',' not in data_dir and not os.path.exists(os.path.join(data_dir, 'subjects.tsv')):
             here = os.path.dirname(os.path.abspath(__file__))
             made = subprocess.run([sys.executable, os.path.join(here, 'prepare.py'), *shlex.split(prepare), f'--out_dir={data_dir}'])
             if made.returncode: raise SystemExit(f'{data_dir}: prepare.py {prepare} did not finish')
@@ -315,8 +315,7 @@ if __name__ == '__main__':
         raw_model.load_state_dict(start['model'] if init_from == 'resume' else start['ema'] or start['model'])  # what is judged goes on
         if init_from == 'resume': resumed = start
         if resumed and not resume_changed: refuse_changes(resumed, config, world, NOT_RESULTS)
-        if resumed and resumed['data_digest'] != digest(data_dir):
-            raise SystemExit(f'--init_from=resume: {data_dir}/subjects.tsv or dataset.json is not what {out_dir}/ckpt.pt was trained on; to go on with other data use --init_from={out_dir}/ckpt.pt')
+        if resumed: refuse_other_data(resumed['fingerprint'], data_dir, f'{out_dir}/ckpt.pt')
     raw_model.to(device, memory_format=torch.channels_last if kind == 'convvae' and dims == 2 else torch.channels_last_3d)
     if classifier: classifier.to(device)
     critics.to(device)

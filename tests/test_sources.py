@@ -158,7 +158,8 @@ def test_shards_and_a_last_call_give_what_one_call_gives(tmp_path):
     times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / 'parts').glob('sub-*.npy')}
     assert prepare('folder', tmp_path / 'a', tmp_path / 'parts').returncode == 0 and len(times) == 5
     assert times == {p.name: p.stat().st_mtime_ns for p in (tmp_path / 'parts').glob('sub-*.npy')}
-    for name in ('subjects.tsv', 'checksums.json', 'report.txt'): assert (tmp_path / 'whole' / name).read_text() == (tmp_path / 'parts' / name).read_text()
+    assert 'shard 0/2' in prepare('folder', tmp_path / 'a', tmp_path / 'parts', '--shard=0/2').stdout  # a late job spoils nothing
+    for name in ('subjects.tsv', 'checksums.json', 'report.txt', 'dataset.json'): assert (tmp_path / 'whole' / name).read_text() == (tmp_path / 'parts' / name).read_text()
 
 # ---------------------------------------------------------------- the look before
 

@@ -135,7 +135,7 @@ PREPARED = {  # kind: what spoils the data or the run folder, words of the refus
     'volume that is no array': (lambda d, o: [p.write_text('hello') for p in d.glob('*.npy')], ['.npy', 'unreadable']),
     'volume of another size': (lambda d, o: [np.save(p, np.zeros((4, 4, 4), np.float32)) for p in d.glob('*.npy')], ['(4, 4, 4)', '(32, 48, 32)']),
     'a flipped bit': (lambda d, o: flip_a_bit(d), ['.npy', 'checksum']),
-    'another dataset': (lambda d, o: spoil(d / 'subjects.tsv', '\t30', '\t31'), ['is not what']),
+    'another dataset': (lambda d, o: spoil(d / 'subjects.tsv', 'F\t30', 'F\t31'), ['is not what', '12 changed (sub-00 ses-01, ']),
     'no checkpoint': (lambda d, o: (o / 'ckpt.pt').unlink(), ['ckpt.pt', 'no such checkpoint']),
     'checkpoint cut short': (lambda d, o: os.truncate(o / 'ckpt.pt', 3000), ['ckpt.pt', 'not a readable checkpoint']),
     'checkpoint with code': (lambda d, o: pickle_with_code(o / 'ckpt.pt'), ['ckpt.pt', 'not a readable checkpoint']),

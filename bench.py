@@ -9,6 +9,7 @@ Times are medians of `repeats` runs after a warm-up, in milliseconds, with the s
 convolutions, products and attentions over time and the measured rate of a large matrix product. The floor of a step is the longer
 of two times: those FLOP at that rate, and their operands, each read or written once, at the measured rate of a copy.
 """
+import itertools
 import json
 import math
 import os
@@ -18,23 +19,26 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, register_flop_formula
 
 import model as networks
 from common import all_reduce_mean, autocast, configure, load_checkpoint, save_checkpoint, start_processes, stop_processes
-from data import Sessions
+from data import Sessions, prefetch
 from flow import flow_matching_loss, sample
 from losses import PatchDiscriminator, adversarial_loss, kl_loss, reconstruction_loss
 from pretrained import load_maisi_unet, load_maisi_vae
 
 # ---------------------------------------------------------------- settings
-cases = ('neuroquant', 'slices', 'linear', 'vae', 'whole', 'unet', 'critic', 'loader', 'checkpoint', 'processes')  # of --vs=monai: vae, whole, unet, critic
+cases = ('memory', 'neuroquant', 'slices', 'linear', 'vae', 'whole', 'unet', 'critic', 'loader', 'checkpoint', 'processes')  # of --vs=monai: vae, whole, unet, critic
 vs = ''                  # 'monai'
 samplers = ''            # checkpoint of a flow
 size = 0                 # side of the cube of vae, of whole on a CPU and of --vs=monai; 0 picks 96 on a GPU, 48 on a CPU
@@ -107,6 +111,28 @@ def peak_memory(step):
 def resident():
     with open('/proc/self/statm') as f: return int(f.read().split()[1]) * resource.getpagesize()
 
+class Live(TorchDispatchMode):
+    """Adds up the bytes of the tensors that are alive, in blocks of 512 as CUDA's allocator does, and keeps the peak."""
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
+            key, size = storage._cdata, -(-storage.nbytes() // 512) * 512
+            if key in self.known: continue
+            self.known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, key, size)
+        return out
+
+    def forget(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
 HEAD = '| case | ms | spread | calls/s | Mvoxel/s | TFLOP | MFU | floor, ms | peak, MiB |\n' + '|' + ' --- |' * 9
 
 def measure(name, calls, voxels, compiled=()):
@@ -162,7 +188,7 @@ def neuroquant_facts(shape=(144, 192, 144)):
     return (f'NeuroQuant, {"x".join(map(str, shape))}: {tokens} tokens, {encode / 1e12:.3f} + {decode / 1e12:.3f} TFLOP to encode and decode, '
             f'{tail.get_total_flops() / (encode + decode):.0%} of it in the full-size tail')
 
-def neuroquant_step(shape, sessions):
+def neuroquant_step(shape, sessions, checkpointing, device):
     """NeuroQuant's default, and its loss on sessions of two modalities with both swaps, as config/neuroquant.py trains it."""
     net = networks.NeuroQuant(networks.NeuroQuantConfig())
     for half in (net.encoder, net.decoder): half.checkpointing = checkpointing
@@ -174,10 +200,33 @@ def neuroquant_step(shape, sessions):
         return reconstruction_loss(out['x_hat'], x, 0.5) + 0.25 * out['commit'] + 0.5 * reconstruction_loss(out['x_cross'], x[swaps[:, 1]], 0.0)
     return net, loss
 
+def step_gib(shape, sessions, checkpointing):
+    """Peak GiB of NeuroQuant's training step, not compiled, in bfloat16: counted on tensors without content, norms in float32 as on a GPU."""
+    in_float = lambda norm: lambda x, *args, **kwargs: norm(x.float(), *args, **kwargs)
+    F = torch.nn.functional
+    with mock.patch.multiple(F, group_norm=in_float(F.group_norm), layer_norm=in_float(F.layer_norm)), FakeTensorMode(), Live() as live:
+        net, loss = neuroquant_step(shape, sessions, checkpointing, 'cpu')
+        optimizer = torch.optim.AdamW(net.train().parameters())
+        for _ in range(2):  # the second holds the optimiser's state too
+            with torch.autocast('cpu', torch.bfloat16): value = loss()
+            value.backward()
+            del value
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return live.peak / 2 ** 30
+
+def case_memory():
+    """What a card must hold for a training step at full size; needs neither the card nor the memory."""
+    print('\n| NeuroQuant, 144x192x144, bfloat16, not compiled | GiB | with checkpointing |\n| --- | --- | --- |')
+    for sessions in pairs or (1, 2, 4):
+        plain, recomputed = (step_gib((144, 192, 144), sessions, keep) for keep in (False, True))
+        print(f'| {sessions} x 2 volumes, both swaps | {plain:.1f} | {recomputed:.1f} |', flush=True)
+    print(f'\n{HEAD}')
+
 def case_neuroquant():
     shape = (144, 192, 144) if big else (48, 64, 48)
     for sessions in pairs or ((1, 2, 4) if big else (1,)):
-        net, loss = neuroquant_step(shape, sessions)
+        net, loss = neuroquant_step(shape, sessions, checkpointing, device)
         measure(f'NeuroQuant, {sessions} x 2 volumes of {"x".join(map(str, shape))}', training(net, loss), 2 * sessions * math.prod(shape), (net.encoder, net.decoder))
 
 def case_slices():
@@ -199,7 +248,7 @@ def case_linear():
     shape = (96, 96, 96) if big else (32, 48, 48)
     found = []
     for n in (1, 2):
-        net, loss = neuroquant_step((n * shape[0], *shape[1:]), 1)
+        net, loss = neuroquant_step((n * shape[0], *shape[1:]), 1, checkpointing, device)
         found.append(measure(f'NeuroQuant, 1 x 2 volumes of {"x".join(map(str, (n * shape[0], *shape[1:])))}', training(net, loss), 2 * n * math.prod(shape), (net.encoder, net.decoder)))
     print(f'\ntwice the voxels: {found[1]["training step"] / found[0]["training step"]:.2f} times the time\n\n{HEAD}')
 
@@ -234,7 +283,7 @@ def case_critic():
     measure(f'PatchGAN, {len(x)} x {side}^3', training(net, lambda: adversarial_loss(net(x), True)), x.numel(), (net,))
 
 def case_loader():
-    """Batches from memory-mapped files, without any network; from the page cache when the files are new."""
+    """Batches from memory-mapped files, without any network: one by one, as training gets them, and so with no file in the page cache (new ones are in it)."""
     with tempfile.TemporaryDirectory() as folder:
         where = data_dir or folder
         if not data_dir:
@@ -245,17 +294,24 @@ def case_loader():
             with open(os.path.join(folder, 'subjects.tsv'), 'w') as f: f.write('\n'.join(lines) + '\n')
             with open(os.path.join(folder, 'dataset.json'), 'w') as f: json.dump({'shape': shape, 'spacing_mm': 1.0, 'modalities': ['T1w', 'T2w']}, f)
         with open(os.path.join(where, 'dataset.json')) as f: known = tuple(json.load(f)['modalities'])
-        data, step = Sessions(where, known, 'train'), iter(range(10 ** 9))
-        print('\n| batch | ms | spread |\n| --- | --- | --- |')
+        data, step = Sessions(where, known, 'train'), itertools.count()
+        def run(make, n=10): return list(prefetch(make, itertools.islice(step, n), device))
+        print('\n| batch | ms, one by one | spread | prefetched | prefetched, cold |\n| --- | --- | --- | --- | --- |')
         for name, make in (('2 sessions, whole', lambda k: data.session_batch(2, 0, 0, 1, k)), ('2 patches of 96^3', lambda k: data.scan_batch(2, 0, 0, 1, k, (96, 96, 96))),
-                           ('128 slices', lambda k: data.slice_batch(128, 0, 0, 1, k))):
+                           ('2 patches of 96^3, augmented', lambda k: data.scan_batch(2, 0, 0, 1, k, (96, 96, 96), True)), *((f'128 slices across axis {axis}', lambda k, axis=axis: data.slice_batch(128, 0, 0, 1, k, axis)) for axis in range(3))):
             ms, spread = milliseconds(lambda: make(next(step)))
-            print(f'| {name} | {ms:.1f} | {spread:.1f} |')
+            all_ms, _ = milliseconds(lambda: run(make))
+            os.sync()
+            for scan in data.scans:
+                with open(data.path(*scan), 'rb') as f: os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            start = time.perf_counter()
+            run(make)
+            print(f'| {name} | {ms:.1f} | {spread:.1f} | {all_ms / 10:.1f} | {(time.perf_counter() - start) * 100:.1f} |')
         print(f'\n{HEAD}')
 
 def case_checkpoint():
     """What saving costs: weights, their average and the optimiser's state of NeuroQuant's default."""
-    net, loss = neuroquant_step((32, 48, 32), 1)
+    net, loss = neuroquant_step((32, 48, 32), 1, False, device)
     optimizer = torch.optim.AdamW(net.to(device).parameters(), fused=True)
     loss().backward()
     optimizer.step()
@@ -274,7 +330,7 @@ def case_processes():
     print(f'\none process {one:.0f} ms a step, two {two:.0f} ms for twice the volumes: scaling efficiency {one / two:.0%}\n\n{HEAD}')
 
 def one_process():
-    net, loss = neuroquant_step((32, 48, 32), 1)
+    net, loss = neuroquant_step((32, 48, 32), 1, False, device)
     net.train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
     def step():

@@ -90,22 +90,22 @@ def draw(n, place, seed):
     epoch, position = divmod(place, n)
     return int(shuffled(n, seed, epoch)[position])
 
-def augment(volume, rng):
-    """A random variant of a (D,H,W) volume, float32 in [0, 1], background 0: left-right flip, bias field, gamma, rotation, zoom.
+def augmented(volume, start, size, rng):
+    """A random variant of the patch of `size` at `start` of a stored (D,H,W) volume: float32 in [0, 1], background 0.
 
-    Flip with probability 0.5, each other with 0.3. Bias: exp of a random cosine field within +-0.3; gamma 0.7 to 1.5; rotation
-    within 6 degrees about each axis and zoom 0.9 to 1.1 in one linear interpolation.
+    Left-right flip with probability 0.5, each other with 0.3. Rotation within 6 degrees about each axis and zoom 0.9 to 1.1 about
+    the volume's centre, in one linear interpolation; bias: exp of a random cosine field within +-0.3; gamma 0.7 to 1.5.
     """
-    x = np.asarray(volume, np.float32)
-    if rng.random() < 0.5: x = x[::-1]
-    if rng.random() < 0.3:
-        waves = [np.cos(np.pi * rng.uniform(0.5, 2) * np.linspace(0, 1, n) + rng.uniform(0, 2 * np.pi)) for n in x.shape]
-        x = x * np.exp(rng.uniform(-0.3, 0.3) * np.einsum('i,j,k->ijk', *waves)).astype(np.float32)
-    if rng.random() < 0.3: x = np.clip(x, 0, 1) ** np.float32(np.exp(rng.uniform(np.log(0.7), np.log(1.5))))
+    if rng.random() < 0.5: volume = volume[::-1]
     if rng.random() < 0.3:
         turn = Rotation.from_euler('xyz', rng.uniform(-6, 6, 3), degrees=True).as_matrix() / rng.uniform(0.9, 1.1)
-        centre = (np.array(x.shape) - 1) / 2
-        x = ndimage.affine_transform(x, turn, centre - turn @ centre, order=1)
+        centre = (np.array(volume.shape) - 1) / 2
+        x = ndimage.affine_transform(as_float(volume), turn, centre + turn @ (start - centre), size, order=1)
+    else: x = as_float(volume[tuple(slice(s, s + n) for s, n in zip(start, size))])
+    if rng.random() < 0.3:
+        waves = [np.cos(np.pi * rng.uniform(0.5, 2) * np.linspace(0, 1, n)[s:s + k] + rng.uniform(0, 2 * np.pi)) for s, k, n in zip(start, size, volume.shape)]
+        x = x * np.exp(rng.uniform(-0.3, 0.3) * np.einsum('i,j,k->ijk', *waves)).astype(np.float32)
+    if rng.random() < 0.3: x = np.clip(x, 0, 1) ** np.float32(np.exp(rng.uniform(np.log(0.7), np.log(1.5))))
     return np.clip(x, 0, 1)
 
 class Sessions:
@@ -208,8 +208,8 @@ class Sessions:
                     pairs=torch.tensor(pairs, dtype=torch.int64).view(-1, 2), share=world * counts[rank] / counts.sum(),
                     pair_share=world * pair_counts[rank] / max(pair_counts.sum(), 1))
 
-    def scan_batch(self, batch_size, seed, rank, world, step, patch=(), augmented=False, labels=False):
-        """Batch of single scans, of whichever modality, whole or as patches at random places; augmented: see augment(); labels as in session_batch.
+    def scan_batch(self, batch_size, seed, rank, world, step, patch=(), augment=False, labels=False):
+        """Batch of single scans, of whichever modality, whole or as patches at random places; augment: see augmented(); labels as in session_batch.
 
         returns dict: x (B,1,D,H,W) float32; modality (B,) int64; place (B,) int64, the sample's number in the run; files; share 1.0
         """
@@ -219,10 +219,9 @@ class Sessions:
             i, m = self.scans[self.choose(self.scan_groups, int(place), seed)]
             files.append(self.rows[i][self.modalities[m]])
             rng, volume = random(seed, 4, int(place)), self.stored(i, m)
-            if augmented: volume = augment(as_float(volume), rng)
             start = rng.integers(0, np.subtract(self.shape, size) + 1).tolist()
             crop = tuple(slice(s, s + n) for s, n in zip(start, size))
-            x.append(as_float(volume[crop]))
+            x.append(augmented(volume, start, size, rng) if augment else as_float(volume[crop]))
             modality.append(m)
             if labels: maps.append(self.labels(i, crop))
         return dict(x=torch.from_numpy(np.stack(x))[:, None], modality=torch.tensor(modality), place=torch.from_numpy(places), files=files,
@@ -250,17 +249,20 @@ class Sessions:
         rng, scan = random(seed, 3, place), self.choose(self.scan_groups, place, seed)
         for _ in range(100):
             i, m = self.scans[scan]
-            volume, found = np.moveaxis(self.stored(i, m), axis, 0), []
-            for j in rng.permutation(len(volume)):
-                if np.count_nonzero(volume[j]) >= min_brain * volume[j].size: found.append(as_float(volume[j]))
-                if len(found) == count: break
-            if found: return i, m, found
+            volume, found = self.stored(i, m), []
+            order = rng.permutation(volume.shape[axis])
+            for k in range(0, len(order), count):  # several at once: across the last axis each of them touches the whole file
+                block = np.ascontiguousarray(np.moveaxis(volume.take(order[k:k + count], axis), axis, 0))
+                found += [as_float(x) for x in block if np.count_nonzero(x) >= min_brain * x.size]
+                if len(found) >= count: break
+            if found: return i, m, found[:count]
             scan = rng.integers(len(self.scans))
         raise SystemExit(f'{self.data_dir}: no slice with {min_brain:.0%} brain in 100 volumes; is the background exactly 0?')
 
-def prefetch(make_batch, steps, device, ahead=2):
-    """Yield make_batch(step) for each step, with its tensors on `device`, prepared by a thread while the model computes.
+def prefetch(make_batch, steps, device, threads=4):
+    """Yield make_batch(step) for each step, with its tensors on `device`, prepared by threads while the model computes.
 
+    A batch depends on its step alone, so threads change nothing but time: on a network disk, or augmenting, one is too slow.
     'place' stays on the CPU: it seeds generators, and asking a device for it would mean waiting.
     """
     pin = device.startswith('cuda')
@@ -268,9 +270,9 @@ def prefetch(make_batch, steps, device, ahead=2):
         batch = make_batch(step)
         return {k: v.pin_memory() if pin and isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     steps, waiting = iter(steps), []
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         while True:
-            while len(waiting) < ahead and (step := next(steps, None)) is not None: waiting.append(pool.submit(ready, step))
+            while len(waiting) < threads + 1 and (step := next(steps, None)) is not None: waiting.append(pool.submit(ready, step))
             if not waiting: return
             batch = waiting.pop(0).result()
             yield {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) and k != 'place' else v for k, v in batch.items()}

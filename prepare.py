@@ -15,6 +15,7 @@ import glob
 import hashlib
 import json
 import os
+import resource
 import shlex
 import subprocess
 import sys
@@ -197,7 +198,7 @@ def work(s, job):
     except (OSError, ValueError, KeyError): pass
     start = time.perf_counter()
     facts = {'phantom': make_phantom, 'labelmaps': make_from_labels}.get(s['source'], make_session)(s, *job)
-    facts |= {'made_from': made_from, 'seconds': time.perf_counter() - start}
+    facts |= {'made_from': made_from, 'seconds': time.perf_counter() - start, 'peak_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
     write_text(facts_path(s, subject, session), json.dumps(facts))
     return facts
 
@@ -255,10 +256,10 @@ def report(facts, table, notes):
     return '\n'.join(lines) + '\n'
 
 def rate(s, facts):
-    """Speed and size, and what they mean for 30,000 scans."""
+    """Speed, memory of a worker and size, and what they mean for 30,000 scans."""
     scans, seconds = sum(len(set(f['files']) - {'dseg'}) for f in facts), sum(f['seconds'] for f in facts)
     size = os.path.getsize(os.path.join(s['out_dir'], next(iter(facts[0]['files'].values()))))
-    return (f'{scans / seconds:.2f} scans/s per core and {size} bytes a scan: 30,000 scans would take {30000 * seconds / scans / 3600:.1f} core hours '
+    return (f'{scans / seconds:.2f} scans/s per core, at most {max(f["peak_mib"] for f in facts)} MiB per worker and {size} bytes a scan: 30,000 scans would take {30000 * seconds / scans / 3600:.1f} core hours '
             f'and {30000 * size / 1e9:.0f} GB')
 
 def parse_shard(text):

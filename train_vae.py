@@ -267,6 +267,7 @@ if __name__ == '__main__':
     if kind == 'convvae' and bottleneck == 'vq' and max(w_kl, w_sid, w_cov, w_var) > 0: raise SystemExit("w_kl, w_sid, w_cov and w_var need bottleneck='kl'")
     if device == 'cpu': dtype, compile = 'float32', False
     explain_failures(f'batch_size={batch_size} (raise grad_accum for it), batch_size_2d={batch_size_2d}, patch={patch} or set checkpointing=True')
+    if augment and kind == 'convvae' and dims == 2: raise SystemExit('--augment: for volumes, not with dims=2')
     if synthesise > 0 and (augment or (kind == 'convvae' and dims == 2) or not all(m in TISSUE or is_random(m) for m in modalities)):
         raise SystemExit(f"--synthesise={synthesise}: for volumes of {', '.join(TISSUE)}, random1, random2, ..., not with dims=2 or augment")
     if temperature < 1: raise SystemExit(f'--temperature={temperature}: 1 or more')

@@ -1,13 +1,14 @@
 """Batches: a function of (seed, rank, step), the joined batch of any number of processes, no subject in two splits."""
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from conftest import TINY, refused, run
-from data import Sessions, augment, prefetch, read_index
+from data import Sessions, augmented, prefetch, read_index
 from prepare import stored
 
 MODALITIES = ('T1w', 'T2w')
@@ -77,7 +78,10 @@ def test_slices_are_slices_of_the_files(tiny_data):
         assert any((np.moveaxis(f, axis - 2, 0) == x).all((1, 2)).any() for f in files)
 
 def test_prefetch_keeps_the_order_and_passes_errors_on():
-    assert [b['n'] for b in prefetch(lambda step: {'n': step}, range(7), 'cpu')] == list(range(7))
+    def slow_at_first(step):
+        time.sleep(0.05 if step == 0 else 0)
+        return {'n': step}
+    assert [b['n'] for b in prefetch(slow_at_first, range(7), 'cpu')] == list(range(7))
     def fail(step): raise SystemExit('file gone')
     with pytest.raises(SystemExit, match='file gone'): next(prefetch(fail, range(3), 'cpu'))
 
@@ -104,24 +108,24 @@ def test_a_spoilt_volume_is_named(tiny_data):
 
 def test_scan_batches_are_single_scans_and_a_function_of_their_place(tiny_data):
     sessions = Sessions(tiny_data, MODALITIES, 'train')
-    for augmented in (False, True):
-        whole = sessions.scan_batch(4, 0, 0, 1, 2, (16, 48, 16), augmented)
-        parts = [sessions.scan_batch(2, 0, rank, 2, 2, (16, 48, 16), augmented) for rank in range(2)]
+    for augment in (False, True):
+        whole = sessions.scan_batch(4, 0, 0, 1, 2, (16, 48, 16), augment)
+        parts = [sessions.scan_batch(2, 0, rank, 2, 2, (16, 48, 16), augment) for rank in range(2)]
         assert torch.equal(whole['x'], torch.cat([p['x'] for p in parts])) and whole['x'].shape == (4, 1, 16, 48, 16)
     seen = torch.cat([sessions.scan_batch(2, 0, 0, 1, step)['modality'] for step in range(7)])
     assert np.bincount(seen).tolist() == [7, 7]  # fourteen scans, each once an epoch
 
 def test_augmented_volumes_stay_images_with_a_background_of_zero(tiny_data):
     volume = np.asarray(Sessions(tiny_data, MODALITIES, 'train').volume(0, 0))
-    rng, changed = np.random.default_rng(0), 0
-    for _ in range(30):
-        x = augment(volume, rng)
+    variant = lambda seed, start=(0, 0, 0), size=volume.shape: augmented(volume, list(start), size, np.random.default_rng(seed))
+    images = [variant(seed) for seed in range(60)]
+    for x in images:
         assert x.shape == volume.shape and x.dtype == np.float32 and x.min() >= 0 and x.max() <= 1
         assert (x == 0).mean() == pytest.approx((volume == 0).mean(), abs=0.2)
-        changed += not np.array_equal(x, volume)
-    assert changed > 20
-    flips = [np.array_equal(augment(volume, np.random.default_rng(i)), volume[::-1]) for i in range(60)]
-    assert any(flips) and not all(flips)
+    flips = [np.array_equal(x, volume[::-1]) for x in images]
+    assert any(flips) and not all(flips) and sum(np.array_equal(x, volume) for x in images) < 20
+    for seed, x in enumerate(images):  # a patch is that part of the whole
+        np.testing.assert_allclose(variant(seed, (5, 9, 3), (16, 32, 16)), x[5:21, 9:41, 3:19], atol=1e-6)
 
 def test_slices_across_a_given_axis(tiny_data):
     sessions = Sessions(tiny_data, MODALITIES, 'train')

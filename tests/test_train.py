@@ -193,7 +193,7 @@ def test_swapped_film_changes_the_contrast_and_not_the_anatomy(tmp_path):
     (['--modalities=T1w,FLAIR'], ['FLAIR', 'it has T1w, T2w']), (['--widths=16,16,16'], ['widths', 'four']),
     (['--patch=24,48,32'], ['24', 'multiple of 16']), (['--init_from=resume'], ['ckpt.pt', 'no such checkpoint']),
     (['--kind=gan'], ['neuroquant or convvae']), (['--kind=convvae', '--w_perc=1'], ['squeezenet1_1', 'no path given']),
-    (['--kind=convvae', '--bottleneck=vq', '--num_codebooks=3', '--codebooks=split'], ['4 channels', '3 codebooks']), (['--recon=l3'], ['l1 or l2']), (['--kind=convvae', '--dims=2', '--synthesise=0.5'], ['--synthesise', 'dims=2']), (['--freeze_encoder=True'], ['convvae']), (['--w_gan=1'], ['w_gan', 'convvae']),
+    (['--kind=convvae', '--bottleneck=vq', '--num_codebooks=3', '--codebooks=split'], ['4 channels', '3 codebooks']), (['--recon=l3'], ['l1 or l2']), (['--kind=convvae', '--dims=2', '--synthesise=0.5'], ['--synthesise', 'dims=2']), (['--kind=convvae', '--dims=2', '--augment=True'], ['--augment', 'dims=2']), (['--freeze_encoder=True'], ['convvae']), (['--w_gan=1'], ['w_gan', 'convvae']),
     (['--kind=convvae', '--bottleneck=vq', '--w_kl=1'], ['w_kl', "bottleneck='kl'"]), (['--kind=convvae', '--dims=2', '--patch=16,16,16'], ['patch', 'dims=2']),
     (['--out_dir=/proc/nowhere'], ['/proc/nowhere', 'cannot write']), (['--init_from=pytest.ini'], ['pytest.ini', 'not a readable checkpoint'])])
 def test_bad_settings_end_with_one_line(args, words, tiny_data, tmp_path):

@@ -87,7 +87,7 @@ class AxialAttention(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, x):
-        if x.shape[2 + self.axis] == 1: return x
+        if missing_axis(x) == self.axis: return x
         h = self.norm(x.movedim(1, -1)).movedim(1 + self.axis, 3)      # (B, ., ., L, C)
         B, M, N, L, C = h.shape
         qkv = self.qkv(h).view(B * M * N, L, 3, self.n_head, C // self.n_head)

@@ -4,6 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench import Live
 from flow import flow_matching_loss
 from losses import ModalityClassifier, PatchDiscriminator, adversarial_loss, grad_reverse, kl_loss, reconstruction_loss, sid_loss, ssim, vad_loss
 from model import ConvVAE, ConvVAEConfig, FlowUNet, FlowUNetConfig, NeuroQuant, NeuroQuantConfig
@@ -78,3 +79,15 @@ def test_a_training_step_never_waits_for_the_device(make):
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     optimizer.step()  # its step counter lives on the CPU
     assert value.isfinite()
+
+def test_the_count_of_memory_is_that_of_the_tensors_alive():
+    with Live() as live:
+        a, b = torch.empty(1000), torch.empty(2, 64)
+        assert live.now == 4096 + 512  # blocks of 512 bytes
+        b = b.T[1:] + 1  # a view holds nothing of its own; for a moment two are alive
+        del a
+        assert live.now == 512 and live.peak == 4096 + 2 * 512
+        kept = torch.empty(256, requires_grad=True).exp().sin()  # the leaf, and for the backward pass exp's result beside sin's
+        assert live.now == 512 + 3 * 1024
+        del kept
+        assert live.now == 512

@@ -51,6 +51,24 @@ def test_ukb_archives_are_read_where_they_are(tmp_path):
     assert stored.dtype == np.float16 and np.abs(stored - want).max() < 1e-3  # the error of float16 storage
     assert done.stdout.count('cannot be unpacked') == 2
 
+COHORTS = {  # config: its files, a spreadsheet, the rows that come of them
+    'ncanda': (['NCANDA_S00033/standard/baseline/structural/stripped/t1', 'NCANDA_S00033/standard/baseline/structural/stripped/t2', 'NCANDA_S00033/standard/baseline/structural/native/t1'],
+               'subject,sex,age\nNCANDA_S00033,F,17.2\n', [('sub-NCANDA_S00033', 'ses-baseline', ['T1w', 'T2w'], 'F', '17.2')]),
+    'abcd': ([f'sub-X/ses-b/anat/sub-X_ses-b_{name}' for name in ('desc-preproc_T1w', 'space-MNI152NLin2009cAsym_desc-preproc_T1w', 'space-MNI152NLin2009cAsym_desc-brain_mask')],
+             'subject,sex,age\nX,M,10\n', [('sub-X', 'ses-b', ['T1w'], 'M', '10')]),
+    'hcp': ([f'{who}/T1w/{name}' for who in (100307, 100408) for name in ('T1w_acpc_dc_restore_brain', 'T2w_acpc_dc_restore_brain', 'T1w_acpc_dc_restore', 'wmparc')],
+            'Subject,Release,Gender,Age\n100307,Q1,F,26-30\n', [('sub-100307', 'ses-01', ['T1w', 'T2w'], 'F', '26-30'), ('sub-100408', 'ses-01', ['T1w', 'T2w'], '', '')]),
+    'oasis3': (['sub-OAS30001/ses-d0129/anat/sub-OAS30001_ses-d0129_run-01_T1w', 'sub-OAS30001/ses-d0129/anat/sub-OAS30001_ses-d0129_FLAIR', 'sub-OAS30001/ses-d0757/anat/sub-OAS30001_ses-d0757_T1w'],
+               'OASISID,GENDER,AgeatEntry\nOAS30001,2,65.1\n', [('sub-OAS30001', 'ses-d0129', ['T1w', 'FLAIR'], 'F', '65.1'), ('sub-OAS30001', 'ses-d0757', ['T1w'], 'F', '65.1')])}
+
+@pytest.mark.parametrize('cohort', COHORTS)
+def test_recipes_of_cohorts(cohort, tmp_path):
+    files, people, wanted = COHORTS[cohort]
+    for name in files: add(tmp_path, f'tree/{name}.nii.gz')
+    (tmp_path / 'people.csv').write_text(people)
+    play('prepare.py', f'{ROOT}/config/data_{cohort}.py', f'--root={tmp_path}/tree', f'--people={tmp_path}/people.csv', f'--out_dir={tmp_path}/out', '--shape=48,48,48', '--workers=1', '--register=False')
+    assert [(r['subject'], r['session'], [m for m in ('T1w', 'T2w', 'FLAIR', 'PD') if r.get(m)], r['sex'], r['age']) for r in table(tmp_path / 'out')] == wanted
+
 def test_patterns_name_subject_session_and_modality(tmp_path):
     add(tmp_path, 'n/NCANDA_S00033/standard/baseline/structural/stripped/t1.nii.gz')
     add(tmp_path, 'n/NCANDA_S00033/standard/followup_1y/structural/stripped/t2.nii.gz')

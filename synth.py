@@ -316,14 +316,22 @@ def brain_labels(labels):
     return np.where(parts == np.bincount(parts[parts > 0]).argmax(), labels, 0).astype(np.int16)  # specks apart from the brain go
 
 
+def strip(labels, voxels):
+    """A label map without the CSF around the brain (24) that lies more than so many voxels from tissue."""
+    tissue = (labels > 0) & (labels != 24)
+    return np.where(ndimage.binary_dilation(tissue, iterations=voxels) if voxels else tissue, labels, 0)
+
+
 def variant(labels, voxel_mm, shape, spacing_mm, modalities, seed, thickness_mm=1.0):
     """A deformed copy of a head's label map in a box of `shape` voxels of spacing_mm, and images of it.
 
     labels (D, H, W) RAS+, voxel_mm its three spacings. Turned within about 10 degrees and scaled by about 5 % per axis about the brain's
-    middle, warped smoothly by about 2 mm; a brain too high for the box loses its inferior end. A function of its arguments.
+    middle, warped smoothly by about 2 mm; a brain too high for the box loses its inferior end. As skull-stripping cuts more or less
+    tightly, the CSF around the brain goes from 0, 1 or 2 voxels on, or stays. A function of its arguments.
     returns labels (shape) int16, images {modality: float32}, lost, the fraction of the brain outside the box
     """
     labels, rng = brain_labels(labels), np.random.default_rng(seed)
+    if (rim := int(rng.integers(4))) < 3: labels = strip(labels, rim)
     where = np.argwhere(labels > 0)
     low, high = where.min(0) * voxel_mm, (where.max(0) + 1) * voxel_mm
     box = np.array(shape) * spacing_mm

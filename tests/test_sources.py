@@ -228,6 +228,13 @@ def test_label_maps_become_sessions_that_stay_with_their_subject(tmp_path):
     again = prepare('labelmaps', tmp_path / 'maps', tmp_path / 'again', *args)
     assert again.returncode == 0 and (tmp_path / 'out' / 'checksums.json').read_text() == (tmp_path / 'again' / 'checksums.json').read_text()
 
+def test_stripping_takes_the_csf_from_a_distance_on():
+    distance = np.abs(np.indices((21, 21, 21)) - 10).sum(0)  # in steps between neighbours
+    labels = np.select([distance == 0, distance < 5, distance < 10], [4, 2, 24]).astype(np.int16)  # a ventricle, white matter, CSF
+    for voxels in (0, 1, 2, 20):
+        cut = synth.strip(labels, voxels)
+        assert cut.dtype == np.int16 and (cut == np.where(distance < 5 + voxels, labels, 0)).all()
+
 def test_random_contrasts_differ_and_keep_tissues_uniform():
     labels = np.repeat(np.repeat(np.array([[2, 3], [4, 10]]), 8, 0), 8, 1)[..., None] * np.ones((1, 1, 8), int)
     images = synth.images_from_labels(labels, ('random1', 'random2'), np.random.default_rng(0), noise=0.0, bias=0.0)

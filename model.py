@@ -117,6 +117,7 @@ class NeuroQuantConfig:
     anat_dim: int = 64                  # channels of z_anat and of a code
     mod_dim: int = 32                   # channels of z_mod
     modality_dim: int = 32              # channels of the learned vector s_m of each modality
+    quantizer: str = 'ema'              # 'ema': a codebook; 'fsq': the control without one, see FiniteScalarQuantizer
     num_codes: int = 4096
     num_codebooks: int = 1              # indices per position; the paper has one
     codebooks: str = 'residual'         # how several work together, see MultiQuantizer
@@ -234,7 +235,7 @@ class NeuroQuant(nn.Module):
         if not c.modalities: raise ValueError('modalities is empty: name at least one, such as T1w')
         self.encoder = Encoder(c)
         self.anat_head = nn.Sequential(nn.SiLU(), Conv(c.widths[-1], c.anat_dim, 3, padding=1))
-        self.quantizer = make_quantizer(c.num_codes, c.anat_dim, c.code_decay, c.revive, c.num_codebooks, c.codebooks)
+        self.quantizer = make_quantizer(c.num_codes, c.anat_dim, c.code_decay, c.revive, c.num_codebooks, c.codebooks, c.quantizer)
         self.decoder = Decoder(c)
         if c.film:
             self.mod_head = nn.Sequential(nn.SiLU(), Conv(c.widths[-1], c.mod_dim, 3, padding=1))
@@ -373,7 +374,8 @@ class ConvVAEConfig:
                                      # that SiLU, attention between two blocks in the middle, one more block per decoder level
     latent_dim: int = 4
     bottleneck: str = 'kl'           # 'kl' or 'vq'
-    num_codes: int = 4096            # this and the next four: of bottleneck='vq', as in NeuroQuantConfig
+    quantizer: str = 'ema'           # this and the next five: of bottleneck='vq', as in NeuroQuantConfig
+    num_codes: int = 4096
     num_codebooks: int = 1
     codebooks: str = 'residual'
     code_decay: float = 0.99
@@ -543,7 +545,7 @@ class ConvVAE(nn.Module):
         if c.bottleneck == 'kl':
             self.logvar_head = make_conv(c.dims, head, c.latent_dim, 1)
             nn.init.constant_(self.logvar_head.bias, -5.0)  # near 0, as in MAISI, noise drowns a new encoder's code
-        else: self.quantizer = make_quantizer(c.num_codes, c.latent_dim, c.code_decay, c.revive, c.num_codebooks, c.codebooks)
+        else: self.quantizer = make_quantizer(c.num_codes, c.latent_dim, c.code_decay, c.revive, c.num_codebooks, c.codebooks, c.quantizer)
 
     def check_size(self, shape):
         """ValueError unless every axis of what encode() takes is a multiple of factor (one axis may be 1 if dims is 2)."""

@@ -1,4 +1,6 @@
-"""Vector quantisation with an exponential-moving-average codebook: the discrete half of NeuroQuant."""
+"""Vector quantisation with an exponential-moving-average codebook: the discrete half of NeuroQuant; and its control without a codebook."""
+import math
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -18,6 +20,11 @@ def gather_over_ranks(x):
     parts = [x.new_empty(max(sizes), x.shape[1]) for _ in sizes]
     dist.all_gather(parts, F.pad(x, (0, 0, 0, max(sizes) - len(x))))  # all_gather wants equal shapes
     return torch.cat([p[:n] for p, n in zip(parts, sizes)])
+
+def perplexity(counts):
+    """exp(entropy) of the use of K codes, counts (K,): K when uniform, 1 when one code is left. A 0-d tensor."""
+    p = counts / counts.sum().clamp(min=1e-5)
+    return torch.exp(-torch.xlogy(p, p).sum())
 
 class VectorQuantizer(nn.Module):
     """Nearest-code quantiser, van den Oord et al. 2017, codebook by EMA (their appendix A.1); NeuroQuant eq. 5-7.
@@ -101,9 +108,62 @@ class VectorQuantizer(nn.Module):
         self.codebook.copy_(torch.where(alive[:, None], self.embed_sum / smoothed[:, None].clamp(min=self.eps), self.codebook))
 
     def perplexity(self):
-        """exp(entropy) of the EMA code use: K when uniform, 1 when one code is left. A 0-d tensor."""
-        p = self.cluster_size / self.cluster_size.sum().clamp(min=self.eps)
-        return torch.exp(-torch.xlogy(p, p).sum())
+        return perplexity(self.cluster_size)
+
+class FiniteScalarQuantizer(nn.Module):
+    """A few channels, each rounded to one of a few levels, Mentzer et al. 2023: no codebook that could collapse. The EMA codebook's control.
+
+    num_codes K: a power of 2 from 4 on, as channels of 8 levels and at most two of 4. dim C: linear maps lead to those channels and back.
+    Buffer cluster_size (K,): EMA of how many vectors had each code, for perplexity() alone.
+    """
+    def __init__(self, num_codes, dim, decay=0.99):
+        super().__init__()
+        bits = num_codes.bit_length() - 1
+        if bits < 2 or num_codes != 2 ** bits: raise ValueError(f"quantizer='fsq' needs a power of 2 of codes, at least 4, not {num_codes}")
+        fours = -bits % 3
+        levels = [8] * ((bits - 2 * fours) // 3) + [4] * fours
+        self.num_codes, self.dim, self.decay = num_codes, dim, decay
+        self.down, self.up = nn.Linear(dim, len(levels)), nn.Linear(len(levels), dim)
+        self.register_buffer('levels', torch.tensor(levels), persistent=False)
+        self.register_buffer('place', torch.tensor([math.prod(levels[:i]) for i in range(len(levels))]), persistent=False)
+        self.register_buffer('cluster_size', torch.zeros(num_codes))
+
+    def forward(self, z, update=True):
+        """z (B, C, *grid) -> z_q (B, C, *grid) float32, indices (B, *grid) int64, and 0 for a commitment that nothing needs."""
+        if z.shape[1] != self.dim: raise ValueError(f'quantiser takes {self.dim} channels, z has {z.shape[1]}')
+        with torch.autocast(z.device.type, enabled=False):
+            bounded = self.bound(z)
+            rounded = bounded + (bounded.round() - bounded).detach()
+            indices = self.index(rounded.detach())
+            if self.training and update: self.count(indices)
+            return self.up(2 * rounded / self.levels).movedim(-1, 1), indices, z.new_zeros((), dtype=torch.float32)
+
+    def bound(self, z):
+        """z (B, C, *grid) -> (B, *grid, channels), a channel of L levels within (-L/2 - 1/2, L/2 - 1/2); 0 stays 0."""
+        reach = (self.levels - 1) / 2 * 1.001  # a little beyond, so that the outer levels can be reached
+        return torch.tanh(self.down(z.float().movedim(1, -1)) + torch.atanh(0.5 / reach)) * reach - 0.5
+
+    def index(self, rounded):
+        return ((rounded.round().long() + self.levels // 2) * self.place).sum(-1)
+
+    def nearest_indices(self, z):
+        """z (B, C, *grid) -> indices (B, *grid); nothing is written."""
+        with torch.autocast(z.device.type, enabled=False): return self.index(self.bound(z).round())
+
+    def lookup(self, indices):
+        """indices (B, *grid) -> z_q (B, C, *grid)."""
+        with torch.autocast(indices.device.type, enabled=False):
+            digits = indices[..., None] // self.place % self.levels
+            return self.up(2 * (digits - self.levels // 2) / self.levels).movedim(-1, 1)
+
+    @torch.no_grad()
+    def count(self, indices):
+        flat = indices.flatten()
+        new = torch.zeros_like(self.cluster_size).index_add_(0, flat, torch.ones_like(flat, dtype=torch.float32))
+        self.cluster_size.lerp_(sum_over_ranks(new), 1 - self.decay)
+
+    def perplexity(self):
+        return perplexity(self.cluster_size)
 
 class MultiQuantizer(nn.Module):
     """Several codebooks per position, each a VectorQuantizer of num_codes codes; indices are (B, num_codebooks, *grid).
@@ -145,7 +205,11 @@ class MultiQuantizer(nn.Module):
         """Mean over the codebooks."""
         return sum(part.perplexity() for part in self.parts) / self.num_codebooks
 
-def make_quantizer(num_codes, dim, decay=0.99, revive=0.1, num_codebooks=1, codebooks='residual'):
-    """One VectorQuantizer, or a MultiQuantizer of several."""
+def make_quantizer(num_codes, dim, decay=0.99, revive=0.1, num_codebooks=1, codebooks='residual', quantizer='ema'):
+    """One VectorQuantizer, a MultiQuantizer of several, or for 'fsq' a FiniteScalarQuantizer."""
+    if quantizer not in ('ema', 'fsq'): raise ValueError(f"quantizer='{quantizer}': ema or fsq")
+    if quantizer == 'fsq':
+        if num_codebooks > 1: raise ValueError("quantizer='fsq' has no codebooks: num_codebooks=1; raise num_codes instead")
+        return FiniteScalarQuantizer(num_codes, dim, decay)
     if num_codebooks == 1: return VectorQuantizer(num_codes, dim, decay, revive=revive)
     return MultiQuantizer(num_codes, dim, decay, revive, num_codebooks, codebooks)

@@ -55,6 +55,7 @@ kind = 'neuroquant'
 modalities = ('T1w', 'T2w')
 widths = (32, 64, 128, 256)
 res_blocks = 1
+quantizer = 'ema'
 num_codes = 4096
 num_codebooks = 1
 codebooks = 'residual'

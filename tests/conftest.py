@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 
+if 'PYTEST_XDIST_WORKER' in os.environ: os.environ['OMP_NUM_THREADS'] = '1'  # for torch, here and in the scripts it starts: workers share the cores
+
 import numpy as np
 import pytest
 

@@ -175,3 +175,41 @@ def test_one_codebook_is_the_plain_quantiser():
     assert type(make_quantizer(8, 4)) is VectorQuantizer
     for bad in (dict(num_codebooks=3, codebooks='split'), dict(num_codebooks=2, codebooks='product')):
         with pytest.raises(ValueError): make_quantizer(8, 4, **bad)
+
+# ---------------------------------------------------------------- the control without a codebook
+
+def test_finite_scalars_are_the_papers_formula_and_every_code_can_be_had():
+    torch.manual_seed(0)
+    q, z = make_quantizer(256, 3, quantizer='fsq').eval(), 1.5 * torch.randn(4, 3, 16, 15, 14)
+    levels = np.array([8, 8, 4])
+    assert q.levels.tolist() == levels.tolist()
+    torch.nn.init.eye_(q.down.weight), torch.nn.init.zeros_(q.down.bias)
+    z_q, indices, commit = q(z)
+    reach = (levels - 1) * 1.001 / 2  # Mentzer et al. 2023, the levels all even
+    rounded = np.round(np.tanh(z.movedim(1, -1).numpy() + np.arctanh(0.5 / reach)) * reach - 0.5)
+    assert np.array_equal(indices, ((rounded + levels // 2) * [1, 8, 64]).sum(-1)) and len(indices.unique()) == 256
+    torch.testing.assert_close(z_q, q.up(torch.tensor(rounded / (levels / 2), dtype=torch.float32)).movedim(-1, 1))
+    assert torch.equal(indices, q.nearest_indices(z)) and commit == 0
+    torch.testing.assert_close(q.lookup(indices), z_q)
+    assert [make_quantizer(2 ** b, 3, quantizer='fsq').levels.prod().item() for b in range(2, 17)] == [2 ** b for b in range(2, 17)]
+
+def test_the_gradient_of_finite_scalars_passes_the_rounding_alone():
+    torch.manual_seed(0)
+    q, z = make_quantizer(64, 5, quantizer='fsq'), torch.randn(2, 5, 3, 3, 3, requires_grad=True)
+    weight = torch.randn(2, 5, 3, 3, 3)
+    through = torch.autograd.grad((q(z)[0] * weight).sum(), z)[0]
+    smooth = q.up(2 * q.bound(z) / q.levels).movedim(-1, 1)
+    torch.testing.assert_close(through, torch.autograd.grad((smooth * weight).sum(), z)[0])
+
+def test_finite_scalars_count_codes_in_training_alone():
+    q, z = make_quantizer(16, 2, decay=0.5, quantizer='fsq'), 3 * torch.randn(64, 2, 2, 2, 2)
+    q.eval()(z), q.train()(z, update=False)
+    assert q.cluster_size.sum() == 0
+    indices = q(z)[1]
+    counts = torch.bincount(indices.flatten(), minlength=16)
+    torch.testing.assert_close(q.cluster_size, counts / 2)
+    p = counts[counts > 0] / counts.sum()
+    torch.testing.assert_close(q.perplexity(), torch.exp(-(p * p.log()).sum()))
+    for bad in (dict(num_codes=24), dict(num_codes=2), dict(num_codes=16, num_codebooks=2)):
+        with pytest.raises(ValueError, match='fsq'): make_quantizer(**{'dim': 2, 'quantizer': 'fsq'} | bad)
+    with pytest.raises(ValueError, match='ema or fsq'): make_quantizer(16, 2, quantizer='vq')

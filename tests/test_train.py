@@ -106,6 +106,13 @@ def test_checkpoint_holds_what_the_readme_says(tiny_data, tmp_path):
     averaged, last = (from_checkpoint(checkpoint, average=a).state_dict()['encoder.stem.weight'] for a in (True, False))
     assert not torch.equal(averaged, last)
 
+def test_the_control_without_a_codebook_trains_and_comes_back(tiny_data, tmp_path):
+    checkpoint = train(tiny_data, tmp_path / 'a', '--quantizer=fsq')
+    model = from_checkpoint(checkpoint)
+    tokens = model.tokens(torch.rand(1, 1, 32, 48, 32))
+    assert 'quantizer.codebook' not in checkpoint['model'] and model.from_tokens(tokens, 'T2w').shape == (1, 1, 32, 48, 32)
+    assert 1 <= log_of(tmp_path / 'a')[0]['train/perplexity'] <= 16
+
 def test_ablation_switches_leave_no_classifier_behind(tiny_data, tmp_path):
     assert train(tiny_data, tmp_path / 'a', '--w_adv=0.0', '--max_iters=1')['classifier'] is None
 
@@ -193,7 +200,7 @@ def test_swapped_film_changes_the_contrast_and_not_the_anatomy(tmp_path):
     (['--modalities=T1w,FLAIR'], ['FLAIR', 'it has T1w, T2w']), (['--widths=16,16,16'], ['widths', 'four']),
     (['--patch=24,48,32'], ['24', 'multiple of 16']), (['--init_from=resume'], ['ckpt.pt', 'no such checkpoint']),
     (['--kind=gan'], ['neuroquant or convvae']), (['--kind=convvae', '--w_perc=1'], ['squeezenet1_1', 'no path given']),
-    (['--kind=convvae', '--bottleneck=vq', '--num_codebooks=3', '--codebooks=split'], ['4 channels', '3 codebooks']), (['--recon=l3'], ['l1 or l2']), (['--kind=convvae', '--dims=2', '--synthesise=0.5'], ['--synthesise', 'dims=2']), (['--kind=convvae', '--dims=2', '--augment=True'], ['--augment', 'dims=2']), (['--freeze_encoder=True'], ['convvae']), (['--w_gan=1'], ['w_gan', 'convvae']),
+    (['--kind=convvae', '--bottleneck=vq', '--num_codebooks=3', '--codebooks=split'], ['4 channels', '3 codebooks']), (['--recon=l3'], ['l1 or l2']), (['--quantizer=fsq', '--num_codes=24'], ['fsq', 'power of 2']), (['--kind=convvae', '--dims=2', '--synthesise=0.5'], ['--synthesise', 'dims=2']), (['--kind=convvae', '--dims=2', '--augment=True'], ['--augment', 'dims=2']), (['--freeze_encoder=True'], ['convvae']), (['--w_gan=1'], ['w_gan', 'convvae']),
     (['--kind=convvae', '--bottleneck=vq', '--w_kl=1'], ['w_kl', "bottleneck='kl'"]), (['--kind=convvae', '--dims=2', '--patch=16,16,16'], ['patch', 'dims=2']),
     (['--out_dir=/proc/nowhere'], ['/proc/nowhere', 'cannot write']), (['--init_from=pytest.ini'], ['pytest.ini', 'not a readable checkpoint'])])
 def test_bad_settings_end_with_one_line(args, words, tiny_data, tmp_path):

@@ -63,7 +63,7 @@ def test_a_full_disk_ends_with_one_line_and_keeps_the_last_checkpoint(tiny_data,
 
 def test_a_rank_that_dies_ends_the_whole_run(tiny_data, tmp_path):
     args = [*TINY, '--iters_3d=100000', f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/out', '--batch_size=1']
-    process = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29513', 'train_vae.py', *args],
+    process = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29514', 'train_vae.py', *args],
                                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
     for line in process.stdout:
         if line.startswith('iter 2'): break

@@ -133,10 +133,10 @@ class Live(TorchDispatchMode):
         self.known.discard(key)
         self.now -= size
 
-HEAD = '| case | ms | spread | calls/s | Mvoxel/s | TFLOP | MFU | floor, ms | peak, MiB |\n' + '|' + ' --- |' * 9
+HEAD = '\n| case | ms | spread | calls/s | Mvoxel/s | TFLOP | MFU | floor, ms | peak, MiB |\n' + '|' + ' --- |' * 9
 
 def measure(name, calls, voxels, compiled=()):
-    """Lines of the table, one for each of calls {what: function}. voxels: of all volumes of a call. compiled: modules to compile.
+    """A table with a line for each of calls {what: function}. voxels: of all volumes of a call. compiled: modules to compile.
 
     Counting happens before compilation, memory on a GPU after it. returns {what: ms}.
     """
@@ -144,6 +144,7 @@ def measure(name, calls, voxels, compiled=()):
     if not cuda: memory = {what: peak_memory(call) for what, call in calls.items()}
     costs = {what: cost(call) for what, call in calls.items()}
     for module in compiled if compile else (): module.compile(dynamic=False)
+    print(HEAD)
     for what, call in calls.items():
         if cuda: call(), memory.update({what: peak_memory(call)})
         (flops, data), (ms, spread) = costs[what], milliseconds(call)
@@ -173,7 +174,7 @@ def dearest(name, step):
     cuda = device.startswith('cuda')
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda) as found: step()
     found.export_chrome_trace('trace.json')
-    print(found.key_averages().table(sort_by=f'self_{"cuda" if cuda else "cpu"}_time_total', row_limit=10, max_name_column_width=60), f'\ntrace of {name}: trace.json\n\n{HEAD}')
+    print(found.key_averages().table(sort_by=f'self_{"cuda" if cuda else "cpu"}_time_total', row_limit=10, max_name_column_width=60), f'\ntrace of {name}: trace.json\n')
 
 # ---------------------------------------------------------------- the cases
 
@@ -220,7 +221,6 @@ def case_memory():
     for sessions in pairs or (1, 2, 4):
         plain, recomputed = (step_gib((144, 192, 144), sessions, keep) for keep in (False, True))
         print(f'| {sessions} x 2 volumes, both swaps | {plain:.1f} | {recomputed:.1f} |', flush=True)
-    print(f'\n{HEAD}')
 
 def case_neuroquant():
     shape = (144, 192, 144) if big else (48, 64, 48)
@@ -238,7 +238,7 @@ def case_slices():
         name, voxels, only_step = f'NeuroQuant, {n} slices of {"x".join(map(str, shape))}', n * math.prod(shape), {'training step': calls['training step']}
         ours = measure(name, calls, voxels, (net.encoder, net.decoder))
         with mock.patch.object(networks, 'missing_axis', lambda x: None): theirs = measure(f'{name}, as volumes', only_step, voxels, (net.encoder, net.decoder))
-        print(f'\nslices against volumes of depth 1: ratio {ours["training step"] / theirs["training step"]:.2f}\n\n{HEAD}')
+        print(f'\nslices against volumes of depth 1: ratio {ours["training step"] / theirs["training step"]:.2f}')
 
 def case_linear():
     """Is the cost linear in voxels? A volume, and one of twice the length."""
@@ -247,7 +247,7 @@ def case_linear():
     for n in (1, 2):
         net, loss = neuroquant_step((n * shape[0], *shape[1:]), 1, checkpointing, device)
         found.append(measure(f'NeuroQuant, 1 x 2 volumes of {"x".join(map(str, (n * shape[0], *shape[1:])))}', training(net, loss), 2 * n * math.prod(shape), (net.encoder, net.decoder)))
-    print(f'\ntwice the voxels: {found[1]["training step"] / found[0]["training step"]:.2f} times the time\n\n{HEAD}')
+    print(f'\ntwice the voxels: {found[1]["training step"] / found[0]["training step"]:.2f} times the time')
 
 def case_vae():
     net, batch = networks.ConvVAE(networks.ConvVAEConfig()), 2 if big else 1
@@ -304,7 +304,6 @@ def case_loader():
             start = time.perf_counter()
             run(make)
             print(f'| {name} | {ms:.1f} | {spread:.1f} | {all_ms / 10:.1f} | {(time.perf_counter() - start) * 100:.1f} |')
-        print(f'\n{HEAD}')
 
 def case_checkpoint():
     """What saving costs: weights, their average and the optimiser's state of NeuroQuant's default."""
@@ -315,7 +314,7 @@ def case_checkpoint():
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'ckpt.pt')
         ms, spread = milliseconds(lambda: save_checkpoint(path, {'model': net.state_dict(), 'ema': net.state_dict(), 'optimizer': optimizer.state_dict()}))
-        print(f'\na checkpoint of {os.path.getsize(path) / 2 ** 20:.0f} MiB: {ms:.0f} ms (spread {spread:.0f}), {ms / 350_000:.2%} of 1000 steps of 350 ms\n\n{HEAD}')
+        print(f'\na checkpoint of {os.path.getsize(path) / 2 ** 20:.0f} MiB: {ms:.0f} ms (spread {spread:.0f}), {ms / 350_000:.2%} of 1000 steps of 350 ms')
 
 def case_processes():
     """Throughput of two processes of one thread over twice that of one, gradients averaged; on a CPU only."""
@@ -324,7 +323,7 @@ def case_processes():
         args = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={n}', '--master_port=29517', __file__, '--only=process', '--device=cpu', f'--repeats={repeats}']
         return last_json(args, os.environ | {'OMP_NUM_THREADS': '1'})['ms']
     one, two = run(1), run(2)
-    print(f'\none process {one:.0f} ms a step, two {two:.0f} ms for twice the volumes: scaling efficiency {one / two:.0%}\n\n{HEAD}')
+    print(f'\none process {one:.0f} ms a step, two {two:.0f} ms for twice the volumes: scaling efficiency {one / two:.0%}')
 
 def one_process():
     net, loss = neuroquant_step((32, 48, 32), 1, False, device)
@@ -442,5 +441,5 @@ if __name__ == '__main__':
     else:
         peak, bandwidth = machine()
         print(f'{torch.cuda.get_device_name() if big else f"{torch.get_num_threads()} CPU threads"}, torch {torch.__version__}, {dtype}{", compiled" * compile}: matrix product {peak / 1e12:.2f} TFLOP/s, '
-              f'copy {bandwidth / 1e9:.0f} GB/s\n{neuroquant_facts()}\n\n{HEAD}')
+              f'copy {bandwidth / 1e9:.0f} GB/s\n{neuroquant_facts()}')
         for name in cases: CASES[name]()

@@ -4,12 +4,13 @@ A batch is a function of (seed, rank, step) alone, so a resumed run goes on with
 see the batch that one process would see. Array axes are (D, H, W) = (left-right, posterior-anterior, inferior-superior).
 """
 import csv
+import io
 import json
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, product
 
 import numpy as np
 import torch
@@ -72,6 +73,27 @@ def refuse_other_data(there, data_dir, path):
     if differ:
         raise SystemExit(f'--init_from=resume: {data_dir} is not what {path} was trained on: {"; ".join(differ)}; '
                          'restore it, or begin a new run')
+
+@lru_cache
+def npy_headers(*shapes):
+    """What np.save writes before arrays of these shapes, in the types in use: {bytes: (dtype, shape)}."""
+    headers = {}
+    for shape, dtype in product(shapes, ('<f4', '<f2', '|u1', '<i2')):
+        file = io.BytesIO()
+        np.lib.format.write_array_header_1_0(file, {'descr': dtype, 'fortran_order': False, 'shape': shape})
+        headers[file.getvalue()] = dtype, shape
+    return headers
+
+def open_npy(path, *shapes):
+    """Memory map of a .npy file of one of these shapes; another one is opened too. OSError, EOFError or ValueError if it is not usable.
+
+    Its header is compared, not parsed as np.load does: Python's parser fails now and then when several threads are at it, with
+    "AST constructor recursion depth mismatch".
+    """
+    headers = npy_headers(*shapes)
+    with open(path, 'rb') as f:
+        dtype, shape = headers.get(start := f.read(len(next(iter(headers)))), (None, None))
+        return np.memmap(f, dtype, 'r', len(start), shape) if dtype else np.load(path, mmap_mode='r')
 
 def as_float(stored):
     """A stored volume, or part of one, as float32 in [0, 1]; 8-bit ones hold 255 times that."""
@@ -143,8 +165,8 @@ class Sessions:
 
     def stored(self, i, m):
         """Memory-mapped (D,H,W) array of session i, modality index m. SystemExit with one line if the file is not usable."""
-        try: array = np.load(self.path(i, m), mmap_mode='r')
-        except (OSError, ValueError) as e: raise SystemExit(f'{self.path(i, m)}: unreadable ({e}); delete it and run prepare.py again')
+        try: array = open_npy(self.path(i, m), self.shape)
+        except (OSError, EOFError, ValueError) as e: raise SystemExit(f'{self.path(i, m)}: unreadable ({e}); delete it and run prepare.py again')
         if array.shape != self.shape: raise SystemExit(f'{self.path(i, m)}: shape {array.shape}, dataset.json says {self.shape}')
         return array
 
@@ -170,8 +192,8 @@ class Sessions:
     def labels(self, i, crop=...):
         """Part of session i's label map (column dseg) as int16. SystemExit with one line if it has none."""
         path = os.path.join(self.rows[i]['folder'], self.rows[i].get('dseg') or '(no dseg)')
-        try: return np.asarray(np.load(path, mmap_mode='r')[crop], np.int16)
-        except (OSError, ValueError) as e: raise SystemExit(f'{path}: no label map of {self.rows[i]["subject"]} to draw images from ({e})')
+        try: return np.asarray(open_npy(path, self.shape)[crop], np.int16)
+        except (OSError, EOFError, ValueError) as e: raise SystemExit(f'{path}: no label map of {self.rows[i]["subject"]} to draw images from ({e})')
 
     def session_batch(self, batch_size, seed, rank, world, step, patch=(), labels=False):
         """Batch of sessions, every modality that each has, whole or as patches at one random place per session.

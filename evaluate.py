@@ -297,7 +297,7 @@ NAME_OF = {label: ('' if len(pair) == 1 else ('left ', 'right ')[pair.index(labe
 def given_labels(row):
     path = os.path.join(row['folder'], row.get(labels) or '(none)')
     try: return np.load(path)
-    except (OSError, ValueError): raise ValueError(f"{path}: no label map; --labels={labels} must be a column of subjects.tsv with .npy files")
+    except (OSError, EOFError, ValueError): raise ValueError(f"{path}: no label map; --labels={labels} must be a column of subjects.tsv with .npy files")
 
 def anatomy_table(rows):
     """Lines of markdown: mean over structures, and the two whose volumes NeuroQuant fig. 4 shows."""

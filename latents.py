@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from common import make_out_dir, write_text
-from data import Sessions, draw, random, read_index
+from data import Sessions, draw, open_npy, random, read_index
 
 SEXES = ('F', 'M')  # the values of the column that count; anything else is "not known"
 
@@ -42,8 +42,8 @@ def check_latents(latents_dir, name):
     return facts
 
 def is_whole(path, shape):
-    try: return np.load(path, mmap_mode='r').shape[1:] == tuple(shape)
-    except (OSError, ValueError): return False
+    try: return open_npy(path, (1, *shape), (2, *shape)).shape[1:] == tuple(shape)
+    except (OSError, EOFError, ValueError): return False
 
 class Latents:
     """The latents of one split's scans as batches, with their conditions.
@@ -69,8 +69,8 @@ class Latents:
         """mean and log-variance (or None) of scan k, each (C,d,h,w) float32."""
         row, m = self.scans[k]
         path = os.path.join(self.latents_dir, row[self.modalities[m]])
-        try: found = np.load(path, mmap_mode='r')
-        except (OSError, ValueError) as e: raise SystemExit(f'{path}: unreadable ({e}); delete it and start train_flow.py again')
+        try: found = open_npy(path, (1, *self.shape), (2, *self.shape))
+        except (OSError, EOFError, ValueError) as e: raise SystemExit(f'{path}: unreadable ({e}); delete it and start train_flow.py again')
         return np.asarray(found[0], np.float32), np.asarray(found[1], np.float32) if len(found) > 1 else None
 
     def cond(self, chosen, dropped=()):

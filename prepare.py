@@ -75,7 +75,7 @@ def npy_path(s, subject, session, modality):
 def is_written(path, s):
     """A whole volume of the right shape; np.load of a memory map checks the file's length against its header."""
     try: array = np.load(path, mmap_mode='r')
-    except (OSError, ValueError): return False
+    except (OSError, EOFError, ValueError): return False
     return array.shape == tuple(s['shape'])
 
 def stored(volume, dtype):

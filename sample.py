@@ -65,7 +65,7 @@ class Scan:
 def read_tokens(path, model, shape):
     """(1,d,h,w) int64 from a .npy file; refused if they are not tokens of this model."""
     try: tokens = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as e: raise ValueError(f'{path}: not a readable .npy file ({e})')
+    except (OSError, EOFError, ValueError) as e: raise ValueError(f'{path}: not a readable .npy file ({e})')
     books = model.config.num_codebooks
     grid = (books,) * (books > 1) + model.latent_shape(shape)[1:]
     if tokens.dtype.kind not in 'iu' or tokens.shape != grid: raise ValueError(f'{path}: integers of shape {grid} are needed, got {tokens.dtype} {tokens.shape}')

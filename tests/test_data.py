@@ -1,4 +1,5 @@
 """Batches: a function of (seed, rank, step), the joined batch of any number of processes, no subject in two splits."""
+import ast
 import json
 import shutil
 import time
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from conftest import TINY, refused, run
-from data import Sessions, augmented, prefetch, read_index
+from data import Sessions, augmented, open_npy, prefetch, read_index
 from prepare import stored
 
 MODALITIES = ('T1w', 'T2w')
@@ -84,6 +85,20 @@ def test_prefetch_keeps_the_order_and_passes_errors_on():
     assert [b['n'] for b in prefetch(slow_at_first, range(7), 'cpu')] == list(range(7))
     def fail(step): raise SystemExit('file gone')
     with pytest.raises(SystemExit, match='file gone'): next(prefetch(fail, range(3), 'cpu'))
+
+def test_volumes_are_opened_without_a_parser(tmp_path, monkeypatch):
+    rng, shape = np.random.default_rng(0), (4, 5, 6)
+    for dtype in (np.float32, np.float16, np.uint8, np.int16): np.save(tmp_path / f'{np.dtype(dtype)}.npy', (100 * rng.random(shape)).astype(dtype))
+    np.save(tmp_path / 'double.npy', rng.random(shape)), np.save(tmp_path / 'other.npy', np.ones((2, 4, 5, 6), np.float16))
+    (tmp_path / 'short.npy').write_bytes((tmp_path / 'float32.npy').read_bytes()[:-1]), (tmp_path / 'empty.npy').write_bytes(b'')
+    plain = {p.stem: np.load(p) for p in tmp_path.glob('*.npy') if p.stem not in ('short', 'empty')}
+    assert np.array_equal(open_npy(tmp_path / 'double.npy', shape), plain.pop('double'))  # what prepare.py never writes goes the slow way
+    monkeypatch.setattr(ast, 'literal_eval', None)
+    for name, array in plain.items():
+        found = open_npy(tmp_path / f'{name}.npy', shape, (2, *shape))
+        assert isinstance(found, np.memmap) and found.dtype == array.dtype and np.array_equal(found, array)
+    for name in ('short', 'empty', 'missing'):
+        with pytest.raises((OSError, EOFError, ValueError)): open_npy(tmp_path / f'{name}.npy', shape)
 
 def test_a_subject_in_two_splits_stops_with_its_name(tiny_data):
     table = tiny_data / 'subjects.tsv'

@@ -133,6 +133,7 @@ PREPARED = {  # kind: what spoils the data or the run folder, words of the refus
     'volume missing': (lambda d, o: (d / FIRST).unlink(), [FIRST, 'missing']),
     'volume cut short': (lambda d, o: [p.write_bytes(p.read_bytes()[:5000]) for p in d.glob('*.npy')], ['.npy', 'unreadable']),
     'volume that is no array': (lambda d, o: [p.write_text('hello') for p in d.glob('*.npy')], ['.npy', 'unreadable']),
+    'volume of no bytes': (lambda d, o: [p.write_bytes(b'') for p in d.glob('*.npy')], ['.npy', 'unreadable']),
     'volume of another size': (lambda d, o: [np.save(p, np.zeros((4, 4, 4), np.float32)) for p in d.glob('*.npy')], ['(4, 4, 4)', '(32, 48, 32)']),
     'a flipped bit': (lambda d, o: flip_a_bit(d), ['.npy', 'checksum']),
     'another dataset': (lambda d, o: spoil(d / 'subjects.tsv', 'F\t30', 'F\t31'), ['is not what', '12 changed (sub-00 ses-01, ']),

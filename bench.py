@@ -1,6 +1,7 @@
 """What everything costs, against the machine's own limits and against MONAI.
 
     python bench.py                                   # every case: full sizes on a GPU, small ones on a CPU
+    python bench.py --cases=memory                    # what a card must hold for a full-size training step; needs none
     python bench.py --cases=vae,unet --profile=True   # also trace.json and the ten dearest kernels of each training step
     python bench.py --vs=monai                        # MAISI's networks, the same weights, in turns with MONAI's (needs monai)
     python bench.py --samplers=out/demo_flow/best.pt  # error of a flow's samples at equal numbers of calls, Heun against Euler

@@ -144,6 +144,7 @@ class FiniteScalarQuantizer(nn.Module):
         return torch.tanh(self.down(z.float().movedim(1, -1)) + torch.atanh(0.5 / reach)) * reach - 0.5
 
     def index(self, rounded):
+        """Whole numbers (B, *grid, channels) -> (B, *grid) int64: a channel is a digit, the first one the lowest."""
         return ((rounded.round().long() + self.levels // 2) * self.place).sum(-1)
 
     def nearest_indices(self, z):
@@ -158,6 +159,7 @@ class FiniteScalarQuantizer(nn.Module):
 
     @torch.no_grad()
     def count(self, indices):
+        """One EMA step of the counts, over every process."""
         flat = indices.flatten()
         new = torch.zeros_like(self.cluster_size).index_add_(0, flat, torch.ones_like(flat, dtype=torch.float32))
         self.cluster_size.lerp_(sum_over_ranks(new), 1 - self.decay)

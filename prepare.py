@@ -191,7 +191,7 @@ def work(s, job):
     paths = {} if s['source'] == 'phantom' else {'dseg': scans[0]} if s['source'] == 'labelmaps' else scans
     made_from = {m: [p, os.path.getmtime(f) if os.path.exists(f := nifti.file_of(p)) else 0] for m, p in paths.items()} | {'how': [s[k] for k in ('mask', 'skullstrip', 'register', 'thickness_mm')]}
     try:
-        with open(facts_path(s, subject, session)) as f: facts = json.load(f)
+        with open(facts_path(s, subject, session)) as f: facts = no_facts(subject, session) | json.load(f)  # an earlier version's may lack some
         wanted = set(s['modalities'] if s['source'] in ('phantom', 'labelmaps') else ())
         if facts['made_from'] == made_from and wanted <= set(facts['files']) and facts['checksums'] and \
            all(is_written(os.path.join(s['out_dir'], name), s) for name in facts['files'].values()): return facts
@@ -259,8 +259,9 @@ def rate(s, facts):
     """Speed, memory of a worker and size, and what they mean for 30,000 scans."""
     scans, seconds = sum(len(set(f['files']) - {'dseg'}) for f in facts), sum(f['seconds'] for f in facts)
     size = os.path.getsize(os.path.join(s['out_dir'], next(iter(facts[0]['files'].values()))))
-    return (f'{scans / seconds:.2f} scans/s per core, at most {max(f["peak_mib"] for f in facts)} MiB per worker and {size} bytes a scan: 30,000 scans would take {30000 * seconds / scans / 3600:.1f} core hours '
-            f'and {30000 * size / 1e9:.0f} GB')
+    peaks = [f['peak_mib'] for f in facts if 'peak_mib' in f]  # not in folders of an earlier version
+    return (f'{scans / seconds:.2f} scans/s per core' + (f', at most {max(peaks)} MiB per worker' if peaks else '') + f' and {size} bytes a scan: '
+            f'30,000 scans would take {30000 * seconds / scans / 3600:.1f} core hours and {30000 * size / 1e9:.0f} GB')
 
 def parse_shard(text):
     """'i/n' -> i, n; (0, 1) for ''."""

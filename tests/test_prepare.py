@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from conftest import ROOT, refused, run
+from conftest import ROOT, play, refused, run
 from prepare import split_of
 from test_nifti import head, nans, save, store, truncated
 
@@ -170,3 +170,12 @@ def test_real_scans_prepare_without_a_hand_made_step(tmp_path):
     for r in rows:
         masks = [np.load(tmp_path / 'out' / r[m]) > 0 for m in ('T1w', 'T2w', 'FLAIR') if r[m]]
         for other in masks[1:]: assert 2 * (masks[0] & other).sum() / (masks[0].sum() + other.sum()) > 0.85
+
+def test_a_folder_of_an_earlier_version_is_gone_on_with(tmp_path):
+    args = ['--source=phantom', '--n=3', '--shape=32,48,32', f'--out_dir={tmp_path}/data', '--workers=1']
+    assert 'MiB per worker' in play('prepare.py', *args)
+    for path in (tmp_path / 'data' / '.facts').iterdir():  # it knew less of a session
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in ('registered', 'peak_mib')}))
+    times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / 'data').glob('sub-*.npy')}
+    said = play('prepare.py', *args)
+    assert 'scans/s per core and' in said and times and times == {p.name: p.stat().st_mtime_ns for p in (tmp_path / 'data').glob('sub-*.npy')}

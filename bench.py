@@ -194,7 +194,7 @@ def neuroquant_step(shape, sessions, checkpointing, device):
     """NeuroQuant's default, and its loss on sessions of two modalities with both swaps, as config/neuroquant.py trains it."""
     net = networks.NeuroQuant(networks.NeuroQuantConfig())
     for half in (net.encoder, net.decoder): half.checkpointing = checkpointing
-    x = torch.rand(2 * sessions, 1, *shape, device=device).contiguous(memory_format=torch.channels_last_3d)
+    x = torch.rand(2 * sessions, 1, *shape, device=device).to(memory_format=torch.channels_last_3d)
     modality = torch.arange(2 * sessions, device=device) % 2
     swaps = torch.tensor([(a + k, a + 1 - k) for a in range(0, 2 * sessions, 2) for k in (0, 1)], device=device)
     def loss():
@@ -232,13 +232,15 @@ def case_neuroquant():
 def case_slices():
     """A 2D step; and the same slices as volumes of depth 1, by a network that does not see that they are slices."""
     n = slices or (128 if big else 8)
-    for shape in ((144, 192, 1), (1, 144, 192)):
+    as_volumes = dict(missing_axis=lambda x: None, halve=lambda x: F.avg_pool3d(x, [min(2, n) for n in x.shape[2:]]),
+                      double=lambda x, mode='nearest': F.interpolate(x, size=[n if n == 1 else 2 * n for n in x.shape[2:]], mode=mode))
+    for shape in ((144, 192, 1), (144, 1, 144), (1, 192, 144)):
         net = networks.NeuroQuant(networks.NeuroQuantConfig())
-        x, modality = torch.rand(n, 1, *shape, device=device), torch.arange(n, device=device) % 2
+        x, modality = torch.rand(n, 1, *shape, device=device).to(memory_format=torch.channels_last_3d), torch.arange(n, device=device) % 2
         calls = training(net, lambda: reconstruction_loss(net(x, modality)['x_hat'], x, 0.5))
         name, voxels, only_step = f'NeuroQuant, {n} slices of {"x".join(map(str, shape))}', n * math.prod(shape), {'training step': calls['training step']}
         ours = measure(name, calls, voxels, (net.encoder, net.decoder))
-        with mock.patch.object(networks, 'missing_axis', lambda x: None): theirs = measure(f'{name}, as volumes', only_step, voxels, (net.encoder, net.decoder))
+        with mock.patch.multiple(networks, **as_volumes): theirs = measure(f'{name}, as volumes', only_step, voxels, (net.encoder, net.decoder))
         print(f'\nslices against volumes of depth 1: ratio {ours["training step"] / theirs["training step"]:.2f}')
 
 def case_linear():
@@ -252,7 +254,7 @@ def case_linear():
 
 def case_vae():
     net, batch = networks.ConvVAE(networks.ConvVAEConfig()), 2 if big else 1
-    x = torch.rand(batch, 1, *[side] * 3, device=device).contiguous(memory_format=torch.channels_last_3d)
+    x = torch.rand(batch, 1, *[side] * 3, device=device).to(memory_format=torch.channels_last_3d)
     def loss():
         out = net(x)
         return reconstruction_loss(out['x_hat'], x, 0.0) + 5e-4 * kl_loss(out['mu'], out['logvar'])

@@ -84,6 +84,17 @@ def test_halve_and_double_leave_the_missing_axis_alone(axis):
     torch.testing.assert_close(double(x).squeeze(2 + axis), double(stack).select(2 + axis, 2))
 
 @pytest.mark.parametrize('axis', [0, 1, 2])
+def test_slices_stay_channels_last_through_the_whole_network(axis):
+    net = tiny().to(memory_format=torch.channels_last_3d)
+    shape = [64, 64, 64]
+    shape[axis] = 1
+    strides = {}
+    for name, module in net.named_modules():
+        if isinstance(module, (Conv, nn.GroupNorm, AxialAttention)): module.register_forward_hook(lambda m, i, y, name=name: strides.update({name: y.stride(1)}))
+    net(torch.rand(2, 1, *shape).to(memory_format=torch.channels_last_3d), torch.tensor([0, 1]))
+    assert len(strides) > 20 and set(strides.values()) == {1}, [name for name, stride in strides.items() if stride != 1]
+
+@pytest.mark.parametrize('axis', [0, 1, 2])
 def test_a_slice_goes_through_and_leaves_codebook_and_means_alone(axis):
     model = tiny().train()
     model(torch.rand(2, 1, 32, 32, 32), torch.tensor([0, 1]))

@@ -23,6 +23,7 @@ import time
 import weakref
 from unittest import mock
 
+import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,14 +33,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, register_flop_formula
 
 import model as networks
+import nifti
+import synth
 from common import all_reduce_mean, autocast, configure, load_checkpoint, save_checkpoint, start_processes, stop_processes
 from data import Sessions, prefetch
 from flow import flow_matching_loss, sample
 from losses import PatchDiscriminator, adversarial_loss, kl_loss, reconstruction_loss
+from prepare import save_npy
 from pretrained import load_maisi_unet, load_maisi_vae
 
 # ---------------------------------------------------------------- settings
-cases = ('memory', 'neuroquant', 'slices', 'linear', 'vae', 'whole', 'unet', 'critic', 'loader', 'checkpoint', 'processes')  # of --vs=monai: vae, whole, unet, critic
+cases = ('memory', 'neuroquant', 'slices', 'linear', 'vae', 'whole', 'unet', 'critic', 'prepare', 'loader', 'checkpoint', 'processes')  # of --vs=monai: vae, whole, unet, critic
 vs = ''                  # 'monai'
 samplers = ''            # checkpoint of a flow
 size = 0                 # side of the cube of vae, of whole on a CPU and of --vs=monai; 0 picks 96 on a GPU, 48 on a CPU
@@ -307,6 +311,21 @@ def case_loader():
             start = time.perf_counter()
             run(make)
             print(f'| {name} | {ms:.1f} | {spread:.1f} | {all_ms / 10:.1f} | {(time.perf_counter() - start) * 100:.1f} |')
+
+def case_prepare():
+    """A skull-stripped scan of 182x218x182 at 1 mm, from NIfTI file to array file, on one core; and opening a set of 10,000 sessions."""
+    with tempfile.TemporaryDirectory() as folder:
+        scan, array = os.path.join(folder, 'scan.nii.gz'), os.path.join(folder, 'scan.npy')
+        image = synth.phantom(0, (182, 218, 182), modalities=('T1w',))['images']['T1w']
+        nib.save(nib.Nifti1Image((1000 * image).astype(np.int16), np.diag([-1.0, 1, 1, 1])), scan)
+        volume, affine, _ = nifti.read(scan)
+        box = nifti.conform([volume], [affine], (144, 192, 144))[0][0]
+        steps = {'reading and checks': lambda: nifti.read(scan), 'box and scale': lambda: nifti.conform([volume], [affine], (144, 192, 144)), 'writing': lambda: save_npy(array, box)}
+        found = {what: milliseconds(step)[0] for what, step in steps.items()}
+        print(f'\npreparing a scan of 182x218x182: {sum(found.values()):.0f} ms (' + ', '.join(f'{what} {ms:.0f}' for what, ms in found.items()) + ')')
+        with open(os.path.join(folder, 'subjects.tsv'), 'w') as f: f.write('subject\tsession\tsplit\tT1w\n' + ''.join(f'sub-{i:05d}\tses-01\ttrain\tsub-{i:05d}_T1w.npy\n' for i in range(10_000)))
+        with open(os.path.join(folder, 'dataset.json'), 'w') as f: json.dump({'shape': (144, 192, 144), 'spacing_mm': 1.0, 'modalities': ['T1w']}, f)
+        print(f"opening 10,000 sessions: {milliseconds(lambda: Sessions(folder, ('T1w',), 'train'))[0]:.0f} ms")
 
 def case_checkpoint():
     """What saving costs: weights, their average and the optimiser's state of NeuroQuant's default."""

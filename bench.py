@@ -294,7 +294,8 @@ def case_loader():
             rng, shape = np.random.default_rng(0), (144, 192, 144)
             inside = sum(np.linspace(-1, 1, n).reshape([-1 if a == k else 1 for a in range(3)]) ** 2 for k, n in enumerate(shape)) < 0.8
             lines = ['subject\tsession\tsplit\tT1w\tT2w'] + [f'sub-{i:02d}\tses-01\ttrain\tsub-{i:02d}_T1w.npy\tsub-{i:02d}_T2w.npy' for i in range(8)]
-            for name in (n for line in lines[1:] for n in line.split('\t')[3:]): np.save(os.path.join(folder, name), inside * rng.random(shape, np.float32))
+            for name in (n for line in lines[1:] for n in line.split('\t')[3:]):
+                np.save(os.path.join(folder, name), inside * rng.random(shape, np.float32))
             with open(os.path.join(folder, 'subjects.tsv'), 'w') as f: f.write('\n'.join(lines) + '\n')
             with open(os.path.join(folder, 'dataset.json'), 'w') as f: json.dump({'shape': shape, 'spacing_mm': 1.0, 'modalities': ['T1w', 'T2w']}, f)
         with open(os.path.join(where, 'dataset.json')) as f: known = tuple(json.load(f)['modalities'])
@@ -323,7 +324,8 @@ def case_prepare():
         steps = {'reading and checks': lambda: nifti.read(scan), 'box and scale': lambda: nifti.conform([volume], [affine], (144, 192, 144)), 'writing': lambda: save_npy(array, box)}
         found = {what: milliseconds(step)[0] for what, step in steps.items()}
         print(f'\npreparing a scan of 182x218x182: {sum(found.values()):.0f} ms (' + ', '.join(f'{what} {ms:.0f}' for what, ms in found.items()) + ')')
-        with open(os.path.join(folder, 'subjects.tsv'), 'w') as f: f.write('subject\tsession\tsplit\tT1w\n' + ''.join(f'sub-{i:05d}\tses-01\ttrain\tsub-{i:05d}_T1w.npy\n' for i in range(10_000)))
+        with open(os.path.join(folder, 'subjects.tsv'), 'w') as f:
+            f.write('subject\tsession\tsplit\tT1w\n' + ''.join(f'sub-{i:05d}\tses-01\ttrain\tsub-{i:05d}_T1w.npy\n' for i in range(10_000)))
         with open(os.path.join(folder, 'dataset.json'), 'w') as f: json.dump({'shape': (144, 192, 144), 'spacing_mm': 1.0, 'modalities': ['T1w']}, f)
         print(f"opening 10,000 sessions: {milliseconds(lambda: Sessions(folder, ('T1w',), 'train'))[0]:.0f} ms")
 

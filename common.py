@@ -79,9 +79,13 @@ def start_processes(device):
     return dist.get_rank(), dist.get_world_size(), device
 
 def warn_of_slow_convolutions(device, version, cudnn):
-    """One line for torch 2.9 with a cuDNN before 9.15: 3D convolutions in bfloat16 take 3 to 4 times the time and memory there (pytorch#166122, #166643)."""
+    """One line for torch 2.9 with a cuDNN before 9.15, where 3D convolutions in bfloat16 take 3 to 4 times the time and memory.
+
+    Sources: pytorch#166122, pytorch#166643.
+    """
     if device.startswith('cuda') and version.startswith('2.9.') and cudnn < 91500 and os.environ.get('RANK', '0') == '0':
-        print(f'torch {version} with cuDNN {cudnn}: 3D convolutions in bfloat16 are slow and take much memory; upgrade torch, or pip install nvidia-cudnn-cu12>=9.15', flush=True)
+        print(f'torch {version} with cuDNN {cudnn}: 3D convolutions in bfloat16 are slow and take much memory; '
+              'upgrade torch, or pip install nvidia-cudnn-cu12>=9.15', flush=True)
 
 def stop_processes():
     if dist.is_initialized(): dist.destroy_process_group()
@@ -89,12 +93,15 @@ def stop_processes():
 def explain_failures(keys):
     """From now on two errors end the program with one line: out of GPU memory, with the peak and the settings that lower it; a lost process."""
     usual = sys.excepthook
+    signs = ('Connection closed by peer', 'Connection reset', 'Broken pipe', 'Socket', 'NCCL', 'remote process')
     def hook(kind, error, trace):
-        lost = dist.is_initialized() and any(w in str(error) for w in ('Connection closed by peer', 'Connection reset', 'Broken pipe', 'Socket', 'NCCL', 'remote process'))
+        lost = dist.is_initialized() and any(sign in str(error) for sign in signs)
         if issubclass(kind, torch.OutOfMemoryError):
             peak = f'{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB' if torch.cuda.is_available() else 'not known'
             print(f'out of GPU memory, peak {peak}: lower {keys}', file=sys.stderr)
-        elif lost: print(f'process {dist.get_rank()}: another process is gone ({str(error).strip().splitlines()[0]}); its own message says why', file=sys.stderr)
+        elif lost:
+            reason = str(error).strip().splitlines()[0]
+            print(f'process {dist.get_rank()}: another process is gone ({reason}); its own message says why', file=sys.stderr)
         else: usual(kind, error, trace)
     sys.excepthook = hook
 
@@ -170,7 +177,8 @@ def refuse_changes(checkpoint, config, world, free):
 
     batch_size may change if the processes do: what counts is the joined batch.
     """
-    there, here = ({k: n * c[k] if k.startswith('batch_size') else c.get(k) for k in c} for c, n in ((checkpoint['config'], checkpoint['world']), (config, world)))
+    def joined(config, world): return {k: world * v if k.startswith('batch_size') else v for k, v in config.items()}
+    there, here = joined(checkpoint['config'], checkpoint['world']), joined(config, world)
     differ = [f'{k} {there.get(k)!r} there, {here[k]!r} here' for k in here if k not in free and there.get(k) != here[k]]
     if differ:
         raise SystemExit(f'--init_from=resume goes on with one run, but its settings have changed: {"; ".join(differ)}; '
@@ -181,7 +189,8 @@ def check_finite(recent):
     for it, names, values, files in recent:
         for name, value in zip(names, values.tolist()):
             if not math.isfinite(value):
-                raise SystemExit(f'iteration {it}: {name} is {value}; the batch of this process was {", ".join(files)}; ckpt.pt holds the last good state')
+                raise SystemExit(f'iteration {it}: {name} is {value}; the batch of this process was {", ".join(files)}; '
+                                 'ckpt.pt holds the last good state')
 
 # ---------------------------------------------------------------- output folder and log
 
@@ -200,6 +209,10 @@ def write_text(path, text):
     part = f'{path}.{os.getpid()}.part'  # jobs of an array may write the same file
     with open(part, 'w') as f: f.write(text)
     os.replace(part, path)
+
+def markdown_table(head, rows):
+    """Lines of a markdown table; rows are lists of what is to be printed, as many as head has columns."""
+    return ['| ' + ' | '.join(map(str, line)) + ' |' for line in (head, ['---'] * len(head), *rows)]
 
 def log_json(out_dir, record):
     """Append one JSON line to out_dir/log.jsonl; numbers that are not finite become null."""

@@ -19,7 +19,8 @@ from scipy.spatial.transform import Rotation
 
 # ---------------------------------------------------------------- the index
 
-BOX = ('shape', 'spacing_mm', 'resize', 'percentiles', 'percentiles_of', 'clip')  # of dataset.json: how scans got into their box, arguments of nifti.conform
+# keys of dataset.json that say how scans got into their box: arguments of nifti.conform
+BOX = ('shape', 'spacing_mm', 'resize', 'percentiles', 'percentiles_of', 'clip')
 
 def read_index(data_dir, modalities, split=None):
     """Rows of subjects.tsv of one split (None: all) that hold at least one of the modalities, and dataset.json as a dict.
@@ -40,7 +41,8 @@ def read_index(data_dir, modalities, split=None):
         except json.JSONDecodeError: refuse('dataset.json is not JSON; run prepare.py again', folder)
         first = first or dataset
         for key in BOX:
-            if dataset.get(key) != first.get(key): refuse(f'made with {key} {dataset.get(key)}, {data_dir.split(",")[0]} with {first.get(key)}', folder)
+            if dataset.get(key) != first.get(key):
+                refuse(f'made with {key} {dataset.get(key)}, {data_dir.split(",")[0]} with {first.get(key)}', folder)
         split_of = {}
         for row in found:
             row['folder'] = folder
@@ -68,7 +70,8 @@ def fingerprint(data_dir):
 def refuse_other_data(there, data_dir, path):
     """SystemExit that says what differs if data_dir is not what the run of the checkpoint at `path`, with fingerprint `there`, has seen."""
     here = fingerprint(data_dir)
-    kinds = {'changed': [k for k in there if k in here and there[k] != here[k]], 'gone': [k for k in there if k not in here], 'new': [k for k in here if k not in there]}
+    kinds = {'changed': [k for k in there if k in here and there[k] != here[k]],
+             'gone': [k for k in there if k not in here], 'new': [k for k in here if k not in there]}
     differ = [f'{len(names)} {kind} ({", ".join(names[:3])}{", ..." * (len(names) > 3)})' for kind, names in kinds.items() if names]
     if differ:
         raise SystemExit(f'--init_from=resume: {data_dir} is not what {path} was trained on: {"; ".join(differ)}; '
@@ -125,7 +128,8 @@ def augmented(volume, start, size, rng):
         x = ndimage.affine_transform(as_float(volume), turn, centre + turn @ (start - centre), size, order=1)
     else: x = as_float(volume[tuple(slice(s, s + n) for s, n in zip(start, size))])
     if rng.random() < 0.3:
-        waves = [np.cos(np.pi * rng.uniform(0.5, 2) * np.linspace(0, 1, n)[s:s + k] + rng.uniform(0, 2 * np.pi)) for s, k, n in zip(start, size, volume.shape)]
+        waves = [np.cos(np.pi * rng.uniform(0.5, 2) * np.linspace(0, 1, n)[s:s + k] + rng.uniform(0, 2 * np.pi))
+                 for s, k, n in zip(start, size, volume.shape)]
         x = x * np.exp(rng.uniform(-0.3, 0.3) * np.einsum('i,j,k->ijk', *waves)).astype(np.float32)
     if rng.random() < 0.3: x = np.clip(x, 0, 1) ** np.float32(np.exp(rng.uniform(np.log(0.7), np.log(1.5))))
     return np.clip(x, 0, 1)
@@ -182,7 +186,8 @@ class Sessions:
             if 'checksums.json' in there[folder]:
                 with open(os.path.join(folder, 'checksums.json')) as f: known[folder] = json.load(f)
         for i, m in self.scans:
-            if os.path.basename(self.path(i, m)) not in there[self.rows[i]['folder']]: raise SystemExit(f'{self.path(i, m)}: missing; run prepare.py again')
+            if os.path.basename(self.path(i, m)) not in there[self.rows[i]['folder']]:
+                raise SystemExit(f'{self.path(i, m)}: missing; run prepare.py again')
         for k in random(0, 12).permutation(len(self.scans))[:count]:
             (i, m), volume = self.scans[k], self.stored(*self.scans[k])
             sums = known.get(self.rows[i]['folder'])

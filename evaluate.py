@@ -28,6 +28,7 @@ from metrics import (channel_cosine, dice, effective_rank, explained_variance, f
 from model import from_checkpoint
 from pretrained import LPIPS, RandomFeatures, load_radimagenet, radimagenet_input
 from probe import linear_probe, network_probe
+from report import DEFINITIONS, SHOWN, report
 from segment import MERGED, make_segmenter
 from tables import paper_table
 
@@ -59,17 +60,18 @@ seed = 0                    # of the bootstrap
 
 lpips_net = None            # the network of the lpips setting, once loaded
 
-DEFINITIONS = """\
-PSNR: dB, data range 1, prediction clamped to [0,1]. SSIM: 3D, Gaussian window 11, sigma 1.5, K1 0.01, K2 0.03, valid region, times 100.
-SSIM uniform: scikit-image's default, a uniform window of 7 with sample covariance, as DeCo-VAE; times 100. LPIPS: over all slices, [0,1] as is; brain: 0 outside it in both.
-whole: every voxel of the box. brain: voxels where the input is above 0 (SSIM: windows centred there).
-Mean +- standard deviation over subjects, the sessions of a subject averaged first.
-DFT: decoder fine-tuned on a frozen encoder. cos_raw: mean absolute cosine of channel pairs, means included; pearson_abs: the same of
-centred channels. Effective rank: exp of the entropy of the explained variance, whose covariance is that of pearson_abs."""
+def attempt(make, **row):
+    """A row of results: what it is of, and what make() finds, or the reason why that cannot be found."""
+    try: return row | make()
+    except ValueError as e: return row | {'reason': str(e)}
+
+def batch_of(volume):
+    """A volume (D,H,W) as (1,1,D,H,W) on the device."""
+    return torch.tensor(volume, device=device)[None, None]
 
 def load(test, i, m):
     """Scan of session i, modality index m, as (1,1,D,H,W) on the device."""
-    return torch.tensor(test.volume(i, m), device=device)[None, None]
+    return batch_of(test.volume(i, m))
 
 # ---------------------------------------------------------------- reference rows
 
@@ -127,7 +129,7 @@ def reference_rows(test, train, n, rates):
                    **{f'DCT codec at {bits:.0f} bits': [dct_codec(v, bits) for v in tqdm(volumes, desc='DCT codec', leave=False)] for bits in rates},
                    'blur, sigma 1 voxel (codes nothing)': [ndimage.gaussian_filter(v, 1.0) for v in volumes]}
         for row, predictions in guesses.items():
-            rows.setdefault(row, {})[name] = [(test.rows[i]['subject'], scores(torch.tensor(p, device=device)[None, None], torch.tensor(v, device=device)[None, None], lpips_net))
+            rows.setdefault(row, {})[name] = [(test.rows[i]['subject'], scores(batch_of(p), batch_of(v), lpips_net))
                                               for i, p, v in zip(sessions, predictions, volumes)]
     return rows
 
@@ -148,8 +150,8 @@ def judge(model, test, n):
                 total = total + moments(model.latent(x[m], m))
                 logvar = model.posterior(x[m])[1]
                 if logvar is not None: sigmas.append(torch.exp(0.5 * logvar.float()).mean().item())
-                if books:
-                    for k, book in enumerate(model.tokens(x[m]).reshape(books, -1).cpu()): counts[m, k] += np.bincount(book, minlength=counts.shape[2])
+                for k, book in enumerate(model.tokens(x[m]).reshape(books, -1).cpu() if books else ()):
+                    counts[m, k] += np.bincount(book, minlength=counts.shape[2])
                 fidelity[test.modalities[m]].append((subject, scores(model.reconstruct(x[m], m), x[m], lpips_net)))
             if hasattr(model, 'translate') and model.config.film: cross_modal(model, test.modalities, subject, x, cross)
     return fidelity, cross, counts, latent_geometry(total.cpu(), float(np.mean(sigmas)) if sigmas else None)
@@ -190,34 +192,20 @@ def frechet_rows(models, n):
     rows, real = [], {}
     def volumes(test, m, keep=lambda i: True):
         return (load(test, i, m) for i in range(n) if m in test.present(i) and keep(i))
-    def add(row, modality, make):
-        try: rows.append({'row': row, 'modality': modality} | make())
-        except ValueError as e: rows.append({'row': row, 'modality': modality, 'reason': str(e)})
+    def add(row, modality, make): rows.append(attempt(make, row=row, modality=modality))
+    def features_of(volumes): return feature_moments(volumes, extractor, fid_slices)
     for name, model, known, folder in models:
         test = Sessions(data_dir, known, split)
         subjects = sorted({row['subject'] for row in test.rows[:n]})
         for m, modality in enumerate(known):
             if modality not in real:
-                real[modality] = feature_moments(tqdm(volumes(test, m), desc=f'features {modality}', leave=False), extractor, fid_slices)
+                real[modality] = features_of(tqdm(volumes(test, m), desc=f'features {modality}', leave=False))
                 halves = [volumes(test, m, lambda i, h=h: subjects.index(test.rows[i]['subject']) % 2 == h) for h in (0, 1)]
-                add('floor: real against real', modality, lambda: slice_frechet(*[feature_moments(half, extractor, fid_slices) for half in halves]))
+                add('floor: real against real', modality, lambda: slice_frechet(*map(features_of, halves)))
             rebuilt = (model.reconstruct(x, m).float() for x in tqdm(volumes(test, m), desc=f'rFID {modality}', leave=False))
-            add(f'{name} rFID', modality, lambda: slice_frechet(real[modality], feature_moments(rebuilt, extractor, fid_slices)))
-            if folder: add(f'{name} gFID', modality, lambda: slice_frechet(real[modality], feature_moments(read_generated(folder, modality), extractor, fid_slices)))
+            add(f'{name} rFID', modality, lambda: slice_frechet(real[modality], features_of(rebuilt)))
+            if folder: add(f'{name} gFID', modality, lambda: slice_frechet(real[modality], features_of(read_generated(folder, modality))))
     return extractor_name, rows
-
-def frechet_table(extractor_name, rows):
-    """Lines of markdown."""
-    lines = ['', f'Frechet distance on slices, {extractor_name}, {fid_slices} slices', '',
-             '| row | modality | axial | coronal | sagittal | mean | of it means | covariances | slices (real / other) |', '|' + ' --- |' * 9]
-    for r in rows:
-        if 'reason' in r: lines.append(f"| {r['row']} | {r['modality']} | | | | | | | {r['reason']} |")
-        else: lines.append(f"| {r['row']} | {r['modality']} | " + ' | '.join(f'{r[k]:.4f}' for k in ('axial', 'coronal', 'sagittal', 'mean', 'mean_part', 'covariance_part'))
-                           + ' | ' + ', '.join(f'{p} {a} / {b}' for p, (a, b) in r['slices'].items()) + ' |')
-    means = {(r['row'], r['modality']): r['mean'] for r in rows if 'mean' in r}
-    for (row, modality), value in means.items():
-        if row.endswith('gFID') and (other := (row[:-4] + 'rFID', modality)) in means: lines.append(f'\n{row[:-5]} {modality}: gFID - rFID {value - means[other]:.4f}')
-    return lines
 
 # ---------------------------------------------------------------- generated sets
 
@@ -241,15 +229,8 @@ def diversity_rows(models, n):
             sets = {name: lambda: read_generated(folder, modality)}
             if modality not in seen: sets = {'real': lambda: (load(test, i, m) for i in first_scans)} | sets
             seen.add(modality)
-            for row, volumes in sets.items():
-                try: rows.append({'row': row, 'modality': modality} | ms_ssim_of_pairs(volumes()))
-                except ValueError as e: rows.append({'row': row, 'modality': modality, 'reason': str(e)})
+            rows += [attempt(lambda: ms_ssim_of_pairs(volumes()), row=row, modality=modality) for row, volumes in sets.items()]
     return rows
-
-def diversity_table(rows):
-    lines = ['', 'MS-SSIM between pairs of volumes (1: all alike); real: one scan per subject', '', '| set | modality | MS-SSIM | pairs | volumes |', '|' + ' --- |' * 5]
-    for r in rows: lines.append(f"| {r['row']} | {r['modality']} | " + (f"| | {r['reason']} |" if 'reason' in r else f"{r['ms_ssim']:.4f} +- {r['sd']:.4f} | {r['pairs']} | {r['volumes']} |"))
-    return lines
 
 def samples(models, shown=4):
     """Blocks for figures.views: the first volumes of each generated set, DeCo fig. 5. Sets of one seed and one flow show the same latents."""
@@ -272,12 +253,14 @@ def anatomy_rows(models, n):
     for name, model, known, _ in models:
         test = Sessions(data_dir, known, split)
         for m, modality in enumerate(known):
-            try: rows.append({'row': name, 'modality': modality} | anatomy(find, model, test, m, n, truth))
-            except ValueError as e: rows.append({'row': name, 'modality': modality, 'reason': str(e)})
+            rows.append(attempt(lambda: anatomy(find, model, test, m, n, truth), row=name, modality=modality))
     return rows
 
 def anatomy(find, model, test, m, n, truth):
-    """Mean Dice and, per scan, Dice and volumes of each structure, of modality index m. find: a segmenter; truth: label maps by (session, modality), filled."""
+    """Mean Dice and, per scan, Dice and volumes of each structure, of modality index m.
+
+    find: a segmenter. truth: label maps by (session, modality), filled here, so that every model is compared with the same.
+    """
     found, modality = [], test.modalities[m]
     for i in tqdm([i for i in range(n) if m in test.present(i)], desc=f'segmenting {modality}', leave=False):
         x = test.volume(i, m)
@@ -297,21 +280,8 @@ NAME_OF = {label: ('' if len(pair) == 1 else ('left ', 'right ')[pair.index(labe
 def given_labels(row):
     path = os.path.join(row['folder'], row.get(labels) or '(none)')
     try: return np.load(path)
-    except (OSError, EOFError, ValueError): raise ValueError(f"{path}: no label map; --labels={labels} must be a column of subjects.tsv with .npy files")
-
-def anatomy_table(rows):
-    """Lines of markdown: mean over structures, and the two whose volumes NeuroQuant fig. 4 shows."""
-    shown = ('cerebellum cortex', 'caudate')
-    lines = ['', 'Dice x 100 against ' + (f"the given label maps ('{labels}')" if labels else "the segmenter's labels of the input") + ', mean over foreground structures, then over subjects; volumes, left + right, in mm3', '',
-             '| model | modality | Dice | 95 % interval | ' + ' | '.join(f'{name}: reconstruction | ground truth' for name in shown) + ' |', '|' + ' --- |' * (4 + 2 * len(shown))]
-    for r in rows:
-        if 'reason' in r:
-            lines.append(f"| {r['row']} | {r['modality']} | | {r['reason']} | | | | |")
-            continue
-        d = r['mean_dice']
-        volumes = [f"{np.mean([f[key][name] for f in r['scans']]):.0f}" for name in shown for key in ('mm3', 'mm3_truth')]
-        lines.append(f"| {r['row']} | {r['modality']} | {100 * d['mean']:.2f} +- {100 * d['sd']:.2f} | {100 * d['ci95'][0]:.2f} to {100 * d['ci95'][1]:.2f} | " + ' | '.join(volumes) + ' |')
-    return lines
+    except (OSError, EOFError, ValueError):
+        raise ValueError(f'{path}: no label map; --labels={labels} must be a column of subjects.tsv with .npy files')
 
 def volume_boxes(rows, name):
     """[(label, volumes in cm3)] of one structure: ground truth per modality, then each row."""
@@ -337,12 +307,11 @@ def probe_rows(models, n):
             with torch.no_grad():
                 whole.append(model.latent(x, m)[0].cpu())
                 if hasattr(model, 'translate'): anatomy_latent.append(model.encode(x)[0][0].cpu())
-        value, subject = (np.array([f(test.rows[i]) for i, _ in scans]) for f in (lambda row: (row.get(probe) or '').strip(), lambda row: row['subject']))
+        value = np.array([(test.rows[i].get(probe) or '').strip() for i, _ in scans])
+        subject = np.array([test.rows[i]['subject'] for i, _ in scans])
         modality = np.array([known[m] for _, m in scans])
-        def add(row, how, seen, target, make):
-            try: rows.append({'row': row, 'probe': how, 'seen': seen, 'target': target} | make())
-            except ValueError as e: rows.append({'row': row, 'probe': how, 'seen': seen, 'target': target, 'reason': str(e)})
-        def linear(z, y, keep): return linear_probe(np.stack([z[k].numpy() for k in keep]) if len(keep) else [], y[keep], subject[keep], seed=seed)
+        def add(row, how, seen, target, make): rows.append(attempt(make, row=row, probe=how, seen=seen, target=target))
+        def linear(z, y, keep): return linear_probe(np.array([z[k].numpy() for k in keep]), y[keep], subject[keep], seed=seed)
         def network(load, keep):
             return network_probe(lambda row: load(keep[row]), value[keep], subject[keep], device, probe_epochs, seed=seed, dtype=dtype)
         for m, of in enumerate(known):
@@ -354,18 +323,9 @@ def probe_rows(models, n):
                 volume = lambda k: torch.tensor(test.volume(*scans[k]))[None]
                 add('the scans', 'SEResNet-152', f'volume, {of}', probe, lambda: network(volume, keep))
         for a, b in combinations(known, 2) if anatomy_latent else ():
-            add(name, 'linear', 'z_anat', f'modality: {a} or {b}', lambda: linear(anatomy_latent, modality, np.flatnonzero(np.isin(modality, (a, b)))))
+            keep = np.flatnonzero(np.isin(modality, (a, b)))
+            add(name, 'linear', 'z_anat', f'modality: {a} or {b}', lambda: linear(anatomy_latent, modality, keep))
     return rows
-
-def probe_table(rows):
-    lines = ['', 'Probes, 5 folds by subject. Linear: standardised latent, ridge-logistic regression' + f'. SEResNet-152: trained anew for each fold, {probe_epochs} epochs' * bool(probe_networks), '',
-             '| model | probe | of | target | accuracy | 95 % interval | balanced | AUC | by subject | scans (subjects) |', '|' + ' --- |' * 10]
-    for r in rows:
-        head = f"| {r['row']} | {r['probe']} | {r['seen']} | {r['target']} | "
-        if 'reason' in r: lines.append(head + f"| | | | | {r['reason']} |")
-        else: lines.append(head + f"{r['accuracy']:.3f} | {r['ci95'][0]:.3f} to {r['ci95'][1]:.3f} | {r['balanced_accuracy']:.3f} | {r['auc']:.3f} | "
-                           + ('' if r['subject_accuracy'] is None else f"{r['subject_accuracy']:.3f}") + f" | {r['n']} ({r['n_groups']}) |")
-    return lines
 
 # ---------------------------------------------------------------- summaries
 
@@ -378,58 +338,6 @@ def code_use(counts):
     shares = [c[c > 0] / c.sum() for c in counts]
     return {'used': float(np.mean([len(p) for p in shares])), 'perplexity': float(np.mean([np.exp(-(p * np.log(p)).sum()) for p in shares])),
             'tokens': int(counts.sum())}
-
-# ---------------------------------------------------------------- output
-
-def cell(summary):
-    """Mean +- sd; four digits for distances, which are far below 1."""
-    if not summary: return ''
-    digits = 2 if abs(summary['mean']) >= 1 else 4
-    return f"{summary['mean']:.{digits}f} +- {summary['sd']:.{digits}f}"
-
-def interval(summary):
-    """The 95 % interval of the mean."""
-    if not summary: return ''
-    digits = 2 if abs(summary['mean']) >= 1 else 4
-    return f"{summary['ci95'][0]:.{digits}f} to {summary['ci95'][1]:.{digits}f}"
-
-METRICS = {'psnr_whole': 'PSNR', 'ssim_whole': 'SSIM', 'psnr_brain': 'PSNR brain', 'ssim_brain': 'SSIM brain', 'ssim_uniform_whole': 'SSIM uniform'}
-
-def metric_names():
-    """{key of scores: its name in the tables}."""
-    if not lpips: return METRICS
-    return METRICS | {'lpips_sum': 'RANDOM trunk (no LPIPS), sum' if lpips == 'random' else f'LPIPS {lpips}, sum', 'lpips_mean': 'mean of planes', 'lpips_brain': 'sum, brain'}
-
-def markdown(results, modalities):
-    """The tables as text."""
-    n = max(s['psnr_whole']['n_subjects'] for row in results['rows'] for s in row['fidelity'].values() if s)
-    head = ['model', 'f', 'latent', 'bits/volume', 'DFT', *[f'{m} {name}' for m in modalities for name in metric_names().values()]]
-    lines = [f"Reconstruction, split {results['split']} of {results['data_dir']}, {n} subjects", '', '| ' + ' | '.join(head) + ' |',
-             '|' + ' --- |' * len(head)]
-    for row in results['rows']:
-        cells = [cell(row['fidelity'].get(m, {}).get(k)) for m in modalities for k in metric_names()]
-        lines.append('| ' + ' | '.join([row['name'], row['f'], row['latent'], row['bits'], row['dft'], *cells]) + ' |')
-    lines += ['', '95 % bootstrap interval of each mean, by subject', '', '| ' + ' | '.join(head[:1] + head[5:]) + ' |', '|' + ' --- |' * (len(head) - 4)]
-    for row in results['rows']:
-        cells = [interval(row['fidelity'].get(m, {}).get(k)) for m in modalities for k in metric_names()]
-        lines.append('| ' + ' | '.join([row['name'], *cells]) + ' |')
-    models = [row for row in results['rows'] if 'geometry' in row]
-    lines += ['', f'Latent, all positions of the same scans', '',
-              '| model | latent | cos_raw | pearson_abs | effective rank | explained variance | channel sd | posterior sigma |', '|' + ' --- |' * 8]
-    for row in models:
-        g = row['geometry']
-        few = lambda values: ' '.join(f'{v:.3f}' for v in values[:8]) + (' ...' if len(values) > 8 else '')
-        lines.append(f"| {row['name']} | {row['latent']} | " + ' | '.join('' if v is None else f'{v:.4f}' for v in (g['cos_raw'], g['pearson_abs'], g['effective_rank']))
-                     + f" | {few(g['explained_variance'])} | {few(g['channel_sd'])} | {'' if g['posterior_sigma'] is None else format(g['posterior_sigma'], '.4f')} |")
-    for row in models:
-        if row['codes']:
-            lines += ['', f"{row['name']}, codes of {row['num_codes']}: " + '; '.join(
-                f"{k} {v['used']:.0f} used, perplexity {v['perplexity']:.1f}, {v['tokens']} tokens" for k, v in row['codes'].items())]
-        if row['cross']:
-            lines += ['', f"{row['name']}, cross-modal: anatomy of the source, style of the target scan (eq. 13) or the target's running mean (no target scan)", '',
-                      '| source -> target | style | ' + ' | '.join(metric_names().values()) + ' |', '|' + ' --- |' * (2 + len(metric_names()))]
-            lines += [f"| {c['source']} -> {c['target']} | {c['style']} | " + ' | '.join(cell(c['scores'][k]) for k in metric_names()) + ' |' for c in row['cross']]
-    return '\n'.join(lines) + '\n\n' + DEFINITIONS + '\n'
 
 # ---------------------------------------------------------------- pictures
 
@@ -447,7 +355,8 @@ def reconstructions(models):
         for name, model, known, _ in models:
             if modality not in known: continue
             with autocast(device, dtype): x_hat = model.reconstruct(batch, known.index(modality)).float().clamp(0, 1)[0, 0].cpu().numpy()
-            block += [(f'{modality} {name}', x_hat)] if len(models) > 1 else [(f'{modality} {name}', x_hat), (f'{modality} absolute error', np.abs(x - x_hat))]
+            block.append((f'{modality} {name}', x_hat))
+            if len(models) == 1: block.append((f'{modality} absolute error', np.abs(x - x_hat)))
         blocks.append(block)
     return blocks if len(models) > 1 else [sum(blocks, [])]
 
@@ -467,11 +376,16 @@ def embed_latents(models, n):
         panels[name] = tsne(z[chosen].to(device), seed=seed).cpu().numpy(), brain[chosen].numpy()
     return panels
 
-def main():
+def name_of(path):
+    """What a checkpoint is called in the tables: its folder."""
+    return os.path.basename(os.path.dirname(path)) or path
+
+def main(settings):
     global device, out_dir, data_dir, lpips_net
     _, world, device = start_processes(device)
     if world > 1: raise SystemExit('evaluate.py runs in one process: start it with python, not torchrun')
-    if not set(probe_networks) <= {'latent', 'volume'} or (probe_networks and not probe): raise SystemExit(f'--probe_networks={probe_networks}: of latent and volume, with --probe=COLUMN')
+    if not set(probe_networks) <= {'latent', 'volume'} or (probe_networks and not probe):
+        raise SystemExit(f'--probe_networks={probe_networks}: of latent and volume, with --probe=COLUMN')
     paths = [p for p in ckpt.split(',') if p]
     checkpoints = [load_checkpoint(p) for p in paths]
     data_dir = data_dir or checkpoints[0]['config']['data_dir']
@@ -479,8 +393,7 @@ def main():
     make_out_dir(out_dir)
     lpips_net = None
     if lpips: lpips_net = (LPIPS() if lpips == 'random' else LPIPS(lpips, lpips_trunk, lpips_lin)).to(device)
-    results = {'data_dir': data_dir, 'split': split, 'definitions': DEFINITIONS, 'rows': []}
-    modalities, rates, models, folders = [], [], [], [f for f in generated.split(',') if f]
+    modalities, rates, rows, models, folders = [], [], [], [], [f for f in generated.split(',') if f]
     for path, checkpoint in zip(paths, checkpoints):
         model = from_checkpoint(checkpoint).to(device)
         if not hasattr(model, 'reconstruct'): raise SystemExit(f'{path}: a flow, not an autoencoder')
@@ -492,46 +405,39 @@ def main():
         except ValueError as e: raise SystemExit(f'{path} on {data_dir}: {e}')
         bits, style = model.bits_per_volume(test.shape), model.style_bits()
         rates.append(bits + style)
-        models.append((os.path.basename(os.path.dirname(path)) or path, model, known, folders.pop(0) if folders else ''))
-        results['rows'].append({
-            'name': os.path.basename(os.path.dirname(path)) or path, 'ckpt': path, 'iter': checkpoint['iter_num'], 'git_commit': checkpoint['git_commit'],
-            'f': f'{model.factor}x', 'latent': 'x'.join(map(str, model.latent_shape(test.shape))), 'bits': f'{bits:.0f}' + (f' + {style}' if style else ''),
-            'dft': 'yes' if checkpoint['config'].get('freeze_encoder') else 'no', 'num_codes': getattr(model.config, 'num_codes', None),
+        models.append((name_of(path), model, known, folders.pop(0) if folders else ''))
+        rows.append({
+            'name': name_of(path), 'ckpt': path, 'iter': checkpoint['iter_num'], 'git_commit': checkpoint['git_commit'],
+            'f': f'{model.factor}x', 'latent': 'x'.join(map(str, model.latent_shape(test.shape))),
+            'bits': f'{bits:.0f}' + (f' + {style}' if style else ''), 'num_codes': getattr(model.config, 'num_codes', None),
+            'dft': 'yes' if checkpoint['config'].get('freeze_encoder') else 'no',
             'fidelity': {m: collapse(found) for m, found in fidelity.items()}, 'geometry': geometry,
             'codes': {m: code_use(c) for m, c in zip([*known, 'all'], [*counts, counts.sum(0)]) if c.size},
             'cross': [{'source': a, 'target': b, 'style': style, 'scores': collapse(found)} for (a, b, style), found in cross.items()]})
     if reference_sessions > 0:
         train, test = Sessions(data_dir, modalities, 'train'), Sessions(data_dir, modalities, split)
         for name, found in reference_rows(test, train, min(test.n, n, reference_sessions), sorted(set(rates))).items():
-            results['rows'].append({'name': name, 'f': '', 'latent': '', 'bits': name.split()[-2] if 'DCT' in name else '', 'dft': '',
-                                    'fidelity': {m: collapse(f) for m, f in found.items()}})
-    text = markdown(results, modalities)
-    if features:
-        results['frechet_features'], results['frechet'] = frechet_rows(models, n)
-        text += '\n'.join(frechet_table(results['frechet_features'], results['frechet'])) + '\n'
-    if any(folder for *_, folder in models):
-        results['diversity'] = diversity_rows(models, n)
-        text += '\n'.join(diversity_table(results['diversity'])) + '\n'
-    if segmenter:
-        results['anatomy'] = anatomy_rows(models, n)
-        text += '\n'.join(anatomy_table(results['anatomy'])) + '\n'
-        if drawn := [r for r in results['anatomy'] if 'scans' in r]:
-            figures.boxes(os.path.join(out_dir, 'volumes.png'), {name: volume_boxes(drawn, name) for name in ('cerebellum cortex', 'caudate')}, 'cm3')
-    else: text += '\nDice, region volumes: not computed; give --segmenter=synthseg_2.0.h5 (github.com/BBillot/SynthSeg), or a command with {in} and {out}\n'
-    if probe:
-        results['probes'] = probe_rows(models, n)
-        text += '\n'.join(probe_table(results['probes'])) + '\n'
+            rows.append({'name': name, 'f': '', 'latent': '', 'bits': name.split()[-2] if 'DCT' in name else '', 'dft': '',
+                         'fidelity': {m: collapse(f) for m, f in found.items()}})
+    results = {'data_dir': data_dir, 'split': split, 'modalities': modalities, 'settings': settings, 'definitions': DEFINITIONS, 'rows': rows}
+    if features: results['frechet_features'], results['frechet'] = frechet_rows(models, n)
+    if any(folder for *_, folder in models): results['diversity'] = diversity_rows(models, n)
+    if segmenter: results['anatomy'] = anatomy_rows(models, n)
+    if probe: results['probes'] = probe_rows(models, n)
+    text, path = report(results), lambda name: os.path.join(out_dir, name)
     print(text)
-    write_text(os.path.join(out_dir, 'table.md'), text)
-    write_text(os.path.join(out_dir, 'table.json'), json.dumps(results, indent=1))
-    print(f"tables: {os.path.join(out_dir, 'table.md')}, table.json")
+    write_text(path('table.md'), text)
+    write_text(path('table.json'), json.dumps(results, indent=1))
+    print(f"tables: {path('table.md')}, table.json")
+    if drawn := [r for r in results.get('anatomy', ()) if 'scans' in r]:
+        figures.boxes(path('volumes.png'), {name: volume_boxes(drawn, name) for name in SHOWN}, 'cm3')
     if latent_figures:
-        figures.geometry(os.path.join(out_dir, 'latent.png'), {r['name']: r['geometry'] for r in results['rows'] if 'geometry' in r})
-        figures.embedding(os.path.join(out_dir, 'tsne.png'), embed_latents(models, n))
-    if blocks := samples(models): figures.views(os.path.join(out_dir, 'samples.png'), blocks, 'generated')
-    if blocks := reconstructions(models): figures.views(os.path.join(out_dir, 'reconstructions.png'), blocks, f'a session of {data_dir}, split {split}')
+        figures.geometry(path('latent.png'), {r['name']: r['geometry'] for r in rows if 'geometry' in r})
+        figures.embedding(path('tsne.png'), embed_latents(models, n))
+    if blocks := samples(models): figures.views(path('samples.png'), blocks, 'generated')
+    if blocks := reconstructions(models): figures.views(path('reconstructions.png'), blocks, f'a session of {data_dir}, split {split}')
 
 if __name__ == '__main__':
-    configure(globals(), sys.argv[1:])
+    settings = configure(globals(), sys.argv[1:])
     if table: print(paper_table(table, runs))
-    else: main()
+    else: main(settings)

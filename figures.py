@@ -62,7 +62,8 @@ def geometry(path, rows):
         for ax, key, title in zip(column, ('matrix_raw', 'matrix_centred'), ('|cosine|, raw', '|cosine|, centred')):
             ax.imshow(g[key], cmap='viridis', vmin=0, vmax=1)
             for i, line in enumerate(g[key]):
-                for j, v in enumerate(line): ax.text(j, i, f'{v:.2f}'.lstrip('0'), ha='center', va='center', fontsize=7, color='black' if v > 0.6 else 'white')
+                for j, v in enumerate(line):
+                    ax.text(j, i, f'{v:.2f}'.lstrip('0'), ha='center', va='center', fontsize=7, color='black' if v > 0.6 else 'white')
             ax.set_xticks([]), ax.set_yticks([])
             ax.set_title(f'{name}\n{title}', fontsize=8)
         column[2].bar(range(1, g['channels'] + 1), [100 * v for v in g['explained_variance']])
@@ -76,7 +77,8 @@ def embedding(path, panels):
     if not plt: return
     fig, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.8), squeeze=False)
     for ax, (name, (y, brain)) in zip(axes[0], panels.items()):
-        for at, colour, word in ((~brain, '0.7', 'background'), (brain, 'tab:red', 'brain')): ax.scatter(y[at, 0], y[at, 1], s=2, c=colour, label=word)
+        for at, colour, word in ((~brain, '0.7', 'background'), (brain, 'tab:red', 'brain')):
+            ax.scatter(y[at, 0], y[at, 1], s=2, c=colour, label=word)
         ax.set_title(name, fontsize=9), ax.set_xticks([]), ax.set_yticks([])
         ax.legend(fontsize=7, markerscale=4)
     finish(plt, fig, path)

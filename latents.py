@@ -23,7 +23,8 @@ def encode_sessions(autoencoder, name, data_dir, modalities, latents_dir, rank, 
     if rank == 0: make_out_dir(latents_dir)
     if os.path.exists(path): check_latents(latents_dir, name)
     elif rank == 0: write_text(path, json.dumps(facts))
-    mine = [(i, m) for i, m in sessions.scans[rank::world] if not is_whole(os.path.join(latents_dir, sessions.rows[i][modalities[m]]), facts['shape'])]
+    mine = [(i, m) for i, m in sessions.scans[rank::world]
+            if not is_whole(os.path.join(latents_dir, sessions.rows[i][modalities[m]]), facts['shape'])]
     for i, m in tqdm(mine, desc='encoding', disable=rank > 0 or not mine):
         x = torch.tensor(sessions.volume(i, m), dtype=torch.float32, device=device)[None, None]
         found = torch.cat([t.float().cpu() for t in autoencoder.posterior(x) if t is not None]).numpy()
@@ -38,7 +39,8 @@ def check_latents(latents_dir, name):
         with open(os.path.join(latents_dir, 'latents.json')) as f: facts = json.load(f)
     except (OSError, ValueError): raise SystemExit(f'{latents_dir}: no latents there (latents.json); train_flow.py makes them')
     if facts['encoder_hash'] != name:
-        raise SystemExit(f"{latents_dir}: latents of another autoencoder ({facts['encoder_hash']}, not {name}); delete the folder or choose another --latents_dir")
+        raise SystemExit(f"{latents_dir}: latents of another autoencoder ({facts['encoder_hash']}, not {name}); "
+                         'delete the folder or choose another --latents_dir')
     return facts
 
 def is_whole(path, shape):
@@ -61,7 +63,8 @@ class Latents:
         unknown = set(conditions) - {'modality', 'sex', 'age'}
         if unknown: raise SystemExit(f"--conditions: {', '.join(sorted(unknown))}: only modality, sex and age are known")
         for column in set(conditions) - {'modality'}:
-            if not any(value_of(row, column) is not None for row in self.rows): raise SystemExit(f'{data_dir}: no scan with a known {column}, which --conditions asks for')
+            if not any(value_of(row, column) is not None for row in self.rows):
+                raise SystemExit(f'{data_dir}: no scan with a known {column}, which --conditions asks for')
         self.classes = tuple(len(self.modalities) + 1 if c == 'modality' else len(SEXES) + 1 for c in self.conditions if c != 'age')
         self.vectors = (2,) if 'age' in self.conditions else ()
 

@@ -83,7 +83,8 @@ def latent_geometry(m, sigma):
     """Summary of the moments m of a set's latents; every number comes from the same covariance. sigma: mean posterior sd or None."""
     shares, C = variance_shares(m), len(m) - 1
     off = ~torch.eye(C, dtype=bool)
-    return {'channels': C, 'matrix_raw': cosine_of(m, False).tolist() if C <= 16 else None, 'matrix_centred': cosine_of(m, True).tolist() if C <= 16 else None,
+    return {'channels': C, 'matrix_raw': cosine_of(m, False).tolist() if C <= 16 else None,
+            'matrix_centred': cosine_of(m, True).tolist() if C <= 16 else None,
             'cos_raw': cosine_of(m, False)[off].mean().item() if C > 1 else None,
             'pearson_abs': cosine_of(m, True)[off].mean().item() if C > 1 else None, 'effective_rank': rank_of(shares),
             'explained_variance': shares.tolist(), 'channel_sd': covariance(m).diagonal().sqrt().tolist(), 'posterior_sigma': sigma}
@@ -157,10 +158,12 @@ def slice_frechet(a, b):
     parts = {}
     for plane in PLANES:
         for m in (a[plane], b[plane]):
-            if m[-1, -1] <= len(m): raise ValueError(f'{int(m[-1, -1])} {plane} slices for {len(m) - 1} features: more slices than features are needed')
+            if m[-1, -1] <= len(m):
+                raise ValueError(f'{int(m[-1, -1])} {plane} slices for {len(m) - 1} features: more slices than features are needed')
         parts[plane] = frechet_parts(*(stat for m in (a[plane], b[plane]) for stat in (m[-1, :-1] / m[-1, -1], covariance(m))))
     found = {plane: sum(p) for plane, p in parts.items()}
-    return found | {'mean': sum(found.values()) / 3, 'mean_part': sum(p[0] for p in parts.values()) / 3, 'covariance_part': sum(p[1] for p in parts.values()) / 3,
+    return found | {'mean': sum(found.values()) / 3,
+                    'mean_part': sum(p[0] for p in parts.values()) / 3, 'covariance_part': sum(p[1] for p in parts.values()) / 3,
                     'slices': {plane: (int(a[plane][-1, -1]), int(b[plane][-1, -1])) for plane in PLANES}}
 
 # ---------------------------------------------------------------- label maps

@@ -172,7 +172,8 @@ def crop_pad(volume, start, shape):
 def scale_intensity(volume, mask, percentiles=(0.5, 99.5), of='brain', clip=True):
     """volume to [0,1] by two percentiles of='brain', inside the mask, or of='volume', everywhere -> scaled float32, low, high.
 
-    clip=False keeps what lies above 1. Outside exactly 0, inside at least 1e-4, so that `scaled > 0` is the mask for ever. ValueError if the percentiles agree.
+    clip=False keeps what lies above 1. Outside exactly 0, inside at least 1e-4, so that `scaled > 0` is the mask for ever.
+    ValueError if the percentiles agree.
     """
     low, high = (float(p) for p in np.percentile(volume[mask] if of == 'brain' else volume, percentiles))
     if high <= low: raise ValueError(f'percentiles {percentiles} of the {of} are both {low:g}: nothing to scale')

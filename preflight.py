@@ -7,10 +7,11 @@ import numpy as np
 
 import figures
 import nifti
-from common import make_out_dir, write_text
+from common import make_out_dir, markdown_table, write_text
 
 SMALL = (40, 48, 40)  # voxels of 4.5 mm: what contact sheets show and modalities are told apart by
-COLUMNS = ('subject', 'session', 'modality', 'orientation', 'spacing_mm', 'shape', 'low', 'median', 'high', 'background', 'brain_mm', 'outside_box', 'same_grid', 'path')
+COLUMNS = ('subject', 'session', 'modality', 'orientation', 'spacing_mm', 'shape', 'low', 'median', 'high', 'background', 'brain_mm',
+           'outside_box', 'same_grid', 'path')
 
 def examine(s, job):
     """Facts of one session's scans: list of dicts with COLUMNS, 'checksum' and 'small', or with 'reason' where one cannot be used."""
@@ -31,10 +32,12 @@ def examine(s, job):
         where = [np.flatnonzero(mask.any(tuple(a for a in range(3) if a != axis))) for axis in range(3)]
         size = [(w[-1] - w[0] + 1) * v for w, v in zip(where, np.sqrt((affine[:3, :3] ** 2).sum(0)))]
         grid, first = (volume.shape, affine.round(3).tolist()), first or (volume.shape, affine.round(3).tolist())
-        row |= {'orientation': native.orientation, 'spacing_mm': 'x'.join(f'{v:.3g}' for v in native.spacing_mm), 'shape': 'x'.join(map(str, native.shape)),
-                'low': f'{low:.4g}', 'median': f'{median:.4g}', 'high': f'{high:.4g}', 'background': 'estimated' if estimated else 'zero',
-                'brain_mm': 'x'.join(f'{v:.0f}' for v in size), 'outside_box': 'yes' if not s['resize'] and any(v > n * s['spacing_mm'] for v, n in zip(size, s['shape'])) else '',
-                'same_grid': 'yes' if grid == first else 'no', 'small': small.astype(np.float16)}
+        outside = not s['resize'] and any(v > n * s['spacing_mm'] for v, n in zip(size, s['shape']))
+        row |= {'orientation': native.orientation, 'spacing_mm': 'x'.join(f'{v:.3g}' for v in native.spacing_mm),
+                'shape': 'x'.join(map(str, native.shape)), 'low': f'{low:.4g}', 'median': f'{median:.4g}', 'high': f'{high:.4g}',
+                'background': 'estimated' if estimated else 'zero', 'brain_mm': 'x'.join(f'{v:.0f}' for v in size),
+                'outside_box': 'yes' if outside else '', 'same_grid': 'yes' if grid == first else 'no',
+                'small': small.astype(np.float16)}
     return rows
 
 def suspects(rows):
@@ -53,7 +56,8 @@ def suspects(rows):
                 inside = x > 0
                 like = {m: np.corrcoef(x[inside], ((total - x) if m == own else total)[inside])[0, 1] for m, total in totals.items()}
                 best = max(like, key=like.get)
-                if like[best] > like[own] + 0.05: lines.append(f'{path}: named {own}, looks like {best} (correlation {like[best]:.2f} against {like[own]:.2f})')
+                if like[best] > like[own] + 0.05:
+                    lines.append(f'{path}: named {own}, looks like {best} (correlation {like[best]:.2f} against {like[own]:.2f})')
     return lines
 
 def show(s, rows, notes):
@@ -63,23 +67,32 @@ def show(s, rows, notes):
     folder = os.path.join(s['out_dir'], 'preflight')
     make_out_dir(folder)
     found = sorted({r['modality'] for r in rows})
-    print(f"{len({r['subject'] for r in rows})} subjects, {len({(r['subject'], r['session']) for r in rows})} sessions, {len(rows)} scans, {len(bad)} of them unusable\n")
-    print('| modality | scans | orientations | spacings, mm | shapes | intensities, 0.5 to 99.5 % | zero background | another grid | outside the box |\n|' + ' --- |' * 9)
+    subjects, sessions = {r['subject'] for r in rows}, {(r['subject'], r['session']) for r in rows}
+    print(f'{len(subjects)} subjects, {len(sessions)} sessions, {len(rows)} scans, {len(bad)} of them unusable\n')
+    lines = []
     for m in found:
         these = [r for r in good if r['modality'] == m]
         common = lambda key: ', '.join(f'{k} {n}' for k, n in Counter(r[key] for r in these).most_common(3))
         span = f"{min(float(r['low']) for r in these):.4g} to {max(float(r['high']) for r in these):.4g}" if these else ''
-        print(f"| {m} | {sum(r['modality'] == m for r in rows)} | {common('orientation')} | {common('spacing_mm')} | {common('shape')} | {span} | {sum(r['background'] == 'zero' for r in these)} | "
-              f"{sum(r['same_grid'] == 'no' for r in these)} | {sum(bool(r['outside_box']) for r in these)} |")
+        lines.append([m, sum(r['modality'] == m for r in rows), common('orientation'), common('spacing_mm'), common('shape'), span,
+                      *(sum(r[key] == value for r in these) for key, value in (('background', 'zero'), ('same_grid', 'no'), ('outside_box', 'yes')))])
+    print('\n'.join(markdown_table(['modality', 'scans', 'orientations', 'spacings, mm', 'shapes', 'intensities, 0.5 to 99.5 %', 'zero background',
+                                    'another grid', 'outside the box'], lines)))
     same = defaultdict(list)
     for r in good: same[r['checksum']].append(r['path'])
-    sessions = defaultdict(set)
-    for r in good: sessions[r['subject'], r['session']].add(r['modality'])
-    lacking = [f"{a} {b}: no {', '.join(m for m in found if m not in has)}" for (a, b), has in sorted(sessions.items()) if len(has) < len(found)]
-    for title, lines in (('unusable', [r['reason'] for r in bad]), ('the same bytes', [' = '.join(paths) for paths in same.values() if len(paths) > 1]),
+    present = defaultdict(set)
+    for r in good: present[r['subject'], r['session']].add(r['modality'])
+    lacking = [f"{a} {b}: no {', '.join(m for m in found if m not in has)}" for (a, b), has in sorted(present.items()) if len(has) < len(found)]
+    for title, lines in (('unusable', [r['reason'] for r in bad]),
+                         ('the same bytes', [' = '.join(paths) for paths in same.values() if len(paths) > 1]),
                          ('sessions without a modality', lacking), ('perhaps another modality', suspects(good)),
                          ('larger than the box', [f"{r['path']}: {r['brain_mm']} mm" for r in good if r['outside_box']]), ('files not used', notes)):
-        if lines: print(f'\n{len(lines)} {title}:\n' + '\n'.join(f'  {line}' for line in lines[:50]) + (f'\n  and {len(lines) - 50} more' if len(lines) > 50 else ''))
-    write_text(os.path.join(folder, 'scans.tsv'), '\n'.join('\t'.join(line) for line in [COLUMNS, *[[str(r.get(c, '')) for c in COLUMNS] for r in good]]) + '\n')
-    for m in found: figures.contact_sheet(os.path.join(folder, f'{m}.png'), [(f"{r['subject']} {r['session']}", r['small']) for r in good if r['modality'] == m][:120])
+        if not lines: continue
+        print('\n'.join([f'\n{len(lines)} {title}:', *[f'  {line}' for line in lines[:50]]]))
+        if len(lines) > 50: print(f'  and {len(lines) - 50} more')
+    table = [COLUMNS, *[[str(r.get(c, '')) for c in COLUMNS] for r in good]]
+    write_text(os.path.join(folder, 'scans.tsv'), ''.join('\t'.join(line) + '\n' for line in table))
+    for m in found:
+        small = [(f"{r['subject']} {r['session']}", r['small']) for r in good if r['modality'] == m]
+        figures.contact_sheet(os.path.join(folder, f'{m}.png'), small[:120])
     print(f"\n{os.path.join(folder, 'scans.tsv')}; nothing else was written")

@@ -110,7 +110,8 @@ def make_from_labels(s, subject, session, job):
     (path, number), facts = job, no_facts(subject, session)
     try:
         volume, affine, native = nifti.read(path)
-        v = synth.variant(volume.astype(np.int16), np.sqrt((affine[:3, :3] ** 2).sum(0)), s['shape'], s['spacing_mm'], tuple(s['modalities']), (s['seed'], number), s['thickness_mm'])
+        v = synth.variant(volume.astype(np.int16), np.sqrt((affine[:3, :3] ** 2).sum(0)), s['shape'], s['spacing_mm'],
+                          tuple(s['modalities']), (s['seed'], number), s['thickness_mm'])
     except ValueError as e:
         facts['skipped'].append(str(e) if str(e).startswith(path) else f'{path}: {e}')
         return facts
@@ -122,7 +123,8 @@ def write_images(s, facts, images, labels):
     """Scale and write a session that comes with its label map."""
     for modality, volume in {**images, 'dseg': labels}.items():
         path = npy_path(s, facts['subject'], facts['session'], modality)
-        if modality != 'dseg': volume = stored(nifti.scale_intensity(volume, labels > 0, s['percentiles'], s['percentiles_of'], s['clip'])[0], s['dtype'])
+        if modality != 'dseg':
+            volume = stored(nifti.scale_intensity(volume, labels > 0, s['percentiles'], s['percentiles_of'], s['clip'])[0], s['dtype'])
         facts['files'][modality] = os.path.basename(path)
         facts['checksums'][os.path.basename(path)] = save_npy(path, volume)
 
@@ -130,7 +132,8 @@ def brain_of(s, subject, session, modality, path):
     """A scan read, and its brain mask where one is given: volume, affine, Native, bool mask or None. ValueError with one line."""
     volume, affine, native = nifti.read(path)
     if s['mask']:
-        names = {s['mask'].format(subject=a, session=b, modality=modality) for a in (subject, subject.removeprefix('sub-')) for b in (session, session.removeprefix('ses-'))}
+        names = {s['mask'].format(subject=a, session=b, modality=modality)
+                 for a in (subject, subject.removeprefix('sub-')) for b in (session, session.removeprefix('ses-'))}
         for folder in (os.path.dirname(path), s['root']):
             if found := sorted({file for name in names for file in glob.glob(os.path.join(folder, name))}): break
         if len(found) != 1: raise ValueError(f"{path}: {len(found)} files fit its mask, {' or '.join(sorted(names))}")
@@ -140,7 +143,8 @@ def brain_of(s, subject, session, modality, path):
         with tempfile.TemporaryDirectory() as folder:
             given, made = os.path.join(folder, 'head.nii.gz'), os.path.join(folder, 'brain.nii.gz')
             nifti.write(given, volume, native)
-            done = subprocess.run([word.format(**{'in': given, 'out': made}) for word in shlex.split(s['skullstrip'])], capture_output=True, text=True)
+            command = [word.format(**{'in': given, 'out': made}) for word in shlex.split(s['skullstrip'])]
+            done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode or not os.path.exists(made):
                 raise ValueError(f"{path}: --skullstrip ended with {done.returncode} ({(done.stderr.strip().splitlines() or ['no message'])[-1]})")
             brain, its_affine, _ = nifti.read(made)
@@ -156,7 +160,8 @@ def register_scans(good, notes):
     for k, (modality, volume, affine, *rest) in enumerate(good[1:], 1):
         new, facts = register_rigidly(fixed[1], fixed[2], volume, affine)
         good[k] = (modality, volume, new, *rest)
-        notes.append(f"{modality} moved {facts['moved_mm']:.1f} mm, likeness {facts['nmi_before']:.3f} -> {facts['nmi_after']:.3f}" + (f", NOT USED: {facts['reason']}" if facts['reason'] else ''))
+        notes.append(f"{modality} moved {facts['moved_mm']:.1f} mm, likeness {facts['nmi_before']:.3f} -> {facts['nmi_after']:.3f}"
+                     + (f", NOT USED: {facts['reason']}" if facts['reason'] else ''))
 
 def make_session(s, subject, session, scans):
     """Read, conform and write one session's scans; a scan that cannot be used is left out with its reason."""
@@ -189,7 +194,8 @@ def work(s, job):
     """Facts of one session, from an earlier run where its volumes are written and were made from the same files in the same way."""
     subject, session, scans = job
     paths = {} if s['source'] == 'phantom' else {'dseg': scans[0]} if s['source'] == 'labelmaps' else scans
-    made_from = {m: [p, os.path.getmtime(f) if os.path.exists(f := nifti.file_of(p)) else 0] for m, p in paths.items()} | {'how': [s[k] for k in ('mask', 'skullstrip', 'register', 'thickness_mm')]}
+    made_from = {m: [p, os.path.getmtime(f) if os.path.exists(f := nifti.file_of(p)) else 0] for m, p in paths.items()}
+    made_from['how'] = [s[k] for k in ('mask', 'skullstrip', 'register', 'thickness_mm')]
     try:
         with open(facts_path(s, subject, session)) as f: facts = no_facts(subject, session) | json.load(f)  # an earlier version's may lack some
         wanted = set(s['modalities'] if s['source'] in ('phantom', 'labelmaps') else ())
@@ -230,7 +236,8 @@ def claim_out_dir(s):
             with open(path) as f: old = json.load(f)
         except ValueError: raise SystemExit(f'{path}: not JSON; delete the folder or choose another --out_dir')
         for k, v in keep.items():
-            if old.get(k) != v: raise SystemExit(f"{s['out_dir']}: holds data made with {k}={old.get(k)}, not {v}; choose another --out_dir or delete it")
+            if old.get(k) != v:
+                raise SystemExit(f"{s['out_dir']}: holds data made with {k}={old.get(k)}, not {v}; choose another --out_dir or delete it")
     make_out_dir(os.path.join(s['out_dir'], '.facts'))
     if not os.path.exists(path): write_text(path, json.dumps(keep, indent=1))
     return keep
@@ -248,7 +255,9 @@ def report(facts, table, notes):
              f"orientations found: {count('orientation')}", f"spacings found (mm): {count('spacing')}"]
     lines += [f'warning: no subject in split {p}; give --split, more subjects, or a split column' for p in ('train', 'val', 'test') if not splits[p]]
     if cropped: lines.append(f'{len(cropped)} brains did not fit the box; most was lost of {cropped[0][1]}: {cropped[0][0]:.1%} of its voxels')
-    if estimated: lines += [f'warning: {len(estimated)} scans have no zero background; taken as raw head scans, masked by a threshold:', *[f'  {p}' for p in estimated[:20]]]
+    if estimated:
+        lines += [f'warning: {len(estimated)} scans have no zero background; taken as raw head scans, masked by a threshold:',
+                  *[f'  {p}' for p in estimated[:20]]]
     moved = [f"  {f['subject']} {f['session']}: {line}" for f in facts for line in f['registered']]
     if moved: lines += [f'{len(moved)} scans registered, {sum("NOT USED" in line for line in moved)} of them without success:', *moved[:50]]
     if notes: lines += [f'{len(notes)} files not used:', *[f'  {line}' for line in notes[:50]]]
@@ -276,7 +285,9 @@ def find_jobs(s):
     if s['source'] in ('phantom', 'labelmaps'):
         s['modalities'] = s['modalities'] or ORDER[:3]
         unknown = [m for m in s['modalities'] if m not in synth.TISSUE and not (s['source'] == 'labelmaps' and synth.is_random(m))]
-        if unknown: raise SystemExit(f"--modalities: made images are {', '.join(synth.TISSUE)}" + ", random1, random2, ..." * (s['source'] == 'labelmaps') + f", not {', '.join(unknown)}")
+        if unknown:
+            made = [*synth.TISSUE, *['random1', 'random2', '...'] * (s['source'] == 'labelmaps')]
+            raise SystemExit(f"--modalities: made images are {', '.join(made)}, not {', '.join(unknown)}")
         if s['n'] < 1: raise SystemExit(f"--n={s['n']}: at least 1")
     if s['source'] == 'phantom': return [(f'sub-{i:03d}', 'ses-01', i) for i in range(1, s['n'] + 1)], who, notes
     if not os.path.exists(s['root']): raise SystemExit(f"--root={s['root']}: no such file or folder")
@@ -297,25 +308,33 @@ def find_jobs(s):
     if not jobs: raise SystemExit(f"{s['root']}: no scans found for --source={s['source']}" + (f' ({notes[0]})' if notes else ''))
     return jobs, who, notes
 
-FINDERS = {'phantom': None, 'labelmaps': None, 'bids': sources.find_bids, 'csv': sources.find_csv, 'folder': sources.find_folder, 'pattern': sources.find_pattern,
-           'ixi': sources.find_ixi, 'ukb': sources.find_ukb}
+FINDERS = {'phantom': None, 'labelmaps': None, 'bids': sources.find_bids, 'csv': sources.find_csv, 'folder': sources.find_folder,
+           'pattern': sources.find_pattern, 'ixi': sources.find_ixi, 'ukb': sources.find_ukb}
 
-def main(s):
+def check_settings(s):
+    """SystemExit with one line for a setting that cannot be."""
     if len(s['shape']) != 3 or min(s['shape']) < 8: raise SystemExit(f"--shape={s['shape']}: three sizes of at least 8 voxels")
-    if len(s['split']) != 3 or abs(sum(s['split']) - 1) > 1e-6 or min(s['split']) < 0: raise SystemExit(f"--split={s['split']}: three fractions that add to 1")
+    if len(s['split']) != 3 or abs(sum(s['split']) - 1) > 1e-6 or min(s['split']) < 0:
+        raise SystemExit(f"--split={s['split']}: three fractions that add to 1")
     if s['dtype'] not in ('float32', 'float16', 'uint8'): raise SystemExit(f"--dtype={s['dtype']}: float32, float16 or uint8")
     if s['dtype'] == 'uint8' and not s['clip']: raise SystemExit('--dtype=uint8 holds nothing above 1: it needs --clip=True')
-    if len(s['percentiles']) != 2 or not 0 <= s['percentiles'][0] < s['percentiles'][1] <= 100: raise SystemExit(f"--percentiles={s['percentiles']}: two numbers, rising, within 0 and 100")
+    if len(s['percentiles']) != 2 or not 0 <= s['percentiles'][0] < s['percentiles'][1] <= 100:
+        raise SystemExit(f"--percentiles={s['percentiles']}: two numbers, rising, within 0 and 100")
     if s['percentiles_of'] not in ('brain', 'volume'): raise SystemExit(f"--percentiles_of={s['percentiles_of']}: brain or volume")
     try: s['mask'].format(subject='', session='', modality='')
     except (KeyError, ValueError, IndexError): raise SystemExit(f"--mask={s['mask']}: may hold {{subject}}, {{session}}, {{modality}} and *")
     if s['mask'] and s['skullstrip']: raise SystemExit('--mask and --skullstrip: one of them')
-    if s['skullstrip'] and not ('{in}' in s['skullstrip'] and '{out}' in s['skullstrip']): raise SystemExit(f"--skullstrip={s['skullstrip']}: a command with {{in}} and {{out}}")
+    if s['skullstrip'] and not ('{in}' in s['skullstrip'] and '{out}' in s['skullstrip']):
+        raise SystemExit(f"--skullstrip={s['skullstrip']}: a command with {{in}} and {{out}}")
     if s['spacing_mm'] <= 0: raise SystemExit(f"--spacing_mm={s['spacing_mm']}: must be positive")
+
+def main(s):
+    check_settings(s)
     jobs, who, notes = find_jobs(s)
     if s['dry_run']:
         if s['source'] in ('phantom', 'labelmaps'): raise SystemExit('--dry_run looks at scans; phantoms and images of label maps are made')
-        return preflight.show(s, [row for rows in tqdm(run_all(preflight.examine, s, jobs), total=len(jobs), desc='sessions', mininterval=1) for row in rows], notes)
+        found = tqdm(run_all(preflight.examine, s, jobs), total=len(jobs), desc='sessions', mininterval=1)
+        return preflight.show(s, [row for rows in found for row in rows], notes)
     part, parts = parse_shard(s['shard'])
     jobs = jobs[part::parts]
     keep = claim_out_dir(s)
@@ -341,7 +360,8 @@ def main(s):
     text = report(facts, table, notes)
     labels = {str(k): v for k, v in synth.LABELS.items()} if s['source'] in ('phantom', 'labelmaps') else {}
     write_text(os.path.join(s['out_dir'], 'dataset.json'), json.dumps(keep | {
-        'modalities': columns, 'axes': 'RAS+', 'voxel_mm': np.median([f.get('voxel_mm', [s['spacing_mm']] * 3) for f in used], 0).tolist(), 'labels': labels,
+        'modalities': columns, 'axes': 'RAS+', 'labels': labels,
+        'voxel_mm': np.median([f.get('voxel_mm', [s['spacing_mm']] * 3) for f in used], 0).tolist(),
         'sessions': dict(Counter(row['split'] for row in table))}, indent=1))
     write_text(os.path.join(s['out_dir'], 'checksums.json'), json.dumps({name: c for f in used for name, c in f['checksums'].items()}, indent=0))
     write_text(os.path.join(s['out_dir'], 'report.txt'), text)

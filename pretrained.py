@@ -96,13 +96,15 @@ def load_sd_vae(state_dict):
             at = f'{half}.blocks.{i}'
             if isinstance(block, NormAct): theirs[f'{at}.norm'] = f'{half}.conv_norm_out'
             elif isinstance(block, Attention):
-                theirs |= {f'{at}.{a}': f'{half}.mid_block.attentions.0.{b}' for a, b in (('norm', 'group_norm'), ('qkv', 'qkv'), ('proj', 'to_out.0'))}
+                theirs |= {f'{at}.{a}': f'{half}.mid_block.attentions.0.{b}'
+                           for a, b in (('norm', 'group_norm'), ('qkv', 'qkv'), ('proj', 'to_out.0'))}
             elif isinstance(block, ConvLayer) and 0 < i < len(stack) - 1:
                 theirs[f'{at}.conv'] = f'{half}.{side}_blocks.{level}.{side}samplers.0.conv'
                 level, count = level + 1, 0
             elif isinstance(block, ConvLayer): theirs[f'{at}.conv'] = f'{half}.conv_{"out" if i else "in"}'
             else:
-                if isinstance(stack[i - 1], Attention) or isinstance(stack[i + 1], Attention): place, middle = f'mid_block.resnets.{middle}', middle + 1
+                if isinstance(stack[i - 1], Attention) or isinstance(stack[i + 1], Attention):
+                    place, middle = f'mid_block.resnets.{middle}', middle + 1
                 else: place, count = f'{side}_blocks.{level}.resnets.{count}', count + 1
                 theirs |= {f'{at}.{a}': f'{half}.{place}.{b}' for a, b in (('norm1', 'norm1'), ('conv1', 'conv1'), ('norm2', 'norm2'),
                                                                            ('conv2', 'conv2'), ('skip', 'conv_shortcut'))}
@@ -127,8 +129,8 @@ VECTORS = ('top_region_index_layer', 'bottom_region_index_layer', 'spacing_layer
 def load_maisi_unet(state_dict):
     """NVIDIA's or DeCo-VAE's MAISI diffusion U-Net -> FlowUNet (widths, attention, conditions read from the shapes), in eval mode.
 
-    Accepts a bare state dict or one under 'unet' or 'unet_state_dict', then with scale_factor and global_mean beside it. Same velocity, data - noise, of the same x_t: our t is
-    their timestep t' as 1 - t'/1000. ValueError naming what does not fit.
+    Accepts a bare state dict or one under 'unet' or 'unet_state_dict', then with scale_factor and global_mean beside it. Same
+    velocity, data - noise, of the same x_t: our t is their timestep t' as 1 - t'/1000. ValueError naming what does not fit.
     """
     sd, mean = 1 / float(state_dict.get('scale_factor', 1.0)), float(state_dict.get('global_mean', 0.0))  # beside DeCo's weights
     state = bare(state_dict, ('unet', 'unet_state_dict', 'state_dict'))
@@ -139,15 +141,18 @@ def load_maisi_unet(state_dict):
     vectors = [name for name in VECTORS if f'{name}.0.weight' in state]
     attention = tuple(f'down_blocks.{i}.attentions.0.norm.weight' in state for i in range(levels))
     model = FlowUNet(FlowUNetConfig(
-        in_channels=state['conv_in.conv.weight'].shape[1], widths=tuple(len(state[f'down_blocks.{i}.resnets.0.conv1.conv.weight']) for i in range(levels)),
+        in_channels=state['conv_in.conv.weight'].shape[1],
+        widths=tuple(len(state[f'down_blocks.{i}.resnets.0.conv1.conv.weight']) for i in range(levels)),
         res_blocks=blocks, attention=attention, vectors=tuple(state[f'{name}.0.weight'].shape[1] for name in vectors),
         classes=(len(state['class_embedding.weight']),) if 'class_embedding.weight' in state else ()))
     state |= {'latent_sd': torch.full_like(model.latent_sd, sd), 'latent_mean': torch.full_like(model.latent_mean, mean)}
     theirs = {'conv_in': 'conv_in.conv', 'norm_out': 'out.0', 'conv_out': 'out.2.conv', 'class_embeddings.0': 'class_embedding',
-              **{f'time.{k}': f'time_embed.{k}' for k in (0, 2)}, **{f'vector_mlps.{n}.{k}': f'{name}.{k}' for n, name in enumerate(vectors) for k in (0, 2)}}
+              **{f'time.{k}': f'time_embed.{k}' for k in (0, 2)},
+              **{f'vector_mlps.{n}.{k}': f'{name}.{k}' for n, name in enumerate(vectors) for k in (0, 2)}}
     def block(ours, name):
-        theirs.update({f'{ours}.{a}': f'{name}.{b}' for a, b in (('norm1', 'norm1'), ('conv1', 'conv1.conv'), ('emb', 'time_emb_proj'), ('norm2', 'norm2'),
-                                                                 ('conv2', 'conv2.conv'), ('skip', 'skip_connection.conv'))})
+        theirs.update({f'{ours}.{a}': f'{name}.{b}' for a, b in (
+            ('norm1', 'norm1'), ('conv1', 'conv1.conv'), ('emb', 'time_emb_proj'), ('norm2', 'norm2'), ('conv2', 'conv2.conv'),
+            ('skip', 'skip_connection.conv'))})
     def attend(ours, name):
         theirs.update({f'{ours}.norm': f'{name}.norm', f'{ours}.qkv': f'{name}.attn.qkv', f'{ours}.proj': f'{name}.attn.out_proj'})
         for leaf in ('weight', 'bias'):  # ours has q, k and v in one matrix
@@ -261,7 +266,8 @@ class RadImageNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(64, 1e-5 if released else 1.001e-5)
         c_in = 64
         for n, (blocks, c) in enumerate(((3, 64), (4, 128), (6, 256), (3, 512)), 1):
-            setattr(self, f'layer{n}', nn.Sequential(*[Bottleneck(c_in if k == 0 else 4 * c, c, 2 if k == 0 and n > 1 else 1, released) for k in range(blocks)]))
+            setattr(self, f'layer{n}', nn.Sequential(*[Bottleneck(c_in if k == 0 else 4 * c, c, 2 if k == 0 and n > 1 else 1, released)
+                                                       for k in range(blocks)]))
             c_in = 4 * c
 
     def forward(self, x):
@@ -340,7 +346,8 @@ def load_synthseg(h5_path):
     model, theirs = SynthSeg(len(state['unet_likelihood/bias:0'])), {}
     def conv(ours, name): theirs.update({f'{ours}.weight': f'{name}/kernel:0', f'{ours}.bias': f'{name}/bias:0'})
     def norm(ours, name):
-        theirs.update({f'{ours}.{a}': f'{name}/{b}:0' for a, b in (('weight', 'gamma'), ('bias', 'beta'), ('running_mean', 'moving_mean'), ('running_var', 'moving_variance'))})
+        theirs.update({f'{ours}.{a}': f'{name}/{b}:0' for a, b in (
+            ('weight', 'gamma'), ('bias', 'beta'), ('running_mean', 'moving_mean'), ('running_var', 'moving_variance'))})
         theirs[f'{ours}.num_batches_tracked'] = f'{name}/count'
         state[f'{name}/count'] = torch.tensor(0)  # Keras keeps none
     for level in range(5):

@@ -2,6 +2,8 @@
 
 A linear probe, and SEResNet-152 (the classifier of NeuroQuant 4.1) trained on latents or on the scans themselves.
 """
+import math
+
 import numpy as np
 import torch
 import torch.nn as nn
@@ -31,14 +33,16 @@ def cross_validate(fit, y, groups, folds=5, seed=0):
     """
     y, groups = np.asarray(y), np.asarray(groups)
     classes = np.unique(y)
-    if len(classes) != 2: raise ValueError(f'a probe needs two classes, got {len(classes)}')
+    if len(classes) != 2: raise ValueError(f'a probe needs two classes, got {len(classes)} in {len(y)} scans')
     positive = y == classes[1]
     names = np.unique(groups)
     share = {g: positive[groups == g].mean() for g in names}
     pure = set(share.values()) <= {0.0, 1.0}  # every group of one class: then every fold gets its part of both
     rng, fold_of = random(seed, 8), {}
     for members in [[g for g in names if share[g] == value] for value in (0.0, 1.0)] if pure else [list(names)]:
-        if len(members) < folds: raise ValueError(f'{len(members)} subjects' + f' of class {classes[int(share[members[0]])]}' * (pure and members != []) + f': at least {folds} are needed')
+        if len(members) < folds:
+            of = f' of class {classes[int(share[members[0]])]}' if pure and members else ''
+            raise ValueError(f'{len(members)} subjects{of}: at least {folds} are needed')
         fold_of |= {members[k]: place % folds for place, k in enumerate(rng.permutation(len(members)))}
     fold, score = np.array([fold_of[g] for g in groups]), np.zeros(len(y))
     for k in range(folds): score[fold == k] = fit(np.flatnonzero(fold != k), np.flatnonzero(fold == k), positive)
@@ -56,8 +60,9 @@ def logistic(x, y, ridge):
     """Weights and bias that minimise mean log loss + ridge |w|^2 / 2 for y in {0, 1}, by L-BFGS."""
     def loss(p):
         margin = x @ p[:-1] + p[-1]
+        value = np.logaddexp(0, margin).mean() - (y * margin).mean() + ridge * (p[:-1] ** 2).sum() / 2
         residual = special.expit(margin) - y
-        return np.logaddexp(0, margin).mean() - (y * margin).mean() + ridge * (p[:-1] ** 2).sum() / 2, np.append(x.T @ residual / len(y) + ridge * p[:-1], residual.mean())
+        return value, np.append(x.T @ residual / len(y) + ridge * p[:-1], residual.mean())
     return optimize.minimize(loss, np.zeros(x.shape[1] + 1), jac=True, method='L-BFGS-B', options={'maxiter': 500}).x
 
 def linear_probe(z, y, groups, folds=5, ridge=0.1, seed=0):
@@ -66,7 +71,8 @@ def linear_probe(z, y, groups, folds=5, ridge=0.1, seed=0):
     Features are standardised and the ridge-logistic regression fitted on the training folds alone; with more features than rows, in
     the span of the rows, which is the same. y, groups, returns, errors: see cross_validate.
     """
-    z = np.asarray(z, np.float64).reshape(len(z), -1)
+    z = np.asarray(z, np.float64)
+    z = z.reshape(len(z), math.prod(z.shape[1:]))  # of no rows too, which cross_validate refuses
     def fit(train, test, positive):
         mean, sd = z[train].mean(0), z[train].std(0)
         x, new = ((z[rows] - mean) / np.where(sd > 1e-12, sd, 1) for rows in (train, test))

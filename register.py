@@ -44,7 +44,8 @@ def register(fixed, fixed_affine, moving, moving_affine, points=20000, seed=0):
             at = to_moving @ rigid(p, centre) @ np.vstack([world, np.ones(points)])
             return mutual_information(a, bins(ndimage.map_coordinates(mover, at[:3], order=1)))
         before = likeness(np.zeros(6))
-        p = optimize.minimize(lambda p: -likeness(p), p, method='Powell', options={'xtol': 0.02, 'ftol': 1e-5, 'maxiter': 20, 'direc': step * np.eye(6)}).x
+        options = {'xtol': 0.02, 'ftol': 1e-5, 'maxiter': 20, 'direc': step * np.eye(6)}
+        p = optimize.minimize(lambda p: -likeness(p), p, method='Powell', options=options).x
     after, moved = likeness(p), float(np.linalg.norm(rigid(p, centre)[:3, :3] @ world + rigid(p, centre)[:3, 3:] - world, axis=0).max())
     reason = 'no likeness gained' if after <= before + 1e-4 else 'moved over 60 mm' if moved > 60 else ''
     facts = {'nmi_before': float(before), 'nmi_after': float(after), 'moved_mm': moved, 'reason': reason}

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import nifti
-from common import autocast, configure, load_checkpoint, make_out_dir, start_processes, write_text
+from common import autocast, configure, load_checkpoint, make_out_dir, markdown_table, start_processes, write_text
 from data import as_float, random, read_index
 from figures import views
 from flow import sample
@@ -68,7 +68,8 @@ def read_tokens(path, model, shape):
     except (OSError, EOFError, ValueError) as e: raise ValueError(f'{path}: not a readable .npy file ({e})')
     books = model.config.num_codebooks
     grid = (books,) * (books > 1) + model.latent_shape(shape)[1:]
-    if tokens.dtype.kind not in 'iu' or tokens.shape != grid: raise ValueError(f'{path}: integers of shape {grid} are needed, got {tokens.dtype} {tokens.shape}')
+    if tokens.dtype.kind not in 'iu' or tokens.shape != grid:
+        raise ValueError(f'{path}: integers of shape {grid} are needed, got {tokens.dtype} {tokens.shape}')
     if tokens.min() < 0 or tokens.max() >= model.config.num_codes:
         raise ValueError(f'{path}: tokens {tokens.min()}..{tokens.max()}, the model has 0..{model.config.num_codes - 1}')
     return torch.from_numpy(tokens.astype(np.int64))[None]
@@ -101,10 +102,12 @@ def generate(flow, checkpoint):
     shown = names if isinstance(autoencoder, NeuroQuant) else ('',)
     make_out_dir(output)
     np.save(os.path.join(output, 'latents.npy'), z.cpu().numpy())
-    volumes = {name: torch.cat([autoencoder.from_latent(one, name or None) for one in z.split(1)]).float().clamp(0, 1).cpu().numpy()[:, 0, :shape[0], :shape[1], :shape[2]]
+    inside = (slice(None), 0, *map(slice, shape))
+    volumes = {name: torch.cat([autoencoder.from_latent(one, name or None) for one in z.split(1)]).float().clamp(0, 1).cpu().numpy()[inside]
                for name in shown}
     for name, found in volumes.items():
-        for i, volume in enumerate(found): nifti.write(os.path.join(output, f'sample_{i:03d}{"_" * bool(name)}{name}.nii.gz'), volume, box_affine(checkpoint))
+        for i, volume in enumerate(found):
+            nifti.write(os.path.join(output, f'sample_{i:03d}{"_" * bool(name)}{name}.nii.gz'), volume, box_affine(checkpoint))
     print(f'{n} new brains{" in " + ", ".join(shown) if shown[0] else ""}: {output}')
     views(os.path.join(output, 'montage.png'), [[(f'{i} {name}', found[i]) for i in range(min(n, 8)) for name, found in volumes.items()]])
     compare_with_training(checkpoint, names, z.cpu().numpy(), volumes, shown)
@@ -140,17 +143,16 @@ def compare_with_training(checkpoint, names, z, volumes, shown):
     latent = nearest([*z, *[part.load(k)[0] for part, k in places]], ((k, train.load(k)[0]) for k in range(train.n)))
     seen = [(part, k) for part, k in places if m in (None, part.scans[k][1])]
     image = nearest([*volumes[shown[0]], *[volume(part, k) for part, k in seen]], ((k, volume(train, k)) for k in of_modality))
+    who = lambda k: f"{train.scans[k][0]['subject']} {names[train.scans[k][1]]}"
+    rows = [[i, f'{latent[i][1]:.4f}', who(latent[i][0]), f'{image[i][1]:.4f}', who(image[i][0])] for i in range(n)]
+    held_latent, held_image = ([d for _, d in found[n:]] for found in (latent, image))
+    spread = lambda d: f'{np.min(d):.4f} / {np.median(d):.4f}' if d else ''
+    if places: rows.append([f'{len(places)} held-out scans, least / median', spread(held_latent), '', spread(held_image), ''])
     lines = ['Root-mean-square distance to the nearest training scan: of latents (posterior means), and of volumes'
              + (f' ({shown[0]})' if shown[0] else '') + '. A blurred volume is close to many.', '',
-             '| new brain | latent | nearest | volume | nearest |', '| --- | --- | --- | --- | --- |']
-    who = lambda k: f"{train.scans[k][0]['subject']} {names[train.scans[k][1]]}"
-    lines += [f'| {i} | {latent[i][1]:.4f} | {who(latent[i][0])} | {image[i][1]:.4f} | {who(image[i][0])} |' for i in range(n)]
-    held_latent, held_image = ([d for _, d in found[n:]] for found in (latent, image))
-    if places:
-        spread = lambda d: f'{np.min(d):.4f} / {np.median(d):.4f}' if d else ''
-        lines.append(f'| {len(places)} held-out scans, least / median | {spread(held_latent)} | | {spread(held_image)} | |')
-        close = [i for i in range(n) if latent[i][1] < min(held_latent)]
-        if close: lines += ['', f'warning: new brains {", ".join(map(str, close))} lie closer to a training latent than any held-out scan does: memorised?']
+             *markdown_table(['new brain', 'latent', 'nearest', 'volume', 'nearest'], rows)]
+    close = [str(i) for i in range(n) if places and latent[i][1] < min(held_latent)]
+    if close: lines += ['', f'warning: new brains {", ".join(close)} lie closer to a training latent than any held-out scan does: memorised?']
     write_text(os.path.join(output, 'nearest.md'), '\n'.join(lines) + '\n')
     print('\n'.join(lines))
 

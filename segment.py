@@ -40,7 +40,8 @@ class SynthSegSegmenter:
     """volume (D,H,W) and its spacing in mm -> label map (D,H,W) int16, by SynthSeg 2.0 (Billot et al. 2023)."""
     def __init__(self, h5_path, device):
         self.network, self.device = load_synthseg(h5_path).to(device), device
-        if self.network.likelihood.out_channels != len(SYNTHSEG_LABELS): raise SystemExit(f'{h5_path}: {self.network.likelihood.out_channels} labels, SynthSeg 2.0 has 33')
+        if self.network.likelihood.out_channels != len(SYNTHSEG_LABELS):
+            raise SystemExit(f'{h5_path}: {self.network.likelihood.out_channels} labels, SynthSeg 2.0 has 33')
         swap = {**RIGHT, **{right: left for left, right in RIGHT.items()}}
         self.flipped = [SYNTHSEG_LABELS.index(swap.get(label, label)) for label in SYNTHSEG_LABELS]
 
@@ -66,7 +67,8 @@ class SynthSegSegmenter:
 class CommandSegmenter:
     """A shell command with {in} and {out}, such as 'mri_synthseg --i {in} --o {out}', run on NIfTI files."""
     def __init__(self, command):
-        if '{in}' not in command or '{out}' not in command: raise SystemExit(f'--segmenter={command}: neither a .h5 file nor a command with {{in}} and {{out}}')
+        if '{in}' not in command or '{out}' not in command:
+            raise SystemExit(f'--segmenter={command}: neither a .h5 file nor a command with {{in}} and {{out}}')
         self.command = command
 
     def __call__(self, volume, spacing_mm):
@@ -74,7 +76,8 @@ class CommandSegmenter:
         with tempfile.TemporaryDirectory() as folder:
             source, target = os.path.join(folder, 'in.nii.gz'), os.path.join(folder, 'out.nii.gz')
             nifti.write(source, np.asarray(volume, np.float32), nifti.Native(np.diag([*spacing, 1.0]), volume.shape, 'RAS', spacing))
-            done = subprocess.run([part.replace('{in}', source).replace('{out}', target) for part in shlex.split(self.command)], capture_output=True, text=True)
+            command = [part.replace('{in}', source).replace('{out}', target) for part in shlex.split(self.command)]
+            done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode or not os.path.exists(target):
                 raise ValueError(f'segmenter ended with {done.returncode}: {(done.stderr.strip().splitlines() or ["no output"])[-1]}')
             labels, affine, _ = nifti.read(target)

@@ -50,7 +50,8 @@ def find_bids(root, notes, entities=()):
     for row in read_table(table) if os.path.exists(table) else []:
         person = row.get('participant_id', '')
         known = {k: v for k, v in row.items() if v and v.lower() not in ('n/a', 'nan')}
-        people[person if person.startswith('sub-') else 'sub-' + person] = {'sex': known.get('sex') or known.get('gender') or '', 'age': known.get('age', '')}
+        person = 'sub-' + person.removeprefix('sub-')
+        people[person] = {'sex': known.get('sex') or known.get('gender') or '', 'age': known.get('age', '')}
     return sessions, people
 
 def find_csv(table, notes):
@@ -65,7 +66,8 @@ def find_csv(table, notes):
         part = (row.get('split') or '').strip()
         if part not in ('', 'train', 'val', 'test'): raise SystemExit(f'{where}: split {part!r}: train, val or test')
         person = people.setdefault(subject, {'sex': row.get('sex') or '', 'age': row.get('age') or '', 'split': part})
-        if person['split'] != part: raise SystemExit(f"{where}: subject {subject} is in two splits ({person['split'] or 'none'} and {part or 'none'})")
+        if person['split'] != part:
+            raise SystemExit(f"{where}: subject {subject} is in two splits ({person['split'] or 'none'} and {part or 'none'})")
         add_scan(sessions, subject, session, modality, os.path.join(os.path.dirname(os.path.abspath(table)), row['path']), notes)
     return sessions, people
 
@@ -87,12 +89,14 @@ def every_nifti(root):
 
 def find_pattern(root, notes, pattern):
     """Files below root whose relative path fits a pattern such as {subject}/{session}/structural/*/{modality}.nii.gz; * is any name or part."""
-    if '{subject}' not in pattern or '{modality}' not in pattern: raise SystemExit(f'--pattern={pattern}: must hold {{subject}} and {{modality}}, and may hold {{session}} and *')
+    if '{subject}' not in pattern or '{modality}' not in pattern:
+        raise SystemExit(f'--pattern={pattern}: must hold {{subject}} and {{modality}}, and may hold {{session}} and *')
     seen, text = set(), ''
     for part in re.split(r'(\{\w+\}|\*)', pattern):
         name = part.strip('{}')
         if part == '*': text += '[^/]*'
-        elif part.startswith('{') and name not in ('subject', 'session', 'modality'): raise SystemExit(f'--pattern={pattern}: {part}: only {{subject}}, {{session}} and {{modality}}')
+        elif part.startswith('{') and name not in ('subject', 'session', 'modality'):
+            raise SystemExit(f'--pattern={pattern}: {part}: only {{subject}}, {{session}} and {{modality}}')
         elif part.startswith('{'): text += f'(?P={name})' if name in seen else f'(?P<{name}>[^/]+?)'
         else: text += re.escape(part)
         seen.add(name)
@@ -143,7 +147,8 @@ def read_people(table, columns, sex_codes, subjects):
     rows, codes = read_table(table), dict(code.split('=') for code in sex_codes)
     if len(columns) != 3: raise SystemExit(f'--columns={columns}: three names, of subject, sex and age')
     for column in columns:
-        if rows and column not in rows[0]: raise SystemExit(f"{table}: no column '{column}'; it has {', '.join(map(repr, rows[0]))}; name yours by --columns")
+        if rows and column not in rows[0]:
+            raise SystemExit(f"{table}: no column '{column}'; it has {', '.join(map(repr, rows[0]))}; name yours by --columns")
     by_number = {}
     for s in subjects: by_number.setdefault(int(re.sub(r'\D', '', s) or -1), []).append(s)
     people = {}

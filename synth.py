@@ -264,7 +264,8 @@ def images_from_labels(labels, modalities, rng, noise=0.02, bias=0.08, shrink=1,
     inside = _shrink(labels > 0, shrink) >= 0.5
     images = {}
     for modality in modalities:
-        if modality not in TISSUE and not is_random(modality): raise ValueError(f"modality '{modality}': known are {', '.join(TISSUE)}, random1, random2, ...")
+        if modality not in TISSUE and not is_random(modality):
+            raise ValueError(f"modality '{modality}': known are {', '.join(TISSUE)}, random1, random2, ...")
         own = np.random.default_rng((base, len(TISSUE) + int(modality[6:]) if is_random(modality) else list(TISSUE).index(modality)))
         value = np.zeros(int(labels.max()) + 1, np.float32)
         means = dict(zip(GROUPS, own.uniform(0.1, 1, len(GROUPS)))) if is_random(modality) else TISSUE[modality]
@@ -339,9 +340,11 @@ def variant(labels, voxel_mm, shape, spacing_mm, modalities, seed, thickness_mm=
     middle[2] = max(middle[2], high[2] - box[2] / 2)
     fine = 2 if spacing_mm > 1.5 * max(voxel_mm) else 1
     size = tuple(fine * n for n in shape)
-    turn = Rotation.from_euler('xyz', 4 * np.clip(rng.standard_normal(3), -2.5, 2.5), degrees=True).as_matrix() * np.exp(0.04 * np.clip(rng.standard_normal(3), -2.5, 2.5))
+    def normal(): return np.clip(rng.standard_normal(3), -2.5, 2.5)
+    turn = Rotation.from_euler('xyz', 4 * normal(), degrees=True).as_matrix() * np.exp(0.04 * normal())
     grid = np.meshgrid(*[(np.arange(n, dtype=np.float32) + 0.5) * (spacing_mm / fine) - b / 2 for n, b in zip(size, box)], indexing='ij', sparse=True)
-    at = [(sum(np.float32(turn[i, j]) * grid[j] for j in range(3)) + np.float32(middle[i]) + 2 * _smooth_field(size, rng)) / np.float32(voxel_mm[i]) - np.float32(0.5) for i in range(3)]
+    def mm(i): return sum(np.float32(turn[i, j]) * grid[j] for j in range(3)) + np.float32(middle[i]) + 2 * _smooth_field(size, rng)
+    at = [mm(i) / np.float32(voxel_mm[i]) - np.float32(0.5) for i in range(3)]
     warped = ndimage.map_coordinates(labels, at, order=0, output=np.int16)
     images = images_from_labels(warped, modalities, np.random.default_rng((*seed, 1)), shrink=fine, thickness=thickness_mm / spacing_mm)
     placed = ((where + 0.5) * voxel_mm - middle) @ np.linalg.inv(turn).T  # mm from the box's middle, but for the warp

@@ -7,13 +7,16 @@ import glob
 import json
 import os
 
+from common import markdown_table
+
 # heading -> where a number of ours is found: (kind, key, modality, factor)
 NEUROQUANT = {f'{m} {name}': (kind, key, f'{m}w', factor) for m in ('T1', 'T2') for name, kind, key, factor in (
-    ('PSNR', 'fidelity', 'psnr_whole', 1), ('SSIM', 'fidelity', 'ssim_whole', 1), ('Acc', 'SEResNet-152', 'accuracy', 100), ('Dice', 'anatomy', 'mean', 100))}
+    ('PSNR', 'fidelity', 'psnr_whole', 1), ('SSIM', 'fidelity', 'ssim_whole', 1),
+    ('Acc', 'SEResNet-152', 'accuracy', 100), ('Dice', 'anatomy', 'mean', 100))}
 ABLATION = {k: v for k, v in NEUROQUANT.items() if 'Dice' not in k}
 GEOMETRY = {'cosine': ('geometry', 'cos_raw', '', 1), 'effective rank': ('geometry', 'effective_rank', '', 1)}
-FIDELITY = {'PSNR': ('fidelity', 'psnr_whole', 'T1w', 1), 'SSIM': ('fidelity', 'ssim_uniform_whole', 'T1w', 0.01), 'LPIPS': ('fidelity', 'lpips_sum', 'T1w', 1),
-            'rFID': ('rFID', 'mean', 'T1w', 1)}
+FIDELITY = {'PSNR': ('fidelity', 'psnr_whole', 'T1w', 1), 'SSIM': ('fidelity', 'ssim_uniform_whole', 'T1w', 0.01),
+            'LPIPS': ('fidelity', 'lpips_sum', 'T1w', 1), 'rFID': ('rFID', 'mean', 'T1w', 1)}
 GENERATION = {f'gFID {plane}': ('gFID', plane, 'T1w', 1) for plane in ('axial', 'coronal', 'sagittal', 'mean')}
 
 DECO = {  # label: (run, with decoder fine-tuning, numbers of table 4)
@@ -40,7 +43,8 @@ TABLES = {  # name: title, columns, rows {label: (run, fine-tuned, paper numbers
         '+ L_cross': ('ablation_cross', False, (28.63, 95.01, 78.45, 27.94, 92.76, 68.06)),
         '+ L_adv (full)': ('neuroquant', False, (28.89, 95.27, 79.09, 28.12, 93.57, 68.36))}),
     'deco1': ('DeCo-VAE table 1; cosine with channel means, as the printed numbers must have them', GEOMETRY, {
-        'L_VAE (MAISI-VAE)': ('maisi', False, (0.2292, 3.22)), 'SID': ('decovae_sid', False, (0.1148, 3.37)), 'VAD': ('decovae_vad', False, (0.0971, 3.97))}),
+        'L_VAE (MAISI-VAE)': ('maisi', False, (0.2292, 3.22)), 'SID': ('decovae_sid', False, (0.1148, 3.37)),
+        'VAD': ('decovae_vad', False, (0.0971, 3.97))}),
     'deco2': ('DeCo-VAE table 2, like with like: the paper prints L_VAE without fine-tuning against SID and VAD with it', FIDELITY,
               {k: (run, tuned, paper[:4]) for k, (run, tuned, paper) in DECO.items()}),
     'deco3': ('DeCo-VAE table 3, like with like: the paper prints L_VAE without fine-tuning against SID and VAD with it', GENERATION,
@@ -64,11 +68,14 @@ def collect(runs):
             facts |= {('fidelity', k, m): s['mean'] for m, metrics in row['fidelity'].items() for k, s in metrics.items()}
             facts |= {('geometry', k, ''): v for k, v in row['geometry'].items()}
         for r in results.get('frechet', ()):
-            for kind in ('rFID', 'gFID'):
-                if r['row'].endswith(f' {kind}') and 'mean' in r: found[r['row'][:-5]] |= {(kind, k, r['modality']): r[k] for k in ('axial', 'coronal', 'sagittal', 'mean')}
-        for r in results.get('anatomy', ()): found[r['row']]['anatomy', 'mean', r['modality']] = r['mean_dice']['mean']
+            run, _, kind = r['row'].rpartition(' ')
+            if kind in ('rFID', 'gFID') and 'mean' in r:
+                found[run] |= {(kind, k, r['modality']): r[k] for k in ('axial', 'coronal', 'sagittal', 'mean')}
+        for r in results.get('anatomy', ()):
+            if 'mean_dice' in r: found[r['row']]['anatomy', 'mean', r['modality']] = r['mean_dice']['mean']
         for r in results.get('probes', ()):
-            if r['target'] == 'sex' and 'accuracy' in r and r['row'] in found: found[r['row']][r['probe'], 'accuracy', r['seen'].removeprefix('latent, ')] = r['accuracy']
+            if r['target'] == 'sex' and 'accuracy' in r and r['row'] in found:  # a probe of the scans themselves is of no run
+                found[r['row']][r['probe'], 'accuracy', r['seen'].removeprefix('latent, ')] = r['accuracy']
     return found
 
 def paper_table(name, runs):
@@ -76,13 +83,15 @@ def paper_table(name, runs):
     if name not in TABLES: raise SystemExit(f"--table={name}: one of {', '.join(TABLES)}")
     title, columns, rows = TABLES[name]
     ours = collect(runs)
-    lines = [f'{title}. Ours, from {runs}, with the paper in brackets.', '', '| row | run | DFT | ' + ' | '.join(columns) + ' | measured on |', '|' + ' --- |' * (len(columns) + 4)]
+    lines = []
     for label, (run, tuned, paper) in rows.items():
         facts = ours.get(run, {})
-        if facts and (facts['dft'] == 'yes') != tuned: raise SystemExit(f"{runs}/{run}: fine-tuned: {facts['dft']}, the row '{label}' is not the same; rename the run")
+        if facts and (facts['dft'] == 'yes') != tuned:
+            raise SystemExit(f"{runs}/{run}: fine-tuned: {facts['dft']}, the row '{label}' is not the same; rename the run")
         cells = []
         for (kind, key, modality, factor), number in zip(columns.values(), paper):
             value = facts.get((kind, key, modality))
             cells.append(f"{'' if value is None else format(factor * value, '.4g')} ({number:g})".strip())
-        lines.append(f"| {label} | {run} | {'yes' if tuned else 'no'} | " + ' | '.join(cells) + f" | {facts.get('source', '')} |")
-    return '\n'.join(lines) + '\n'
+        lines.append([label, run, 'yes' if tuned else 'no', *cells, facts.get('source', '')])
+    title += f'. Ours, from {runs}, with the paper in brackets.'
+    return '\n'.join([title, '', *markdown_table(['row', 'run', 'DFT', *columns, 'measured on'], lines)]) + '\n'

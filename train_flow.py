@@ -17,8 +17,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from common import (all_reduce_mean, autocast, catch_signals, check_finite, configure, explain_failures, git_commit, load_checkpoint, make_out_dir, open_log,
-                    peak_flops, print0, refuse_changes, save_checkpoint, start_processes, stop_processes, update_average)
+from common import (all_reduce_mean, autocast, catch_signals, check_finite, configure, explain_failures, git_commit, load_checkpoint,
+                    make_out_dir, open_log, peak_flops, print0, refuse_changes, save_checkpoint, start_processes, stop_processes, update_average)
 from data import fingerprint, prefetch, refuse_other_data
 from figures import views
 from flow import draw_times, flow_matching_loss, sample
@@ -68,8 +68,8 @@ compile = True
 seed = 0
 
 # settings that change no weight, free to differ when a run is resumed; vae is known by its hash
-NOT_RESULTS = ('vae', 'data_dir', 'latents_dir', 'out_dir', 'init_from', 'resume_changed', 'log_interval', 'eval_interval', 'eval_scans', 'sample_interval', 'wandb_project',
-               'max_iters', 'device', 'compile')
+NOT_RESULTS = ('vae', 'data_dir', 'latents_dir', 'out_dir', 'init_from', 'resume_changed', 'log_interval', 'eval_interval', 'eval_scans',
+               'sample_interval', 'wandb_project', 'max_iters', 'device', 'compile')
 
 # ---------------------------------------------------------------- functions of the run
 
@@ -124,8 +124,10 @@ def save(name):
     if rank: return
     save_checkpoint(os.path.join(out_dir, name), {
         'model': raw_model.state_dict(), 'ema': ema.state_dict() if ema else None, 'optimizer': optimizer.state_dict(),
-        'model_args': model_args(raw_model), 'config': config, 'data': vae_checkpoint['data'], 'voxel_mm': vae_checkpoint['voxel_mm'], 'latent_shape': train_set.shape,
-        'conditions': train_set.conditions, 'encoder_hash': train_set.encoder_hash, 'fingerprint': fingerprint(data_dir), 'world': world, 'iter_num': it, 'best_val': best_val, 'git_commit': git_commit()})
+        'model_args': model_args(raw_model), 'config': config, 'world': world,
+        'data': vae_checkpoint['data'], 'fingerprint': fingerprint(data_dir), 'voxel_mm': vae_checkpoint['voxel_mm'],
+        'encoder_hash': train_set.encoder_hash, 'latent_shape': train_set.shape, 'conditions': train_set.conditions,
+        'iter_num': it, 'best_val': best_val, 'git_commit': git_commit()})
 
 if __name__ == '__main__':
     config = configure(globals(), sys.argv[1:])
@@ -161,8 +163,8 @@ if __name__ == '__main__':
     torch.manual_seed(seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    try: raw_model = FlowUNet(FlowUNetConfig(in_channels=train_set.shape[0], widths=widths, res_blocks=res_blocks, attention=attention, head_width=head_width,
-                                             classes=train_set.classes, vectors=train_set.vectors))
+    try: raw_model = FlowUNet(FlowUNetConfig(in_channels=train_set.shape[0], widths=widths, res_blocks=res_blocks, attention=attention,
+                                             head_width=head_width, classes=train_set.classes, vectors=train_set.vectors))
     except ValueError as e: raise SystemExit(f'model: {e}')
     raw_model.latent_mean[:], raw_model.latent_sd[:] = train_set.statistics(normalise)
     it, best_val, resumed = 0, math.inf, None
@@ -226,14 +228,14 @@ if __name__ == '__main__':
             values = torch.stack([loss.detach(), gradient])
             all_reduce_mean([values])
             seconds, steps = time.perf_counter() - clock, it - logged
-            record = {'iter': it, 'train/loss': values[0].item(), 'train/grad_norm': values[1].item(), 'lr': get_lr(it - 1), 'ms': 1000 * seconds / steps,
-                      'latents_per_s': world * batch_size * steps / seconds, 'data_wait': waited / seconds}
+            record = {'iter': it, 'train/loss': values[0].item(), 'train/grad_norm': values[1].item(), 'lr': get_lr(it - 1),
+                      'ms': 1000 * seconds / steps, 'latents_per_s': world * batch_size * steps / seconds, 'data_wait': waited / seconds}
             if peak_flops(device): record['mfu'] = 3 * flops * batch_size * steps / seconds / peak_flops(device)
             if device.startswith('cuda'): record['peak_gib'] = torch.cuda.max_memory_allocated() / 2 ** 30
             if it % log_interval == 0 or it == 1: log(record)  # the first line after a resume is for the screen only
-            print0(f'iter {it}: loss {record["train/loss"]:.4f} | grad {record["train/grad_norm"]:.2f} | lr {record["lr"]:.1e} | {record["ms"]:.0f} ms | '
-                   f'{record["latents_per_s"]:.1f} latents/s | wait {record["data_wait"]:.0%}' + (f' | mfu {record["mfu"]:.0%}' if 'mfu' in record else '')
-                   + (f' | {record["peak_gib"]:.1f} GiB' if 'peak_gib' in record else ''))
+            print0(f'iter {it}: loss {record["train/loss"]:.4f} | grad {record["train/grad_norm"]:.2f} | lr {record["lr"]:.1e} | '
+                   f'{record["ms"]:.0f} ms | {record["latents_per_s"]:.1f} latents/s | wait {record["data_wait"]:.0%}'
+                   + (f' | mfu {record["mfu"]:.0%}' if 'mfu' in record else '') + (f' | {record["peak_gib"]:.1f} GiB' if 'peak_gib' in record else ''))
             clock, waited, logged = time.perf_counter(), 0.0, it
 
         if judged:

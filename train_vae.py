@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from common import (all_reduce_mean, autocast, catch_signals, check_finite, configure, explain_failures, git_commit, load_checkpoint, make_out_dir, open_log,
-                    peak_flops, print0, refuse_changes, save_checkpoint, start_processes, stop_processes, update_average)
+from common import (all_reduce_mean, autocast, catch_signals, check_finite, configure, explain_failures, git_commit, load_checkpoint,
+                    make_out_dir, open_log, peak_flops, print0, refuse_changes, save_checkpoint, start_processes, stop_processes, update_average)
 from data import Sessions, fingerprint, prefetch, refuse_other_data
 from losses import (ModalityClassifier, PatchDiscriminator, adversarial_loss, cov_loss, generator_loss, grad_reverse, kl_loss,
                     perceptual_loss, psnr, random_slices, reconstruction_loss, sid_loss, ssim, var_loss)
@@ -121,8 +121,8 @@ checkpointing = False    # recompute the large stages in the backward pass: less
 seed = 0
 
 # settings that change no weight, free to differ when a run is resumed; data_dir has its own check
-NOT_RESULTS = ('data_dir', 'prepare', 'out_dir', 'init_from', 'resume_changed', 'log_interval', 'eval_interval', 'eval_sessions', 'wandb_project', 'max_iters',
-               'perc_trunk', 'perc_lin', 'device', 'compile', 'checkpointing')
+NOT_RESULTS = ('data_dir', 'prepare', 'out_dir', 'init_from', 'resume_changed', 'log_interval', 'eval_interval', 'eval_sessions',
+               'wandb_project', 'max_iters', 'perc_trunk', 'perc_lin', 'device', 'compile', 'checkpointing')
 
 # ---------------------------------------------------------------- functions of the run
 
@@ -249,23 +249,25 @@ def save(name):
         'model': raw_model.state_dict(), 'ema': ema.state_dict() if ema else None,
         'classifier': classifier.state_dict() if classifier else None, 'optimizer': optimizer.state_dict(),
         'critics': critics.state_dict(), 'critic_optimizer': critic_optimizer.state_dict() if critics else None,
-        'model_args': model_args(raw_model), 'config': config,
-        'data': train_set.box, 'fingerprint': fingerprint(data_dir), 'voxel_mm': train_set.voxel_mm, 'world': world, 'iter_num': it, 'best_val': best_val, 'git_commit': git_commit()})
+        'model_args': model_args(raw_model), 'config': config, 'world': world,
+        'data': train_set.box, 'fingerprint': fingerprint(data_dir), 'voxel_mm': train_set.voxel_mm,
+        'iter_num': it, 'best_val': best_val, 'git_commit': git_commit()})
 
 if __name__ == '__main__':
     config = configure(globals(), sys.argv[1:])
     rank, world, device = start_processes(device)
     if joint not in ('sequential', 'interleaved', 'none'): raise SystemExit(f'--joint={joint}: sequential, interleaved or none')
     if kind not in ('neuroquant', 'convvae'): raise SystemExit(f'--kind={kind}: neuroquant or convvae')
-    for key, value, allowed in (('recon', recon, ('l1', 'l2')), ('kl_reduction', kl_reduction, ('mean', 'sum')), ('gan_form', gan_form, ('least_squares', 'hinge')),
-                                ('var_form', var_form, ('hinge_std', 'two_sided_var'))):
+    for key, value, allowed in (('recon', recon, ('l1', 'l2')), ('kl_reduction', kl_reduction, ('mean', 'sum')),
+                                ('gan_form', gan_form, ('least_squares', 'hinge')), ('var_form', var_form, ('hinge_std', 'two_sided_var'))):
         if value not in allowed: raise SystemExit(f'--{key}={value}: {" or ".join(allowed)}')
     if not set(gan_dims) <= {2, 3}: raise SystemExit(f'--gan_dims={gan_dims}: of 3 and 2')
     if kind == 'neuroquant' and not film and w_cross > 0: raise SystemExit('w_cross > 0 needs film=True: without FiLM there is no modality to swap')
     if kind == 'neuroquant' and (freeze_encoder or augment or max(w_kl, w_sid, w_cov, w_var, w_perc, w_gan) > 0):
         raise SystemExit("freeze_encoder, augment, w_kl, w_sid, w_cov, w_var, w_perc and w_gan are for kind='convvae'")
     if kind == 'convvae' and dims == 2 and patch: raise SystemExit('patch is for volumes; with dims=2 whole slices are used')
-    if kind == 'convvae' and bottleneck == 'vq' and max(w_kl, w_sid, w_cov, w_var) > 0: raise SystemExit("w_kl, w_sid, w_cov and w_var need bottleneck='kl'")
+    if kind == 'convvae' and bottleneck == 'vq' and max(w_kl, w_sid, w_cov, w_var) > 0:
+        raise SystemExit("w_kl, w_sid, w_cov and w_var need bottleneck='kl'")
     if device == 'cpu': dtype, compile = 'float32', False
     explain_failures(f'batch_size={batch_size} (raise grad_accum for it), batch_size_2d={batch_size_2d}, patch={patch} or set checkpointing=True')
     if augment and kind == 'convvae' and dims == 2: raise SystemExit('--augment: for volumes, not with dims=2')

@@ -44,6 +44,7 @@ def test_auc_counts_pairs():
 def test_probes_that_cannot_be_made_are_refused():
     z, y, groups = people(np.random.default_rng(0))
     with pytest.raises(ValueError, match='two classes'): linear_probe(z, ['F'] * len(y), groups)
+    with pytest.raises(ValueError, match='0 in 0 scans'): linear_probe([], y[:0], groups[:0])
     with pytest.raises(ValueError, match='at least 5'): linear_probe(z[:12], y[:12], groups[:12])
 
 # ---------------------------------------------------------------- SEResNet-152

@@ -224,3 +224,6 @@ def test_dice_volumes_and_probes_get_their_tables(trained, tmp_path):
                           (['--segmenter=/nowhere.h5'], '/nowhere.h5')):
         printed = play('evaluate.py', *args, '--max_sessions=1', *given)  # one line, and the other rows are there
         assert reason in printed and '| out | 16x |' in printed
+        lines = [line for line in printed.splitlines() if line.startswith('| ')]
+        for head, line in zip(lines, lines[1:]):
+            if not line.startswith(('| model', '| source')): assert line.count(' | ') == head.count(' | '), line  # a reason takes a cell, not a row's shape

@@ -26,6 +26,13 @@ def test_ours_land_in_their_cells_and_what_is_missing_stays_empty(tmp_path):
     assert lines['VAD + DFT'][2] == '(33.64)' and 'data/x' in lines['VAD'][-1]
     assert '0.25 (0.0971) | 3.5 (3.97)' in paper_table('deco1', tmp_path)
 
+def test_what_could_not_be_measured_is_an_empty_cell(tmp_path):
+    reasons = [{'row': 'Dice', 'modality': '', 'reason': 'no segmenter'}, {'row': 'neuroquant', 'modality': 'T1w', 'reason': 'no scan'}]
+    probes = [{'row': 'neuroquant', 'probe': 'SEResNet-152', 'seen': 'latent, T1w', 'target': 'sex', 'reason': 'one class'}]
+    write(tmp_path, 'neuroquant', anatomy=reasons, probes=probes, frechet=[{'row': 'rFID, gFID', 'modality': '', 'reason': 'no file'}])
+    line = next(line for line in paper_table('neuroquant1', tmp_path).splitlines() if '| neuroquant |' in line)
+    assert '| 31.25 (28.89) |' in line and '| (79.09) | (95.25) |' in line
+
 def test_a_fine_tuned_run_under_a_plain_name_is_refused(tmp_path):
     write(tmp_path, 'maisi', dft='yes')
     with pytest.raises(SystemExit, match='rename the run'): paper_table('deco2', tmp_path)

@@ -43,8 +43,8 @@ from prepare import save_npy
 from pretrained import load_maisi_unet, load_maisi_vae
 
 # ---------------------------------------------------------------- settings
-cases = ('memory', 'neuroquant', 'slices', 'linear', 'vae', 'whole', 'unet', 'critic', 'prepare', 'loader', 'checkpoint', 'processes')  # of --vs=monai: vae, whole, unet, critic
-vs = ''                  # 'monai'
+cases = ('memory', 'neuroquant', 'slices', 'linear', 'vae', 'whole', 'unet', 'critic', 'prepare', 'loader', 'checkpoint', 'processes')
+vs = ''                  # 'monai', of the cases vae, whole, unet, critic
 samplers = ''            # checkpoint of a flow
 size = 0                 # side of the cube of vae, of whole on a CPU and of --vs=monai; 0 picks 96 on a GPU, 48 on a CPU
 pairs = ()               # sessions per batch of neuroquant; () picks 1,2,4 on a GPU, 1 on a CPU
@@ -138,6 +138,9 @@ class Live(TorchDispatchMode):
         self.known.discard(key)
         self.now -= size
 
+def times(shape):
+    return 'x'.join(map(str, shape))
+
 HEAD = '\n| case | ms | spread | calls/s | Mvoxel/s | TFLOP | MFU | floor, ms | peak, MiB |\n' + '|' + ' --- |' * 9
 
 def measure(name, calls, voxels, compiled=()):
@@ -155,8 +158,8 @@ def measure(name, calls, voxels, compiled=()):
         (flops, data), (ms, spread) = costs[what], milliseconds(call)
         least = {'FLOP': 1000 * flops / peak, 'bytes': 1000 * data / bandwidth}
         binds = max(least, key=least.get)
-        print(f'| {name}, {what} | {ms:.0f} | {spread:.0f} | {1000 / ms:.2f} | {voxels / ms / 1000:.2f} | {flops / 1e12:.3f} | {1000 * flops / ms / peak:.0%} | '
-              f'{least[binds]:.0f} ({binds}) | {"" if memory[what] is None else format(memory[what], ".0f")} |', flush=True)
+        print(f'| {name}, {what} | {ms:.0f} | {spread:.0f} | {1000 / ms:.2f} | {voxels / ms / 1000:.2f} | {flops / 1e12:.3f} | '
+              f'{1000 * flops / ms / peak:.0%} | {least[binds]:.0f} ({binds}) | {"" if memory[what] is None else format(memory[what], ".0f")} |', flush=True)
         found[what] = ms
     if profile and 'training step' in calls: dearest(name, calls['training step'])
     return found
@@ -176,10 +179,10 @@ def training(net, loss, layout=torch.channels_last_3d):
 
 def dearest(name, step):
     """Trace of one step and its ten dearest kernels."""
-    cuda = device.startswith('cuda')
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda) as found: step()
+    kinds, where = torch.profiler.ProfilerActivity, 'cuda' if device.startswith('cuda') else 'cpu'
+    with torch.profiler.profile(activities=[kinds.CPU] + [kinds.CUDA] * (where == 'cuda')) as found: step()
     found.export_chrome_trace('trace.json')
-    print(found.key_averages().table(sort_by=f'self_{"cuda" if cuda else "cpu"}_time_total', row_limit=10, max_name_column_width=60), f'\ntrace of {name}: trace.json\n')
+    print(found.key_averages().table(sort_by=f'self_{where}_time_total', row_limit=10, max_name_column_width=60), f'\ntrace of {name}: trace.json\n')
 
 # ---------------------------------------------------------------- the cases
 
@@ -191,7 +194,7 @@ def neuroquant_facts(shape=(144, 192, 144)):
         half, film = torch.empty(1, net.config.widths[0], *[n // 2 for n in shape]), [torch.empty(1, net.decoder.channels[-1])] * 2
         with FlopCounterMode(display=False) as tail: net.decoder.heads[-1](net.decoder.blocks[-1](half, *film))
     encode, decode = networks.step_flops(net, shape)
-    return (f'NeuroQuant, {"x".join(map(str, shape))}: {tokens} tokens, {encode / 1e12:.3f} + {decode / 1e12:.3f} TFLOP to encode and decode, '
+    return (f'NeuroQuant, {times(shape)}: {tokens} tokens, {encode / 1e12:.3f} + {decode / 1e12:.3f} TFLOP to encode and decode, '
             f'{tail.get_total_flops() / (encode + decode):.0%} of it in the full-size tail')
 
 def neuroquant_step(shape, sessions, checkpointing, device):
@@ -231,7 +234,8 @@ def case_neuroquant():
     shape = (144, 192, 144) if big else (48, 64, 48)
     for sessions in pairs or ((1, 2, 4) if big else (1,)):
         net, loss = neuroquant_step(shape, sessions, checkpointing, device)
-        measure(f'NeuroQuant, {sessions} x 2 volumes of {"x".join(map(str, shape))}', training(net, loss), 2 * sessions * math.prod(shape), (net.encoder, net.decoder))
+        name, voxels = f'NeuroQuant, {sessions} x 2 volumes of {times(shape)}', 2 * sessions * math.prod(shape)
+        measure(name, training(net, loss), voxels, (net.encoder, net.decoder))
 
 def case_slices():
     """A 2D step; and the same slices as volumes of depth 1, by a network that does not see that they are slices."""
@@ -242,18 +246,19 @@ def case_slices():
         net = networks.NeuroQuant(networks.NeuroQuantConfig())
         x, modality = torch.rand(n, 1, *shape, device=device).to(memory_format=torch.channels_last_3d), torch.arange(n, device=device) % 2
         calls = training(net, lambda: reconstruction_loss(net(x, modality)['x_hat'], x, 0.5))
-        name, voxels, only_step = f'NeuroQuant, {n} slices of {"x".join(map(str, shape))}', n * math.prod(shape), {'training step': calls['training step']}
-        ours = measure(name, calls, voxels, (net.encoder, net.decoder))
-        with mock.patch.multiple(networks, **as_volumes): theirs = measure(f'{name}, as volumes', only_step, voxels, (net.encoder, net.decoder))
+        name, voxels, compiled = f'NeuroQuant, {n} slices of {times(shape)}', n * math.prod(shape), (net.encoder, net.decoder)
+        ours = measure(name, calls, voxels, compiled)
+        with mock.patch.multiple(networks, **as_volumes):
+            theirs = measure(f'{name}, as volumes', {'training step': calls['training step']}, voxels, compiled)
         print(f'\nslices against volumes of depth 1: ratio {ours["training step"] / theirs["training step"]:.2f}')
 
 def case_linear():
     """Is the cost linear in voxels? A volume, and one of twice the length."""
-    shape = (96, 96, 96) if big else (32, 48, 48)
     found = []
-    for n in (1, 2):
-        net, loss = neuroquant_step((n * shape[0], *shape[1:]), 1, checkpointing, device)
-        found.append(measure(f'NeuroQuant, 1 x 2 volumes of {"x".join(map(str, (n * shape[0], *shape[1:])))}', training(net, loss), 2 * n * math.prod(shape), (net.encoder, net.decoder)))
+    for shape in ((96, 96, 96), (192, 96, 96)) if big else ((32, 48, 48), (64, 48, 48)):
+        net, loss = neuroquant_step(shape, 1, checkpointing, device)
+        name = f'NeuroQuant, 1 x 2 volumes of {times(shape)}'
+        found.append(measure(name, training(net, loss), 2 * math.prod(shape), (net.encoder, net.decoder)))
     print(f'\ntwice the voxels: {found[1]["training step"] / found[0]["training step"]:.2f} times the time')
 
 def case_vae():
@@ -271,47 +276,32 @@ def case_whole():
     x, z = torch.rand(1, 1, *shape, device=device), torch.randn(1, *net.latent_shape(shape), device=device)
     def call(f):
         with torch.no_grad(), autocast(device, dtype): f()
-    measure(f'MAISI-VAE, whole {"x".join(map(str, shape))}', {'encode': lambda: call(lambda: net.posterior(x)), 'decode': lambda: call(lambda: net.decode_volume(z)),
-            'decode in slabs of 8': lambda: call(lambda: net.decode_volume(z, slab=8))}, math.prod(shape))
+    calls = {'encode': lambda: call(lambda: net.posterior(x)), 'decode': lambda: call(lambda: net.decode_volume(z)),
+             'decode in slabs of 8': lambda: call(lambda: net.decode_volume(z, slab=8))}
+    measure(f'MAISI-VAE, whole {times(shape)}', calls, math.prod(shape))
 
 def case_unet():
     net, batch, shape = networks.FlowUNet(networks.FlowUNetConfig()), 4 if big else 1, (4, 32, 64, 32) if big else (4, 16, 16, 16)
     x, noise, t = torch.randn(batch, *shape, device=device), torch.randn(batch, *shape, device=device), torch.rand(batch, device=device)
-    calls = training(net, lambda: flow_matching_loss(net, x, noise, t, None, 'l2'), torch.channels_last_3d if big else torch.contiguous_format)  # as train_flow.py
+    layout = torch.channels_last_3d if big else torch.contiguous_format  # as train_flow.py
+    calls = training(net, lambda: flow_matching_loss(net, x, noise, t, None, 'l2'), layout)
     def draw():
         with autocast(device, dtype): sample(net, noise[:1], 30)
-    measure(f'FlowUNet, {batch} x {"x".join(map(str, shape))}', calls | {'sampling of one latent, 30 steps': draw}, batch * math.prod(shape[1:]), (net,))
+    calls['sampling of one latent, 30 steps'] = draw
+    measure(f'FlowUNet, {batch} x {times(shape)}', calls, batch * math.prod(shape[1:]), (net,))
 
 def case_critic():
     net, x = PatchDiscriminator(3), torch.rand(2 if big else 1, 1, side, side, side, device=device)
     measure(f'PatchGAN, {len(x)} x {side}^3', training(net, lambda: adversarial_loss(net(x), True)), x.numel(), (net,))
 
-def case_loader():
-    """Batches from memory-mapped files, without any network: one by one, as training gets them, and so with no file in the page cache (new ones are in it)."""
-    with tempfile.TemporaryDirectory() as folder:
-        where = data_dir or folder
-        if not data_dir:
-            rng, shape = np.random.default_rng(0), (144, 192, 144)
-            inside = sum(np.linspace(-1, 1, n).reshape([-1 if a == k else 1 for a in range(3)]) ** 2 for k, n in enumerate(shape)) < 0.8
-            lines = ['subject\tsession\tsplit\tT1w\tT2w'] + [f'sub-{i:02d}\tses-01\ttrain\tsub-{i:02d}_T1w.npy\tsub-{i:02d}_T2w.npy' for i in range(8)]
-            for name in (n for line in lines[1:] for n in line.split('\t')[3:]):
-                np.save(os.path.join(folder, name), inside * rng.random(shape, np.float32))
-            with open(os.path.join(folder, 'subjects.tsv'), 'w') as f: f.write('\n'.join(lines) + '\n')
-            with open(os.path.join(folder, 'dataset.json'), 'w') as f: json.dump({'shape': shape, 'spacing_mm': 1.0, 'modalities': ['T1w', 'T2w']}, f)
-        with open(os.path.join(where, 'dataset.json')) as f: known = tuple(json.load(f)['modalities'])
-        data, step = Sessions(where, known, 'train'), itertools.count()
-        def run(make, n=10): return list(prefetch(make, itertools.islice(step, n), device))
-        print('\n| batch | ms, one by one | spread | prefetched | prefetched, cold |\n| --- | --- | --- | --- | --- |')
-        for name, make in (('2 sessions, whole', lambda k: data.session_batch(2, 0, 0, 1, k)), ('2 patches of 96^3', lambda k: data.scan_batch(2, 0, 0, 1, k, (96, 96, 96))),
-                           ('2 patches of 96^3, augmented', lambda k: data.scan_batch(2, 0, 0, 1, k, (96, 96, 96), True)), *((f'128 slices across axis {axis}', lambda k, axis=axis: data.slice_batch(128, 0, 0, 1, k, axis)) for axis in range(3))):
-            ms, spread = milliseconds(lambda: make(next(step)))
-            all_ms, _ = milliseconds(lambda: run(make))
-            os.sync()
-            for scan in data.scans:
-                with open(data.path(*scan), 'rb') as f: os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            start = time.perf_counter()
-            run(make)
-            print(f'| {name} | {ms:.1f} | {spread:.1f} | {all_ms / 10:.1f} | {(time.perf_counter() - start) * 100:.1f} |')
+def write_index(folder, modalities, n):
+    """What makes a folder a prepared data set of n subjects of 144x192x144, but for the scans. returns their file names."""
+    names = [[f'sub-{i:05d}_{m}.npy' for m in modalities] for i in range(n)]
+    lines = [['subject', 'session', 'split', *modalities], *[[f'sub-{i:05d}', 'ses-01', 'train', *row] for i, row in enumerate(names)]]
+    with open(os.path.join(folder, 'subjects.tsv'), 'w') as f: f.write(''.join('\t'.join(line) + '\n' for line in lines))
+    with open(os.path.join(folder, 'dataset.json'), 'w') as f:
+        json.dump({'shape': (144, 192, 144), 'spacing_mm': 1.0, 'modalities': modalities}, f)
+    return sum(names, [])
 
 def case_prepare():
     """A skull-stripped scan of 182x218x182 at 1 mm, from NIfTI file to array file, on one core; and opening a set of 10,000 sessions."""
@@ -321,13 +311,42 @@ def case_prepare():
         nib.save(nib.Nifti1Image((1000 * image).astype(np.int16), np.diag([-1.0, 1, 1, 1])), scan)
         volume, affine, _ = nifti.read(scan)
         box = nifti.conform([volume], [affine], (144, 192, 144))[0][0]
-        steps = {'reading and checks': lambda: nifti.read(scan), 'box and scale': lambda: nifti.conform([volume], [affine], (144, 192, 144)), 'writing': lambda: save_npy(array, box)}
+        steps = {'reading and checks': lambda: nifti.read(scan), 'box and scale': lambda: nifti.conform([volume], [affine], (144, 192, 144)),
+                 'writing': lambda: save_npy(array, box)}
         found = {what: milliseconds(step)[0] for what, step in steps.items()}
-        print(f'\npreparing a scan of 182x218x182: {sum(found.values()):.0f} ms (' + ', '.join(f'{what} {ms:.0f}' for what, ms in found.items()) + ')')
-        with open(os.path.join(folder, 'subjects.tsv'), 'w') as f:
-            f.write('subject\tsession\tsplit\tT1w\n' + ''.join(f'sub-{i:05d}\tses-01\ttrain\tsub-{i:05d}_T1w.npy\n' for i in range(10_000)))
-        with open(os.path.join(folder, 'dataset.json'), 'w') as f: json.dump({'shape': (144, 192, 144), 'spacing_mm': 1.0, 'modalities': ['T1w']}, f)
-        print(f"opening 10,000 sessions: {milliseconds(lambda: Sessions(folder, ('T1w',), 'train'))[0]:.0f} ms")
+        parts = ', '.join(f'{what} {ms:.0f}' for what, ms in found.items())
+        print(f'\npreparing a scan of 182x218x182: {sum(found.values()):.0f} ms ({parts})')
+        write_index(folder, ['T1w', 'T2w'], 10_000)
+        print(f"opening 10,000 sessions: {milliseconds(lambda: Sessions(folder, ('T1w', 'T2w'), 'train'))[0]:.0f} ms")
+
+def case_loader():
+    """Batches from memory-mapped files, without any network.
+
+    One by one; by the threads that training uses; and so with no file in the page cache, where new ones are.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        where = data_dir or folder
+        if not data_dir:
+            rng, shape = np.random.default_rng(0), (144, 192, 144)
+            inside = sum(np.linspace(-1, 1, n).reshape([-1 if a == k else 1 for a in range(3)]) ** 2 for k, n in enumerate(shape)) < 0.8
+            for name in write_index(folder, ['T1w', 'T2w'], 8): np.save(os.path.join(folder, name), inside * rng.random(shape, np.float32))
+        with open(os.path.join(where, 'dataset.json')) as f: known = tuple(json.load(f)['modalities'])
+        data, step = Sessions(where, known, 'train'), itertools.count()
+        makers = {'2 sessions, whole': lambda k: data.session_batch(2, 0, 0, 1, k),
+                  '2 patches of 96^3': lambda k: data.scan_batch(2, 0, 0, 1, k, (96, 96, 96)),
+                  '2 patches of 96^3, augmented': lambda k: data.scan_batch(2, 0, 0, 1, k, (96, 96, 96), True)}
+        makers |= {f'128 slices across axis {axis}': lambda k, axis=axis: data.slice_batch(128, 0, 0, 1, k, axis) for axis in range(3)}
+        def run(make, n=10): return list(prefetch(make, itertools.islice(step, n), device))
+        print('\n| batch | ms, one by one | spread | prefetched | prefetched, cold |\n| --- | --- | --- | --- | --- |')
+        for name, make in makers.items():
+            ms, spread = milliseconds(lambda: make(next(step)))
+            all_ms, _ = milliseconds(lambda: run(make))
+            os.sync()
+            for scan in data.scans:
+                with open(data.path(*scan), 'rb') as f: os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            start = time.perf_counter()
+            run(make)
+            print(f'| {name} | {ms:.1f} | {spread:.1f} | {all_ms / 10:.1f} | {(time.perf_counter() - start) * 100:.1f} |')
 
 def case_checkpoint():
     """What saving costs: weights, their average and the optimiser's state of NeuroQuant's default."""
@@ -337,14 +356,16 @@ def case_checkpoint():
     optimizer.step()
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'ckpt.pt')
-        ms, spread = milliseconds(lambda: save_checkpoint(path, {'model': net.state_dict(), 'ema': net.state_dict(), 'optimizer': optimizer.state_dict()}))
+        state = {'model': net.state_dict(), 'ema': net.state_dict(), 'optimizer': optimizer.state_dict()}
+        ms, spread = milliseconds(lambda: save_checkpoint(path, state))
         print(f'\na checkpoint of {os.path.getsize(path) / 2 ** 20:.0f} MiB: {ms:.0f} ms (spread {spread:.0f}), {ms / 350_000:.2%} of 1000 steps of 350 ms')
 
 def case_processes():
     """Throughput of two processes of one thread over twice that of one, gradients averaged; on a CPU only."""
     if big: return
     def run(n):
-        args = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={n}', '--master_port=29517', __file__, '--only=process', '--device=cpu', f'--repeats={repeats}']
+        args = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={n}', '--master_port=29517', __file__,
+                '--only=process', '--device=cpu', f'--repeats={repeats}']
         return last_json(args, os.environ | {'OMP_NUM_THREADS': '1'})['ms']
     one, two = run(1), run(2)
     print(f'\none process {one:.0f} ms a step, two {two:.0f} ms for twice the volumes: scaling efficiency {one / two:.0%}')
@@ -419,13 +440,16 @@ def against_monai():
     except ImportError: raise SystemExit('--vs=monai needs MONAI: pip install -r requirements-dev.txt')
     print(f'medians of {turns} runs in turn, on {device} in {dtype}{", compiled" * compile}, MONAI {monai.__version__}\n\n'
           '| network, batch 1 | ms: here / MONAI | ratio | MiB: here / MONAI | ratio |\n| --- | --- | --- | --- | --- |')
-    for case, what, title in (('vae', 'vae', f'MAISI autoencoder, {side}^3, forward and backward'), ('whole', 'decode', f'MAISI decoder to {side}^3, forward'),
-                              ('unet', 'unet', f'MAISI U-Net, 4x{latent_side}^3, forward and backward'), ('critic', 'critic', f'PatchGAN, {side}^3, forward and backward')):
+    settings = [f'--device={device}', f'--dtype={dtype}', f'--compile={compile}', f'--size={side}', f'--repeats={repeats}']
+    for case, what, title in (('vae', 'vae', f'MAISI autoencoder, {side}^3, forward and backward'),
+                              ('whole', 'decode', f'MAISI decoder to {side}^3, forward'),
+                              ('unet', 'unet', f'MAISI U-Net, 4x{latent_side}^3, forward and backward'),
+                              ('critic', 'critic', f'PatchGAN, {side}^3, forward and backward')):
         if case not in cases: continue
         found = {'nanomri': [], 'monai': []}
         for _ in range(turns):
             for who in found:
-                found[who].append(last_json([sys.executable, __file__, f'--only={what} {who}', f'--device={device}', f'--dtype={dtype}', f'--compile={compile}', f'--size={side}', f'--repeats={repeats}']))
+                found[who].append(last_json([sys.executable, __file__, f'--only={what} {who}', *settings]))
         (ms, their_ms), (mib, their_mib) = ([statistics.median(f[key] for f in runs) for runs in found.values()] for key in ('ms', 'mib'))
         print(f'| {title} | {ms:.0f} / {their_ms:.0f} | {ms / their_ms:.2f} | {mib:.0f} / {their_mib:.0f} | {mib / their_mib:.2f} |', flush=True)
 
@@ -441,7 +465,8 @@ def bench_samplers():
         exact = sample(flow, noise, 200, 'heun')
         print(f'{samplers}, 4 samples, RMS distance to 200 Heun steps, in sd of the latent\n\n| calls | Euler | Heun |\n| --- | --- | --- |')
         for calls in (4, 8, 16, 30, 60):
-            errors = [(sample(flow, noise, n, method) - exact).square().mean().sqrt().item() for method, n in (('euler', calls), ('heun', calls // 2))]
+            errors = [(sample(flow, noise, n, method) - exact).square().mean().sqrt().item()
+                      for method, n in (('euler', calls), ('heun', calls // 2))]
             print(f'| {calls} | {errors[0]:.4f} | {errors[1]:.4f} |')
 
 if __name__ == '__main__':
@@ -464,6 +489,7 @@ if __name__ == '__main__':
     elif samplers: bench_samplers()
     else:
         peak, bandwidth = machine()
-        print(f'{torch.cuda.get_device_name() if big else f"{torch.get_num_threads()} CPU threads"}, torch {torch.__version__}, {dtype}{", compiled" * compile}: matrix product {peak / 1e12:.2f} TFLOP/s, '
+        where = torch.cuda.get_device_name() if big else f'{torch.get_num_threads()} CPU threads'
+        print(f'{where}, torch {torch.__version__}, {dtype}{", compiled" * compile}: matrix product {peak / 1e12:.2f} TFLOP/s, '
               f'copy {bandwidth / 1e9:.0f} GB/s\n{neuroquant_facts()}')
         for name in cases: CASES[name]()

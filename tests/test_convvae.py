@@ -135,7 +135,8 @@ def test_stable_diffusion_weights_give_what_their_layout_says():
         slice_2 = (2 * volume[..., 2] - 1).expand(-1, 3, -1, -1)
         want = (model.decode(model.encode(F.pad(slice_2, (0, 0, 0, 0)))[0]).mean(1, keepdim=True) + 1) / 2
         torch.testing.assert_close(model.reconstruct(volume)[..., 2], want, atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match='missing decoder.conv_in.weight'): load_sd_vae({k: v for k, v in state.items() if k != 'decoder.conv_in.weight'})
+    with pytest.raises(ValueError, match='missing decoder.conv_in.weight'):
+        load_sd_vae({k: v for k, v in state.items() if k != 'decoder.conv_in.weight'})
 
 def test_the_sd_layout_at_full_width_has_stable_diffusions_parameters():
     with torch.device('meta'): model = ConvVAE(ConvVAEConfig(dims=2, in_channels=3, widths=(128, 256, 512, 512), layout='sd'))
@@ -158,7 +159,8 @@ def test_reconstruct_and_latent_take_volumes_of_any_size(config):
             assert tokens.shape[-3:] == z.shape[2:] and (tokens.ndim == 5) == (model.config.num_codebooks > 1)
         # zeros at the far ends are what a volume that divides would hold
         whole = F.pad(x, (0, 1, 0, 2, 0, 3))
-        if model.config.dims == 3: torch.testing.assert_close(model.reconstruct(whole)[:, :, :13, :18, :15], model.reconstruct(x), atol=1e-5, rtol=1e-5)
+        if model.config.dims == 3:
+            torch.testing.assert_close(model.reconstruct(whole)[:, :, :13, :18, :15], model.reconstruct(x), atol=1e-5, rtol=1e-5)
     numbers = z[0].numel() * 16
     if hasattr(model, 'quantizer'): numbers = z[0, 0].numel() * 3 * model.config.num_codebooks
     assert model.bits_per_volume(x.shape[2:]) == numbers

@@ -90,7 +90,8 @@ def test_slices_stay_channels_last_through_the_whole_network(axis):
     shape[axis] = 1
     strides = {}
     for name, module in net.named_modules():
-        if isinstance(module, (Conv, nn.GroupNorm, AxialAttention)): module.register_forward_hook(lambda m, i, y, name=name: strides.update({name: y.stride(1)}))
+        if isinstance(module, (Conv, nn.GroupNorm, AxialAttention)):
+            module.register_forward_hook(lambda m, i, y, name=name: strides.update({name: y.stride(1)}))
     net(torch.rand(2, 1, *shape).to(memory_format=torch.channels_last_3d), torch.tensor([0, 1]))
     assert len(strides) > 20 and set(strides.values()) == {1}, [name for name, stride in strides.items() if stride != 1]
 

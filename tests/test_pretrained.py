@@ -76,7 +76,8 @@ def test_missing_or_wrong_files_get_one_line(tmp_path):
 
 def radimagenet_state():
     g, state = torch.Generator().manual_seed(0), {}
-    def conv(name, c_in, c_out, k): state.update({f'{name}.weight': torch.randn(c_out, c_in, k, k, generator=g) / (c_in * k * k) ** 0.5, f'{name}.bias': 0.1 * torch.randn(c_out, generator=g)})
+    def conv(name, c_in, c_out, k):
+        state.update({f'{name}.weight': torch.randn(c_out, c_in, k, k, generator=g) / (c_in * k * k) ** 0.5, f'{name}.bias': 0.1 * torch.randn(c_out, generator=g)})
     def bn(name, c): state.update({f'{name}.weight': 1 + 0.1 * torch.randn(c, generator=g), f'{name}.bias': 0.1 * torch.randn(c, generator=g),
                                    f'{name}.running_mean': 0.1 * torch.randn(c, generator=g), f'{name}.running_var': 0.5 + torch.rand(c, generator=g),
                                    f'{name}.num_batches_tracked': torch.tensor(0)})
@@ -122,14 +123,18 @@ def test_radimagenet_refuses_another_file_by_its_first_unmatched_key(tmp_path):
 def synthseg_file(path, labels=33):
     h5py = pytest.importorskip('h5py')
     rng, names, widths = np.random.default_rng(0), {}, (24, 48, 96, 192, 384)
-    def conv(name, a, b, k=3): names.update({f'{name}/kernel:0': rng.normal(size=(k, k, k, a, b)) / (a * k ** 3) ** 0.5, f'{name}/bias:0': 0.1 * rng.normal(size=b)})
+    def conv(name, a, b, k=3):
+        names.update({f'{name}/kernel:0': rng.normal(size=(k, k, k, a, b)) / (a * k ** 3) ** 0.5, f'{name}/bias:0': 0.1 * rng.normal(size=b)})
     def bn(name, c): names.update({f'{name}/gamma:0': 1 + 0.1 * rng.normal(size=c), f'{name}/beta:0': 0.1 * rng.normal(size=c),
                                    f'{name}/moving_mean:0': 0.1 * rng.normal(size=c), f'{name}/moving_variance:0': 0.5 + rng.random(c)})
-    for i, (a, b) in enumerate(zip((1, *widths), widths)): conv(f'unet_conv_downarm_{i}_0', a, b), conv(f'unet_conv_downarm_{i}_1', b, b), bn(f'unet_bn_down_{i}', b)
-    for i, (a, b) in enumerate(zip((576, 288, 144, 72), (192, 96, 48, 24))): conv(f'unet_conv_uparm_{i + 5}_0', a, b), conv(f'unet_conv_uparm_{i + 5}_1', b, b), bn(f'unet_bn_up_{i}', b)
+    for i, (a, b) in enumerate(zip((1, *widths), widths)):
+        conv(f'unet_conv_downarm_{i}_0', a, b), conv(f'unet_conv_downarm_{i}_1', b, b), bn(f'unet_bn_down_{i}', b)
+    for i, (a, b) in enumerate(zip((576, 288, 144, 72), (192, 96, 48, 24))):
+        conv(f'unet_conv_uparm_{i + 5}_0', a, b), conv(f'unet_conv_uparm_{i + 5}_1', b, b), bn(f'unet_bn_up_{i}', b)
     conv('unet_likelihood', 24, labels, 1)
     with h5py.File(path, 'w') as f:
-        for name, value in names.items(): f[f"{name.split('/')[0]}/{name}"] = value.astype(np.float32)  # a group per layer, its weights inside once more
+        for name, value in names.items():
+            f[f"{name.split('/')[0]}/{name}"] = value.astype(np.float32)  # a group per layer, its weights inside once more
     return names
 
 def test_synthseg_is_its_published_layout(tmp_path):

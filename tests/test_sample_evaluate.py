@@ -199,7 +199,8 @@ def test_evaluate_compares_autoencoders_and_sample_reconstructs(trained, tmp_pat
         play('sample.py', '--mode=tokens', f'--ckpt={tmp_path}/conv/ckpt.pt', f'--input={path}', f'--output={tmp_path}/t.npy', '--device=cpu')
         assert np.load(tmp_path / 't.npy').shape == (2, 8, 12, 32)
         play('sample.py', '--mode=tokens', f'--ckpt={tmp_path}/conv/ckpt.pt', f'--input={tmp_path}/t.npy', f'--output={tmp_path}/back.nii.gz', '--device=cpu')
-    else: assert 'no tokens' in refuses('sample.py', '--mode=tokens', f'--ckpt={tmp_path}/conv/ckpt.pt', f'--input={path}', f'--output={tmp_path}/t.npy', '--device=cpu')
+    else:
+        assert 'no tokens' in refuses('sample.py', '--mode=tokens', f'--ckpt={tmp_path}/conv/ckpt.pt', f'--input={path}', f'--output={tmp_path}/t.npy', '--device=cpu')
     assert 'translates' in refuses('sample.py', '--mode=translate', f'--ckpt={tmp_path}/conv/ckpt.pt', f'--input={path}', f'--output={tmp_path}/t.nii', '--device=cpu')
 
 def test_dice_volumes_and_probes_get_their_tables(trained, tmp_path):
@@ -226,4 +227,5 @@ def test_dice_volumes_and_probes_get_their_tables(trained, tmp_path):
         assert reason in printed and '| out | 16x |' in printed
         lines = [line for line in printed.splitlines() if line.startswith('| ')]
         for head, line in zip(lines, lines[1:]):
-            if not line.startswith(('| model', '| source')): assert line.count(' | ') == head.count(' | '), line  # a reason takes a cell, not a row's shape
+            if not line.startswith(('| model', '| source')):
+                assert line.count(' | ') == head.count(' | '), line  # a reason takes a cell, not a row's shape

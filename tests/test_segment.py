@@ -72,5 +72,6 @@ def test_a_command_is_run_on_files_and_its_failure_told(tmp_path):
     volume[3:6, 3:9, 2:6] = 1
     labels = make_segmenter(f'{sys.executable} {script} {{in}} {{out}}', 'cpu')(volume, (1, 2, 1))
     np.testing.assert_array_equal(labels, 17 * (volume > 0.5))
-    with pytest.raises(ValueError, match='segmenter ended with 3'): CommandSegmenter(f'{sys.executable} -c "import sys; sys.exit(3)" {{in}} {{out}}')(volume, 1)
+    with pytest.raises(ValueError, match='segmenter ended with 3'):
+        CommandSegmenter(f'{sys.executable} -c "import sys; sys.exit(3)" {{in}} {{out}}')(volume, 1)
     with pytest.raises(SystemExit, match='neither'): make_segmenter('synthseg', 'cpu')

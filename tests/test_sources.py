@@ -82,7 +82,8 @@ def test_patterns_name_subject_session_and_modality(tmp_path):
 
 def test_derivatives_are_chosen_by_their_entities(tmp_path):
     anat = 'd/sub-01/ses-a/anat/sub-01_ses-a'
-    for name in ('desc-preproc_T1w', 'space-MNI_desc-preproc_T1w', 'space-MNI_res-2_desc-preproc_T1w', 'space-MNI_desc-brain_mask'): add(tmp_path, f'{anat}_{name}.nii.gz')
+    for name in ('desc-preproc_T1w', 'space-MNI_desc-preproc_T1w', 'space-MNI_res-2_desc-preproc_T1w', 'space-MNI_desc-brain_mask'):
+        add(tmp_path, f'{anat}_{name}.nii.gz')
     notes = []
     sessions, _ = sources.find_bids(str(tmp_path / 'd'), notes, ('space-MNI', 'desc-preproc'))
     assert [os.path.basename(p) for p in sessions['sub-01', 'ses-a'].values()] == ['sub-01_ses-a_space-MNI_desc-preproc_T1w.nii.gz']
@@ -177,7 +178,8 @@ def test_shards_and_a_last_call_give_what_one_call_gives(tmp_path):
     assert prepare('folder', tmp_path / 'a', tmp_path / 'parts').returncode == 0 and len(times) == 5
     assert times == {p.name: p.stat().st_mtime_ns for p in (tmp_path / 'parts').glob('sub-*.npy')}
     assert 'shard 0/2' in prepare('folder', tmp_path / 'a', tmp_path / 'parts', '--shard=0/2').stdout  # a late job spoils nothing
-    for name in ('subjects.tsv', 'checksums.json', 'report.txt', 'dataset.json'): assert (tmp_path / 'whole' / name).read_text() == (tmp_path / 'parts' / name).read_text()
+    for name in ('subjects.tsv', 'checksums.json', 'report.txt', 'dataset.json'):
+        assert (tmp_path / 'whole' / name).read_text() == (tmp_path / 'parts' / name).read_text()
 
 # ---------------------------------------------------------------- the look before
 

@@ -131,7 +131,8 @@ def test_bad_input_ends_with_one_line(tiny_data, tmp_path):
     vae = train_vae(tiny_data, tmp_path / 'vae')
     train_flow(vae, tmp_path / 'flow', '--max_iters=1')
     def flow(*args): return refuses('train_flow.py', *FLOW, f'--vae={vae}', f'--out_dir={tmp_path}/x', *args)
-    def draw(*args): return refuses('sample.py', '--mode=generate', f'--ckpt={tmp_path}/flow/ckpt.pt', f'--output={tmp_path}/y', '--device=cpu', *args)
+    def draw(*args):
+        return refuses('sample.py', '--mode=generate', f'--ckpt={tmp_path}/flow/ckpt.pt', f'--output={tmp_path}/y', '--device=cpu', *args)
     assert 'not an autoencoder' in flow(f'--vae={tmp_path}/flow/ckpt.pt')
     other = train_vae(tiny_data, tmp_path / 'other', *KL, '--seed=1')
     assert 'latents of another autoencoder' in flow(f'--vae={other}', f'--latents_dir={tmp_path}/vae/latents_data')

@@ -373,7 +373,7 @@ if __name__ == '__main__':
             batch = next(batches)
             waited += time.perf_counter() - t
             if 'labels' in batch: batch['x'] = redraw(batch)
-            x = batch['x'] = batch['x'].to(memory_format=torch.channels_last_3d)
+            x = batch['x'] = batch['x'].to(memory_format=torch.channels_last_3d)  # contiguous() would leave one channel as it is
             critics.requires_grad_(False)  # the generator's step leaves them no gradient
             with autocast(device, dtype): loss, new, x_hat = objective(batch, what, it)
             (weight * loss).backward()

@@ -138,7 +138,7 @@ class Live(TorchDispatchMode):
         self.known.discard(key)
         self.now -= size
 
-def times(shape):
+def shape_text(shape):
     return 'x'.join(map(str, shape))
 
 HEAD = '\n| case | ms | spread | calls/s | Mvoxel/s | TFLOP | MFU | floor, ms | peak, MiB |\n' + '|' + ' --- |' * 9
@@ -194,7 +194,7 @@ def neuroquant_facts(shape=(144, 192, 144)):
         half, film = torch.empty(1, net.config.widths[0], *[n // 2 for n in shape]), [torch.empty(1, net.decoder.channels[-1])] * 2
         with FlopCounterMode(display=False) as tail: net.decoder.heads[-1](net.decoder.blocks[-1](half, *film))
     encode, decode = networks.step_flops(net, shape)
-    return (f'NeuroQuant, {times(shape)}: {tokens} tokens, {encode / 1e12:.3f} + {decode / 1e12:.3f} TFLOP to encode and decode, '
+    return (f'NeuroQuant, {shape_text(shape)}: {tokens} tokens, {encode / 1e12:.3f} + {decode / 1e12:.3f} TFLOP to encode and decode, '
             f'{tail.get_total_flops() / (encode + decode):.0%} of it in the full-size tail')
 
 def neuroquant_step(shape, sessions, checkpointing, device):
@@ -234,7 +234,7 @@ def case_neuroquant():
     shape = (144, 192, 144) if big else (48, 64, 48)
     for sessions in pairs or ((1, 2, 4) if big else (1,)):
         net, loss = neuroquant_step(shape, sessions, checkpointing, device)
-        name, voxels = f'NeuroQuant, {sessions} x 2 volumes of {times(shape)}', 2 * sessions * math.prod(shape)
+        name, voxels = f'NeuroQuant, {sessions} x 2 volumes of {shape_text(shape)}', 2 * sessions * math.prod(shape)
         measure(name, training(net, loss), voxels, (net.encoder, net.decoder))
 
 def case_slices():
@@ -246,7 +246,7 @@ def case_slices():
         net = networks.NeuroQuant(networks.NeuroQuantConfig())
         x, modality = torch.rand(n, 1, *shape, device=device).to(memory_format=torch.channels_last_3d), torch.arange(n, device=device) % 2
         calls = training(net, lambda: reconstruction_loss(net(x, modality)['x_hat'], x, 0.5))
-        name, voxels, compiled = f'NeuroQuant, {n} slices of {times(shape)}', n * math.prod(shape), (net.encoder, net.decoder)
+        name, voxels, compiled = f'NeuroQuant, {n} slices of {shape_text(shape)}', n * math.prod(shape), (net.encoder, net.decoder)
         ours = measure(name, calls, voxels, compiled)
         with mock.patch.multiple(networks, **as_volumes):
             theirs = measure(f'{name}, as volumes', {'training step': calls['training step']}, voxels, compiled)
@@ -257,7 +257,7 @@ def case_linear():
     found = []
     for shape in ((96, 96, 96), (192, 96, 96)) if big else ((32, 48, 48), (64, 48, 48)):
         net, loss = neuroquant_step(shape, 1, checkpointing, device)
-        name = f'NeuroQuant, 1 x 2 volumes of {times(shape)}'
+        name = f'NeuroQuant, 1 x 2 volumes of {shape_text(shape)}'
         found.append(measure(name, training(net, loss), 2 * math.prod(shape), (net.encoder, net.decoder)))
     print(f'\ntwice the voxels: {found[1]["training step"] / found[0]["training step"]:.2f} times the time')
 
@@ -278,7 +278,7 @@ def case_whole():
         with torch.no_grad(), autocast(device, dtype): f()
     calls = {'encode': lambda: call(lambda: net.posterior(x)), 'decode': lambda: call(lambda: net.decode_volume(z)),
              'decode in slabs of 8': lambda: call(lambda: net.decode_volume(z, slab=8))}
-    measure(f'MAISI-VAE, whole {times(shape)}', calls, math.prod(shape))
+    measure(f'MAISI-VAE, whole {shape_text(shape)}', calls, math.prod(shape))
 
 def case_unet():
     net, batch, shape = networks.FlowUNet(networks.FlowUNetConfig()), 4 if big else 1, (4, 32, 64, 32) if big else (4, 16, 16, 16)
@@ -288,7 +288,7 @@ def case_unet():
     def draw():
         with autocast(device, dtype): sample(net, noise[:1], 30)
     calls['sampling of one latent, 30 steps'] = draw
-    measure(f'FlowUNet, {batch} x {times(shape)}', calls, batch * math.prod(shape[1:]), (net,))
+    measure(f'FlowUNet, {batch} x {shape_text(shape)}', calls, batch * math.prod(shape[1:]), (net,))
 
 def case_critic():
     net, x = PatchDiscriminator(3), torch.rand(2 if big else 1, 1, side, side, side, device=device)
@@ -301,7 +301,7 @@ def write_index(folder, modalities, n):
     with open(os.path.join(folder, 'subjects.tsv'), 'w') as f: f.write(''.join('\t'.join(line) + '\n' for line in lines))
     with open(os.path.join(folder, 'dataset.json'), 'w') as f:
         json.dump({'shape': (144, 192, 144), 'spacing_mm': 1.0, 'modalities': modalities}, f)
-    return sum(names, [])
+    return [name for row in names for name in row]
 
 def case_prepare():
     """A skull-stripped scan of 182x218x182 at 1 mm, from NIfTI file to array file, on one core; and opening a set of 10,000 sessions."""

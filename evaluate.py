@@ -376,7 +376,7 @@ def embed_latents(models, n):
         panels[name] = tsne(z[chosen].to(device), seed=seed).cpu().numpy(), brain[chosen].numpy()
     return panels
 
-def name_of(path):
+def run_name(path):
     """What a checkpoint is called in the tables: its folder."""
     return os.path.basename(os.path.dirname(path)) or path
 
@@ -391,7 +391,6 @@ def main(settings):
     data_dir = data_dir or checkpoints[0]['config']['data_dir']
     out_dir = out_dir or os.path.dirname(paths[0]) or '.'
     make_out_dir(out_dir)
-    lpips_net = None
     if lpips: lpips_net = (LPIPS() if lpips == 'random' else LPIPS(lpips, lpips_trunk, lpips_lin)).to(device)
     modalities, rates, rows, models, folders = [], [], [], [], [f for f in generated.split(',') if f]
     for path, checkpoint in zip(paths, checkpoints):
@@ -405,9 +404,9 @@ def main(settings):
         except ValueError as e: raise SystemExit(f'{path} on {data_dir}: {e}')
         bits, style = model.bits_per_volume(test.shape), model.style_bits()
         rates.append(bits + style)
-        models.append((name_of(path), model, known, folders.pop(0) if folders else ''))
+        models.append((run_name(path), model, known, folders.pop(0) if folders else ''))
         rows.append({
-            'name': name_of(path), 'ckpt': path, 'iter': checkpoint['iter_num'], 'git_commit': checkpoint['git_commit'],
+            'name': run_name(path), 'ckpt': path, 'iter': checkpoint['iter_num'], 'git_commit': checkpoint['git_commit'],
             'f': f'{model.factor}x', 'latent': 'x'.join(map(str, model.latent_shape(test.shape))),
             'bits': f'{bits:.0f}' + (f' + {style}' if style else ''), 'num_codes': getattr(model.config, 'num_codes', None),
             'dft': 'yes' if checkpoint['config'].get('freeze_encoder') else 'no',

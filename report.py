@@ -28,16 +28,19 @@ def report(results):
 
 # ---------------------------------------------------------------- cells
 
+def digits_of(summary):
+    """Four for distances, which are far below 1."""
+    return 2 if abs(summary['mean']) >= 1 else 4
+
 def mean_sd(summary):
-    """Mean +- sd; four digits for distances, which are far below 1."""
     if not summary: return ''
-    digits = 2 if abs(summary['mean']) >= 1 else 4
+    digits = digits_of(summary)
     return f"{summary['mean']:.{digits}f} +- {summary['sd']:.{digits}f}"
 
 def interval(summary):
     """The 95 % interval of the mean."""
     if not summary: return ''
-    digits = 2 if abs(summary['mean']) >= 1 else 4
+    digits = digits_of(summary)
     return f"{summary['ci95'][0]:.{digits}f} to {summary['ci95'][1]:.{digits}f}"
 
 def number(value, digits=4):
@@ -93,16 +96,16 @@ def latent_tables(results):
 def frechet_table(extractor, rows, slices):
     planes = ('axial', 'coronal', 'sagittal')
     def cells(r):
-        counts = ', '.join(f'{plane} {a} / {b}' for plane, (a, b) in ((plane, r['slices'][plane]) for plane in planes))
+        counts = ', '.join('{} {} / {}'.format(plane, *r['slices'][plane]) for plane in planes)
         return [*(number(r[k]) for k in (*planes, 'mean', 'mean_part', 'covariance_part')), counts]
     head = ['row', 'modality', *planes, 'mean', 'of it means', 'covariances', 'slices (real / other)']
     lines = ['', f'Frechet distance on slices, {extractor}, {slices} slices', '',
              *markdown_table(head, rows_or_reasons(rows, ('row', 'modality'), len(head), cells))]
     means = {(r['row'], r['modality']): r['mean'] for r in rows if 'mean' in r}
     for (row, modality), value in means.items():
-        of_reconstructions = means.get((row.removesuffix('gFID') + 'rFID', modality))
-        if row.endswith('gFID') and of_reconstructions is not None:
-            lines += ['', f"{row.removesuffix(' gFID')} {modality}: gFID - rFID {value - of_reconstructions:.4f}"]
+        run, _, kind = row.rpartition(' ')
+        if kind == 'gFID' and (f'{run} rFID', modality) in means:
+            lines += ['', f"{run} {modality}: gFID - rFID {value - means[f'{run} rFID', modality]:.4f}"]
     return lines
 
 def diversity_table(rows):

@@ -35,7 +35,9 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, register_
 import model as networks
 import nifti
 import synth
-from common import all_reduce_mean, autocast, configure, load_checkpoint, save_checkpoint, start_processes, stop_processes
+from common import (
+    all_reduce_mean, autocast, configure, load_checkpoint, save_checkpoint, start_processes, stop_processes
+)
 from data import Sessions, prefetch
 from flow import flow_matching_loss, sample
 from losses import PatchDiscriminator, adversarial_loss, kl_loss, reconstruction_loss
@@ -43,10 +45,14 @@ from prepare import save_npy
 from pretrained import load_maisi_unet, load_maisi_vae
 
 # ---------------------------------------------------------------- settings
-cases = ('memory', 'neuroquant', 'slices', 'linear', 'vae', 'whole', 'unet', 'critic', 'prepare', 'loader', 'checkpoint', 'processes')
+cases = (
+    'memory', 'neuroquant', 'slices', 'linear', 'vae', 'whole', 'unet', 'critic', 'prepare', 'loader',
+    'checkpoint', 'processes'
+)
 vs = ''                  # 'monai', of the cases vae, whole, unet, critic
 samplers = ''            # checkpoint of a flow
-size = 0                 # side of the cube of vae, of whole on a CPU and of --vs=monai; 0 picks 96 on a GPU, 48 on a CPU
+# side of the cube of vae, of whole on a CPU and of --vs=monai; 0 picks 96 on a GPU, 48 on a CPU
+size = 0
 pairs = ()               # sessions per batch of neuroquant; () picks 1,2,4 on a GPU, 1 on a CPU
 slices = 0               # per batch; 0 picks 128 on a GPU, 8 on a CPU
 repeats = 5
@@ -67,7 +73,8 @@ def milliseconds(step):
     for _ in range(repeats + 1):
         start = time.perf_counter()
         step()
-        if device.startswith('cuda'): torch.cuda.synchronize()
+        if device.startswith('cuda'):
+            torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times[1:]), max(times[1:]) - min(times[1:])
 
@@ -84,21 +91,28 @@ class Operands(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if any(word in func.__name__ for word in ('convolution', 'mm', 'scaled_dot_product')):
-            self.bytes += sum(t.numel() * t.element_size() for t in tree_leaves((args, out)) if isinstance(t, torch.Tensor))
+            self.bytes += sum(
+                t.numel() * t.element_size() for t in tree_leaves((args, out)) if isinstance(t, torch.Tensor)
+            )
         return out
 
 def cost(step):
     """FLOP and bytes of the operands of one call."""
-    with Operands() as operands, FlopCounterMode(display=False) as flops: step()
+    with Operands() as operands, FlopCounterMode(display=False) as flops:
+        step()
     return flops.get_total_flops(), operands.bytes
 
 def machine():
     """Measured FLOP/s of a large matrix product in the working precision and bytes/s of a copy."""
     cuda = device.startswith('cuda')
-    n, kind = (8192, torch.bfloat16 if dtype == 'bfloat16' else torch.float32) if cuda else (2048, torch.float32)
-    a, b = torch.randn(n, n, device=device, dtype=kind), torch.empty(2 ** 28 if cuda else 2 ** 25, device=device)
+    n, kind = (
+        (8192, torch.bfloat16 if dtype == 'bfloat16' else torch.float32) if cuda else (2048, torch.float32)
+    )
+    a, b = torch.randn(n, n, device=device, dtype=kind), torch.empty(2**28 if cuda else 2**25, device=device)
     c = torch.empty_like(b)
-    return 2 * n ** 3 / (milliseconds(lambda: a @ a)[0] / 1000), 2 * b.numel() * 4 / (milliseconds(lambda: c.copy_(b))[0] / 1000)
+    return 2 * n**3 / (milliseconds(lambda: a @ a)[0] / 1000), 2 * b.numel() * 4 / (
+        milliseconds(lambda: c.copy_(b))[0] / 1000
+    )
 
 def peak_memory(step):
     """MiB that memory rises to above what is held before a call; on a CPU the process's highest so far, None if that tells nothing."""
@@ -114,7 +128,8 @@ def peak_memory(step):
     return (after - held) / 2 ** 20 if after > before else None
 
 def resident():
-    with open('/proc/self/statm') as f: return int(f.read().split()[1]) * resource.getpagesize()
+    with open('/proc/self/statm') as f:
+        return int(f.read().split()[1]) * resource.getpagesize()
 
 class Live(TorchDispatchMode):
     """Adds up the bytes of the tensors that are alive, in blocks of 512 as CUDA's allocator does, and keeps the peak."""
@@ -141,7 +156,11 @@ class Live(TorchDispatchMode):
 def shape_text(shape):
     return 'x'.join(map(str, shape))
 
-HEAD = '\n| case | ms | spread | calls/s | Mvoxel/s | TFLOP | MFU | floor, ms | peak, MiB |\n' + '|' + ' --- |' * 9
+HEAD = (
+    '\n| case | ms | spread | calls/s | Mvoxel/s | TFLOP | MFU | floor, ms | peak, MiB |\n'
+    + '|'
+    + ' --- |' * 9
+)
 
 def measure(name, calls, voxels, compiled=()):
     """A table with a line for each of calls {what: function}. voxels: of all volumes of a call. compiled: modules to compile.
@@ -149,19 +168,27 @@ def measure(name, calls, voxels, compiled=()):
     Counting happens before compilation, memory on a GPU after it. returns {what: ms}.
     """
     cuda, memory, found = device.startswith('cuda'), {}, {}
-    if not cuda: memory = {what: peak_memory(call) for what, call in calls.items()}
+    if not cuda:
+        memory = {what: peak_memory(call) for what, call in calls.items()}
     costs = {what: cost(call) for what, call in calls.items()}
-    for module in compiled if compile else (): module.compile(dynamic=False)
+    for module in compiled if compile else ():
+        module.compile(dynamic=False)
     print(HEAD)
     for what, call in calls.items():
-        if cuda: call(), memory.update({what: peak_memory(call)})
+        if cuda:
+            call(), memory.update({what: peak_memory(call)})
         (flops, data), (ms, spread) = costs[what], milliseconds(call)
         least = {'FLOP': 1000 * flops / peak, 'bytes': 1000 * data / bandwidth}
         binds = max(least, key=least.get)
-        print(f'| {name}, {what} | {ms:.0f} | {spread:.0f} | {1000 / ms:.2f} | {voxels / ms / 1000:.2f} | {flops / 1e12:.3f} | '
-              f'{1000 * flops / ms / peak:.0%} | {least[binds]:.0f} ({binds}) | {"" if memory[what] is None else format(memory[what], ".0f")} |', flush=True)
+        print(
+            f'| {name}, {what} | {ms:.0f} | {spread:.0f} | {1000 / ms:.2f} | {voxels / ms / 1000:.2f} |'
+            f' {flops / 1e12:.3f} | {1000 * flops / ms / peak:.0%} | {least[binds]:.0f} ({binds}) |'
+            f' {"" if memory[what] is None else format(memory[what], ".0f")} |',
+            flush=True,
+        )
         found[what] = ms
-    if profile and 'training step' in calls: dearest(name, calls['training step'])
+    if profile and 'training step' in calls:
+        dearest(name, calls['training step'])
     return found
 
 def training(net, loss, layout=torch.channels_last_3d):
@@ -169,9 +196,11 @@ def training(net, loss, layout=torch.channels_last_3d):
     net.to(device, memory_format=layout).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
     def forward():
-        with torch.no_grad(), autocast(device, dtype): loss()
+        with torch.no_grad(), autocast(device, dtype):
+            loss()
     def step():
-        with autocast(device, dtype): value = loss()
+        with autocast(device, dtype):
+            value = loss()
         value.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -180,9 +209,15 @@ def training(net, loss, layout=torch.channels_last_3d):
 def dearest(name, step):
     """Trace of one step and its ten dearest kernels."""
     kinds, where = torch.profiler.ProfilerActivity, 'cuda' if device.startswith('cuda') else 'cpu'
-    with torch.profiler.profile(activities=[kinds.CPU] + [kinds.CUDA] * (where == 'cuda')) as found: step()
+    with torch.profiler.profile(activities=[kinds.CPU] + [kinds.CUDA] * (where == 'cuda')) as found:
+        step()
     found.export_chrome_trace('trace.json')
-    print(found.key_averages().table(sort_by=f'self_{where}_time_total', row_limit=10, max_name_column_width=60), f'\ntrace of {name}: trace.json\n')
+    print(
+        found.key_averages().table(
+            sort_by=f'self_{where}_time_total', row_limit=10, max_name_column_width=60
+        ),
+        f'\ntrace of {name}: trace.json\n',
+    )
 
 # ---------------------------------------------------------------- the cases
 
@@ -191,32 +226,48 @@ def neuroquant_facts(shape=(144, 192, 144)):
     with torch.device('meta'):
         net = networks.NeuroQuant(networks.NeuroQuantConfig())
         tokens = net.encode(torch.empty(1, 1, *shape))[0].shape[2:].numel()
-        half, film = torch.empty(1, net.config.widths[0], *[n // 2 for n in shape]), [torch.empty(1, net.decoder.channels[-1])] * 2
-        with FlopCounterMode(display=False) as tail: net.decoder.heads[-1](net.decoder.blocks[-1](half, *film))
+        half, film = (
+            torch.empty(1, net.config.widths[0], *[n // 2 for n in shape]),
+            [torch.empty(1, net.decoder.channels[-1])] * 2,
+        )
+        with FlopCounterMode(display=False) as tail:
+            net.decoder.heads[-1](net.decoder.blocks[-1](half, *film))
     encode, decode = networks.step_flops(net, shape)
-    return (f'NeuroQuant, {shape_text(shape)}: {tokens} tokens, {encode / 1e12:.3f} + {decode / 1e12:.3f} TFLOP to encode and decode, '
-            f'{tail.get_total_flops() / (encode + decode):.0%} of it in the full-size tail')
+    return (
+        f'NeuroQuant, {shape_text(shape)}: {tokens} tokens, {encode / 1e12:.3f} + {decode / 1e12:.3f} TFLOP'
+        f' to encode and decode, {tail.get_total_flops() / (encode + decode):.0%} of it in the full-size tail'
+    )
 
 def neuroquant_step(shape, sessions, checkpointing, device):
     """NeuroQuant's default, and its loss on sessions of two modalities with both swaps, as config/neuroquant.py trains it."""
     net = networks.NeuroQuant(networks.NeuroQuantConfig())
-    for half in (net.encoder, net.decoder): half.checkpointing = checkpointing
+    for half in (net.encoder, net.decoder):
+        half.checkpointing = checkpointing
     x = torch.rand(2 * sessions, 1, *shape, device=device).to(memory_format=torch.channels_last_3d)
     modality = torch.arange(2 * sessions, device=device) % 2
-    swaps = torch.tensor([(a + k, a + 1 - k) for a in range(0, 2 * sessions, 2) for k in (0, 1)], device=device)
+    swaps = torch.tensor(
+        [(a + k, a + 1 - k) for a in range(0, 2 * sessions, 2) for k in (0, 1)], device=device
+    )
     def loss():
         out = net(x, modality, swaps)
-        return reconstruction_loss(out['x_hat'], x, 0.5) + 0.25 * out['commit'] + 0.5 * reconstruction_loss(out['x_cross'], x[swaps[:, 1]], 0.0)
+        return (
+            reconstruction_loss(out['x_hat'], x, 0.5)
+            + 0.25 * out['commit']
+            + 0.5 * reconstruction_loss(out['x_cross'], x[swaps[:, 1]], 0.0)
+        )
     return net, loss
 
 def step_gib(shape, sessions, checkpointing):
     """Peak GiB of NeuroQuant's training step, not compiled, in bfloat16: counted on tensors without content, norms in float32 as on a GPU."""
     in_float = lambda norm: lambda x, *args, **kwargs: norm(x.float(), *args, **kwargs)
-    with mock.patch.multiple(F, group_norm=in_float(F.group_norm), layer_norm=in_float(F.layer_norm)), FakeTensorMode(), Live() as live:
+    with mock.patch.multiple(
+        F, group_norm=in_float(F.group_norm), layer_norm=in_float(F.layer_norm)
+    ), FakeTensorMode(), Live() as live:
         net, loss = neuroquant_step(shape, sessions, checkpointing, 'cpu')
         optimizer = torch.optim.AdamW(net.train().parameters())
         for _ in range(2):  # the second holds the optimiser's state too
-            with torch.autocast('cpu', torch.bfloat16): value = loss()
+            with torch.autocast('cpu', torch.bfloat16):
+                value = loss()
             value.backward()
             del value
             optimizer.step()
@@ -225,7 +276,10 @@ def step_gib(shape, sessions, checkpointing):
 
 def case_memory():
     """What a card must hold for a training step at full size; needs neither the card nor the memory."""
-    print('\n| NeuroQuant, 144x192x144, bfloat16, not compiled | GiB | with checkpointing |\n| --- | --- | --- |')
+    print(
+        '\n| NeuroQuant, 144x192x144, bfloat16, not compiled | GiB | with checkpointing |\n| --- | --- |'
+        ' --- |'
+    )
     for sessions in pairs or (1, 2, 4):
         plain, recomputed = (step_gib((144, 192, 144), sessions, keep) for keep in (False, True))
         print(f'| {sessions} x 2 volumes, both swaps | {plain:.1f} | {recomputed:.1f} |', flush=True)
@@ -234,23 +288,42 @@ def case_neuroquant():
     shape = (144, 192, 144) if big else (48, 64, 48)
     for sessions in pairs or ((1, 2, 4) if big else (1,)):
         net, loss = neuroquant_step(shape, sessions, checkpointing, device)
-        name, voxels = f'NeuroQuant, {sessions} x 2 volumes of {shape_text(shape)}', 2 * sessions * math.prod(shape)
+        name, voxels = f'NeuroQuant, {sessions} x 2 volumes of {shape_text(shape)}', 2 * sessions * math.prod(
+            shape
+        )
         measure(name, training(net, loss), voxels, (net.encoder, net.decoder))
 
 def case_slices():
     """A 2D step; and the same slices as volumes of depth 1, by a network that does not see that they are slices."""
     n = slices or (128 if big else 8)
-    as_volumes = dict(missing_axis=lambda x: None, halve=lambda x: F.avg_pool3d(x, [min(2, n) for n in x.shape[2:]]),
-                      double=lambda x, mode='nearest': F.interpolate(x, size=[n if n == 1 else 2 * n for n in x.shape[2:]], mode=mode))
+    as_volumes = dict(
+        missing_axis=lambda x: None,
+        halve=lambda x: F.avg_pool3d(x, [min(2, n) for n in x.shape[2:]]),
+        double=lambda x, mode='nearest': F.interpolate(
+            x, size=[n if n == 1 else 2 * n for n in x.shape[2:]], mode=mode
+        ),
+    )
     for shape in ((144, 192, 1), (144, 1, 144), (1, 192, 144)):
         net = networks.NeuroQuant(networks.NeuroQuantConfig())
-        x, modality = torch.rand(n, 1, *shape, device=device).to(memory_format=torch.channels_last_3d), torch.arange(n, device=device) % 2
+        x, modality = (
+            torch.rand(n, 1, *shape, device=device).to(memory_format=torch.channels_last_3d),
+            torch.arange(n, device=device) % 2,
+        )
         calls = training(net, lambda: reconstruction_loss(net(x, modality)['x_hat'], x, 0.5))
-        name, voxels, compiled = f'NeuroQuant, {n} slices of {shape_text(shape)}', n * math.prod(shape), (net.encoder, net.decoder)
+        name, voxels, compiled = (
+            f'NeuroQuant, {n} slices of {shape_text(shape)}',
+            n * math.prod(shape),
+            (net.encoder, net.decoder),
+        )
         ours = measure(name, calls, voxels, compiled)
         with mock.patch.multiple(networks, **as_volumes):
-            theirs = measure(f'{name}, as volumes', {'training step': calls['training step']}, voxels, compiled)
-        print(f'\nslices against volumes of depth 1: ratio {ours["training step"] / theirs["training step"]:.2f}')
+            theirs = measure(
+                f'{name}, as volumes', {'training step': calls['training step']}, voxels, compiled
+            )
+        print(
+            '\nslices against volumes of depth 1: ratio'
+            f' {ours["training step"] / theirs["training step"]:.2f}'
+        )
 
 def case_linear():
     """Is the cost linear in voxels? A volume, and one of twice the length."""
@@ -267,7 +340,9 @@ def case_vae():
     def loss():
         out = net(x)
         return reconstruction_loss(out['x_hat'], x, 0.0) + 5e-4 * kl_loss(out['mu'], out['logvar'])
-    measure(f'MAISI-VAE, {batch} x {side}^3', training(net, loss), batch * side ** 3, (net.encoder, net.decoder))
+    measure(
+        f'MAISI-VAE, {batch} x {side}^3', training(net, loss), batch * side**3, (net.encoder, net.decoder)
+    )
 
 def case_whole():
     """A whole volume in and out, and out slab by slab."""
@@ -275,30 +350,52 @@ def case_whole():
     net = networks.ConvVAE(networks.ConvVAEConfig()).to(device, memory_format=torch.channels_last_3d).eval()
     x, z = torch.rand(1, 1, *shape, device=device), torch.randn(1, *net.latent_shape(shape), device=device)
     def call(f):
-        with torch.no_grad(), autocast(device, dtype): f()
-    calls = {'encode': lambda: call(lambda: net.posterior(x)), 'decode': lambda: call(lambda: net.decode_volume(z)),
-             'decode in slabs of 8': lambda: call(lambda: net.decode_volume(z, slab=8))}
+        with torch.no_grad(), autocast(device, dtype):
+            f()
+    calls = {
+        'encode': lambda: call(lambda: net.posterior(x)),
+        'decode': lambda: call(lambda: net.decode_volume(z)),
+        'decode in slabs of 8': lambda: call(lambda: net.decode_volume(z, slab=8)),
+    }
     measure(f'MAISI-VAE, whole {shape_text(shape)}', calls, math.prod(shape))
 
 def case_unet():
-    net, batch, shape = networks.FlowUNet(networks.FlowUNetConfig()), 4 if big else 1, (4, 32, 64, 32) if big else (4, 16, 16, 16)
-    x, noise, t = torch.randn(batch, *shape, device=device), torch.randn(batch, *shape, device=device), torch.rand(batch, device=device)
+    net, batch, shape = (
+        networks.FlowUNet(networks.FlowUNetConfig()),
+        4 if big else 1,
+        (4, 32, 64, 32) if big else (4, 16, 16, 16),
+    )
+    x, noise, t = (
+        torch.randn(batch, *shape, device=device),
+        torch.randn(batch, *shape, device=device),
+        torch.rand(batch, device=device),
+    )
     layout = torch.channels_last_3d if big else torch.contiguous_format  # as train_flow.py
     calls = training(net, lambda: flow_matching_loss(net, x, noise, t, None, 'l2'), layout)
     def draw():
-        with autocast(device, dtype): sample(net, noise[:1], 30)
+        with autocast(device, dtype):
+            sample(net, noise[:1], 30)
     calls['sampling of one latent, 30 steps'] = draw
     measure(f'FlowUNet, {batch} x {shape_text(shape)}', calls, batch * math.prod(shape[1:]), (net,))
 
 def case_critic():
     net, x = PatchDiscriminator(3), torch.rand(2 if big else 1, 1, side, side, side, device=device)
-    measure(f'PatchGAN, {len(x)} x {side}^3', training(net, lambda: adversarial_loss(net(x), True)), x.numel(), (net,))
+    measure(
+        f'PatchGAN, {len(x)} x {side}^3',
+        training(net, lambda: adversarial_loss(net(x), True)),
+        x.numel(),
+        (net,),
+    )
 
 def write_index(folder, modalities, n):
     """What makes a folder a prepared data set of n subjects of 144x192x144, but for the scans. returns their file names."""
     names = [[f'sub-{i:05d}_{m}.npy' for m in modalities] for i in range(n)]
-    lines = [['subject', 'session', 'split', *modalities], *[[f'sub-{i:05d}', 'ses-01', 'train', *row] for i, row in enumerate(names)]]
-    with open(os.path.join(folder, 'subjects.tsv'), 'w') as f: f.write(''.join('\t'.join(line) + '\n' for line in lines))
+    lines = [
+        ['subject', 'session', 'split', *modalities],
+        *[[f'sub-{i:05d}', 'ses-01', 'train', *row] for i, row in enumerate(names)],
+    ]
+    with open(os.path.join(folder, 'subjects.tsv'), 'w') as f:
+        f.write(''.join('\t'.join(line) + '\n' for line in lines))
     with open(os.path.join(folder, 'dataset.json'), 'w') as f:
         json.dump({'shape': (144, 192, 144), 'spacing_mm': 1.0, 'modalities': modalities}, f)
     return [name for row in names for name in row]
@@ -311,13 +408,19 @@ def case_prepare():
         nib.save(nib.Nifti1Image((1000 * image).astype(np.int16), np.diag([-1.0, 1, 1, 1])), scan)
         volume, affine, _ = nifti.read(scan)
         box = nifti.conform([volume], [affine], (144, 192, 144))[0][0]
-        steps = {'reading and checks': lambda: nifti.read(scan), 'box and scale': lambda: nifti.conform([volume], [affine], (144, 192, 144)),
-                 'writing': lambda: save_npy(array, box)}
+        steps = {
+            'reading and checks': lambda: nifti.read(scan),
+            'box and scale': lambda: nifti.conform([volume], [affine], (144, 192, 144)),
+            'writing': lambda: save_npy(array, box),
+        }
         found = {what: milliseconds(step)[0] for what, step in steps.items()}
         parts = ', '.join(f'{what} {ms:.0f}' for what, ms in found.items())
         print(f'\npreparing a scan of 182x218x182: {sum(found.values()):.0f} ms ({parts})')
         write_index(folder, ['T1w', 'T2w'], 10_000)
-        print(f"opening 10,000 sessions: {milliseconds(lambda: Sessions(folder, ('T1w', 'T2w'), 'train'))[0]:.0f} ms")
+        print(
+            "opening 10,000 sessions:"
+            f" {milliseconds(lambda: Sessions(folder, ('T1w', 'T2w'), 'train'))[0]:.0f} ms"
+        )
 
 def case_loader():
     """Batches from memory-mapped files, without any network.
@@ -328,25 +431,46 @@ def case_loader():
         where = data_dir or folder
         if not data_dir:
             rng, shape = np.random.default_rng(0), (144, 192, 144)
-            inside = sum(np.linspace(-1, 1, n).reshape([-1 if a == k else 1 for a in range(3)]) ** 2 for k, n in enumerate(shape)) < 0.8
-            for name in write_index(folder, ['T1w', 'T2w'], 8): np.save(os.path.join(folder, name), inside * rng.random(shape, np.float32))
-        with open(os.path.join(where, 'dataset.json')) as f: known = tuple(json.load(f)['modalities'])
+            inside = (
+                sum(
+                    np.linspace(-1, 1, n).reshape([-1 if a == k else 1 for a in range(3)]) ** 2
+                    for k, n in enumerate(shape)
+                )
+                < 0.8
+            )
+            for name in write_index(folder, ['T1w', 'T2w'], 8):
+                np.save(os.path.join(folder, name), inside * rng.random(shape, np.float32))
+        with open(os.path.join(where, 'dataset.json')) as f:
+            known = tuple(json.load(f)['modalities'])
         data, step = Sessions(where, known, 'train'), itertools.count()
-        makers = {'2 sessions, whole': lambda k: data.session_batch(2, 0, 0, 1, k),
-                  '2 patches of 96^3': lambda k: data.scan_batch(2, 0, 0, 1, k, (96, 96, 96)),
-                  '2 patches of 96^3, augmented': lambda k: data.scan_batch(2, 0, 0, 1, k, (96, 96, 96), True)}
-        makers |= {f'128 slices across axis {axis}': lambda k, axis=axis: data.slice_batch(128, 0, 0, 1, k, axis) for axis in range(3)}
-        def run(make, n=10): return list(prefetch(make, itertools.islice(step, n), device))
-        print('\n| batch | ms, one by one | spread | prefetched | prefetched, cold |\n| --- | --- | --- | --- | --- |')
+        makers = {
+            '2 sessions, whole': lambda k: data.session_batch(2, 0, 0, 1, k),
+            '2 patches of 96^3': lambda k: data.scan_batch(2, 0, 0, 1, k, (96, 96, 96)),
+            '2 patches of 96^3, augmented': lambda k: data.scan_batch(2, 0, 0, 1, k, (96, 96, 96), True),
+        }
+        makers |= {
+            f'128 slices across axis {axis}': lambda k, axis=axis: data.slice_batch(128, 0, 0, 1, k, axis)
+            for axis in range(3)
+        }
+        def run(make, n=10):
+            return list(prefetch(make, itertools.islice(step, n), device))
+        print(
+            '\n| batch | ms, one by one | spread | prefetched | prefetched, cold |\n| --- | --- | --- | --- |'
+            ' --- |'
+        )
         for name, make in makers.items():
             ms, spread = milliseconds(lambda: make(next(step)))
             all_ms, _ = milliseconds(lambda: run(make))
             os.sync()
             for scan in data.scans:
-                with open(data.path(*scan), 'rb') as f: os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                with open(data.path(*scan), 'rb') as f:
+                    os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             start = time.perf_counter()
             run(make)
-            print(f'| {name} | {ms:.1f} | {spread:.1f} | {all_ms / 10:.1f} | {(time.perf_counter() - start) * 100:.1f} |')
+            print(
+                f'| {name} | {ms:.1f} | {spread:.1f} | {all_ms / 10:.1f} |'
+                f' {(time.perf_counter() - start) * 100:.1f} |'
+            )
 
 def case_checkpoint():
     """What saving costs: weights, their average and the optimiser's state of NeuroQuant's default."""
@@ -358,17 +482,32 @@ def case_checkpoint():
         path = os.path.join(folder, 'ckpt.pt')
         state = {'model': net.state_dict(), 'ema': net.state_dict(), 'optimizer': optimizer.state_dict()}
         ms, spread = milliseconds(lambda: save_checkpoint(path, state))
-        print(f'\na checkpoint of {os.path.getsize(path) / 2 ** 20:.0f} MiB: {ms:.0f} ms (spread {spread:.0f}), {ms / 350_000:.2%} of 1000 steps of 350 ms')
+        print(
+            f'\na checkpoint of {os.path.getsize(path) / 2 ** 20:.0f} MiB: {ms:.0f} ms (spread {spread:.0f}),'
+            f' {ms / 350_000:.2%} of 1000 steps of 350 ms'
+        )
 
 def case_processes():
     """Throughput of two processes of one thread over twice that of one, gradients averaged; on a CPU only."""
     if big: return
     def run(n):
-        args = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={n}', '--master_port=29517', __file__,
-                '--only=process', '--device=cpu', f'--repeats={repeats}']
+        args = [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            f'--nproc_per_node={n}',
+            '--master_port=29517',
+            __file__,
+            '--only=process',
+            '--device=cpu',
+            f'--repeats={repeats}',
+        ]
         return last_json(args, os.environ | {'OMP_NUM_THREADS': '1'})['ms']
     one, two = run(1), run(2)
-    print(f'\none process {one:.0f} ms a step, two {two:.0f} ms for twice the volumes: scaling efficiency {one / two:.0%}')
+    print(
+        f'\none process {one:.0f} ms a step, two {two:.0f} ms for twice the volumes: scaling efficiency'
+        f' {one / two:.0%}'
+    )
 
 def one_process():
     net, loss = neuroquant_step((32, 48, 32), 1, False, device)
@@ -386,19 +525,44 @@ def one_process():
 def monai_vae():
     from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
     return AutoencoderKlMaisi(  # NVIDIA's released settings but for norm_float16, which a CPU cannot run
-        spatial_dims=3, in_channels=1, out_channels=1, num_channels=(64, 128, 256), latent_channels=4, num_res_blocks=(2, 2, 2),
-        norm_num_groups=32, norm_eps=1e-6, attention_levels=(False, False, False), with_encoder_nonlocal_attn=False,
-        with_decoder_nonlocal_attn=False, num_splits=4, dim_split=1, norm_float16=False, print_info=False)
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=1,
+        num_channels=(64, 128, 256),
+        latent_channels=4,
+        num_res_blocks=(2, 2, 2),
+        norm_num_groups=32,
+        norm_eps=1e-6,
+        attention_levels=(False, False, False),
+        with_encoder_nonlocal_attn=False,
+        with_decoder_nonlocal_attn=False,
+        num_splits=4,
+        dim_split=1,
+        norm_float16=False,
+        print_info=False,
+    )
 
 def monai_unet():
     from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
     return DiffusionModelUNetMaisi(
-        spatial_dims=3, in_channels=4, out_channels=4, num_channels=(64, 128, 256, 512), attention_levels=(False, False, True, True),
-        num_head_channels=(0, 0, 32, 32), num_res_blocks=2, resblock_updown=True, include_fc=True, use_flash_attention=device.startswith('cuda'))
+        spatial_dims=3,
+        in_channels=4,
+        out_channels=4,
+        num_channels=(64, 128, 256, 512),
+        attention_levels=(False, False, True, True),
+        num_head_channels=(0, 0, 32, 32),
+        num_res_blocks=2,
+        resblock_updown=True,
+        include_fc=True,
+        use_flash_attention=device.startswith('cuda'),
+    )
 
 def monai_critic():
     from monai.networks.nets import PatchDiscriminator as Theirs
-    return Theirs(spatial_dims=3, channels=32, in_channels=1, out_channels=1, num_layers_d=3, norm='INSTANCE', bias=False, kernel_size=4, padding=1)
+    return Theirs(
+        spatial_dims=3, channels=32, in_channels=1, out_channels=1, num_layers_d=3, norm='INSTANCE',
+        bias=False, kernel_size=4, padding=1
+    )
 
 def contest(what, ours):
     """Median ms of one network, ours or MONAI's with the same weights, and how far memory rose above its own with gradients, in MiB."""
@@ -406,10 +570,15 @@ def contest(what, ours):
     if ours and what == 'critic':
         theirs, net = net, PatchDiscriminator(3)
         net.load_state_dict(dict(zip(net.state_dict(), theirs.state_dict().values())))
-    elif ours: net = (load_maisi_unet if what == 'unet' else load_maisi_vae)(net.state_dict())
+    elif ours:
+        net = (load_maisi_unet if what == 'unet' else load_maisi_vae)(net.state_dict())
     net.to(device).train()
     n = latent_side if what == 'unet' else side
-    x = torch.rand(1, 1, n, n, n, device=device) if what in ('vae', 'critic') else torch.randn(1, 4, *[n // 4 if what == 'decode' else n] * 3, device=device)
+    x = (
+        torch.rand(1, 1, n, n, n, device=device)
+        if what in ('vae', 'critic')
+        else torch.randn(1, 4, *[n // 4 if what == 'decode' else n] * 3, device=device)
+    )
     t = torch.full((1,), 0.3, device=device)
     def loss():
         if what == 'vae':
@@ -424,23 +593,37 @@ def contest(what, ours):
             value = loss()
         value.backward()
         net.zero_grad(set_to_none=False)
-    for p in net.parameters(): p.grad = torch.zeros_like(p)
-    if compile: net.compile(dynamic=False), step()
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    if compile:
+        net.compile(dynamic=False), step()
     memory = peak_memory(step)
     return {'ms': milliseconds(step)[0], 'mib': memory}
 
 def last_json(command, env=None):
     """What a command that has to succeed printed last, as JSON."""
     done = subprocess.run(command, capture_output=True, text=True, env=env)
-    if done.returncode: raise SystemExit(f'{" ".join(command[1:])}: {done.stderr.strip().splitlines()[-1]}')
+    if done.returncode:
+        raise SystemExit(f'{" ".join(command[1:])}: {done.stderr.strip().splitlines()[-1]}')
     return json.loads([line for line in done.stdout.splitlines() if line.startswith('{')][-1])
 
 def against_monai():
-    try: import monai
-    except ImportError: raise SystemExit('--vs=monai needs MONAI: pip install -r requirements-dev.txt')
-    print(f'medians of {turns} runs in turn, on {device} in {dtype}{", compiled" * compile}, MONAI {monai.__version__}\n\n'
-          '| network, batch 1 | ms: here / MONAI | ratio | MiB: here / MONAI | ratio |\n| --- | --- | --- | --- | --- |')
-    settings = [f'--device={device}', f'--dtype={dtype}', f'--compile={compile}', f'--size={side}', f'--repeats={repeats}']
+    try:
+        import monai
+    except ImportError:
+        raise SystemExit('--vs=monai needs MONAI: pip install -r requirements-dev.txt')
+    print(
+        f'medians of {turns} runs in turn, on {device} in {dtype}{", compiled" * compile}, MONAI'
+        f' {monai.__version__}\n\n| network, batch 1 | ms: here / MONAI | ratio | MiB: here / MONAI | ratio'
+        ' |\n| --- | --- | --- | --- | --- |'
+    )
+    settings = [
+        f'--device={device}',
+        f'--dtype={dtype}',
+        f'--compile={compile}',
+        f'--size={side}',
+        f'--repeats={repeats}',
+    ]
     for case, what, title in (('vae', 'vae', f'MAISI autoencoder, {side}^3, forward and backward'),
                               ('whole', 'decode', f'MAISI decoder to {side}^3, forward'),
                               ('unet', 'unet', f'MAISI U-Net, 4x{latent_side}^3, forward and backward'),
@@ -450,8 +633,14 @@ def against_monai():
         for _ in range(turns):
             for who in found:
                 found[who].append(last_json([sys.executable, __file__, f'--only={what} {who}', *settings]))
-        (ms, their_ms), (mib, their_mib) = ([statistics.median(f[key] for f in runs) for runs in found.values()] for key in ('ms', 'mib'))
-        print(f'| {title} | {ms:.0f} / {their_ms:.0f} | {ms / their_ms:.2f} | {mib:.0f} / {their_mib:.0f} | {mib / their_mib:.2f} |', flush=True)
+        (ms, their_ms), (mib, their_mib) = (
+            [statistics.median(f[key] for f in runs) for runs in found.values()] for key in ('ms', 'mib')
+        )
+        print(
+            f'| {title} | {ms:.0f} / {their_ms:.0f} | {ms / their_ms:.2f} | {mib:.0f} / {their_mib:.0f} |'
+            f' {mib / their_mib:.2f} |',
+            flush=True,
+        )
 
 # ---------------------------------------------------------------- Heun against Euler
 
@@ -463,7 +652,10 @@ def bench_samplers():
     noise = torch.randn(4, *checkpoint['latent_shape'], generator=torch.Generator().manual_seed(0)).to(device)
     with autocast(device, dtype):
         exact = sample(flow, noise, 200, 'heun')
-        print(f'{samplers}, 4 samples, RMS distance to 200 Heun steps, in sd of the latent\n\n| calls | Euler | Heun |\n| --- | --- | --- |')
+        print(
+            f'{samplers}, 4 samples, RMS distance to 200 Heun steps, in sd of the latent\n\n| calls | Euler |'
+            ' Heun |\n| --- | --- | --- |'
+        )
         for calls in (4, 8, 16, 30, 60):
             errors = [(sample(flow, noise, n, method) - exact).square().mean().sqrt().item()
                       for method, n in (('euler', calls), ('heun', calls // 2))]
@@ -473,23 +665,33 @@ if __name__ == '__main__':
     configure(globals(), sys.argv[1:])
     CASES = {name.removeprefix('case_'): f for name, f in list(globals().items()) if name.startswith('case_')}
     if vs not in ('', 'monai'): raise SystemExit(f'--vs={vs}: monai')
-    if set(cases) - set(CASES): raise SystemExit(f'--cases={",".join(cases)}: of {", ".join(CASES)}')
+    if set(cases) - set(CASES):
+        raise SystemExit(f'--cases={",".join(cases)}: of {", ".join(CASES)}')
     rank, _, device = start_processes(device)
     big = device.startswith('cuda')
-    if not big: dtype, compile = 'float32', False
+    if not big:
+        dtype, compile = 'float32', False
     side, latent_side = size or (96 if big else 48), 32 if big else 16
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
+        torch.backends.cudnn.benchmark
+    ) = True
     torch.manual_seed(0)
     if only:
         what, _, who = only.partition(' ')
         found = one_process() if what == 'process' else contest(what, who == 'nanomri')
-        if rank == 0: print(json.dumps(found))
+        if rank == 0:
+            print(json.dumps(found))
         stop_processes()
-    elif vs: against_monai()
-    elif samplers: bench_samplers()
+    elif vs:
+        against_monai()
+    elif samplers:
+        bench_samplers()
     else:
         peak, bandwidth = machine()
         where = torch.cuda.get_device_name() if big else f'{torch.get_num_threads()} CPU threads'
-        print(f'{where}, torch {torch.__version__}, {dtype}{", compiled" * compile}: matrix product {peak / 1e12:.2f} TFLOP/s, '
-              f'copy {bandwidth / 1e9:.0f} GB/s\n{neuroquant_facts()}')
-        for name in cases: CASES[name]()
+        print(
+            f'{where}, torch {torch.__version__}, {dtype}{", compiled" * compile}: matrix product'
+            f' {peak / 1e12:.2f} TFLOP/s, copy {bandwidth / 1e9:.0f} GB/s\n{neuroquant_facts()}'
+        )
+        for name in cases:
+            CASES[name]()

@@ -10,8 +10,10 @@ from common import print0
 
 def pyplot():
     """matplotlib's pyplot, drawing to files alone; None, with one line, where it is not installed."""
-    try: import matplotlib
-    except ImportError: return print0('no picture: pip install matplotlib to get one')
+    try:
+        import matplotlib
+    except ImportError:
+        return print0('no picture: pip install matplotlib to get one')
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     return plt
@@ -29,16 +31,22 @@ def views(path, blocks, title=''):
     plt = pyplot()
     if not plt: return
     width = max(len(block) for block in blocks)
-    fig, axes = plt.subplots(3 * len(blocks), width, figsize=(2.1 * width, 2.1 * 3 * len(blocks) + 0.4), squeeze=False)
-    for ax in axes.flat: ax.set_xticks([]), ax.set_yticks([]), ax.set_frame_on(False)
-    for ax, plane in zip(axes[:, 0], len(blocks) * ('sagittal', 'coronal', 'axial')): ax.set_ylabel(plane, fontsize=9)
+    fig, axes = plt.subplots(
+        3 * len(blocks), width, figsize=(2.1 * width, 2.1 * 3 * len(blocks) + 0.4), squeeze=False
+    )
+    for ax in axes.flat:
+        ax.set_xticks([]), ax.set_yticks([]), ax.set_frame_on(False)
+    for ax, plane in zip(axes[:, 0], len(blocks) * ('sagittal', 'coronal', 'axial')):
+        ax.set_ylabel(plane, fontsize=9)
     for rows, block in zip(axes.reshape(len(blocks), 3, width), blocks):
         for column, (heading, volume) in zip(rows.T, block):
             for axis, ax in enumerate(column):
-                place = volume.shape[axis] // 2 + (volume.shape[axis] // 10 if axis == 0 else 0)  # beside the midline, where there is tissue
+                # beside the midline, where there is tissue
+                place = volume.shape[axis] // 2 + (volume.shape[axis] // 10 if axis == 0 else 0)
                 ax.imshow(np.take(volume, place, axis).T, origin='lower', cmap='gray', vmin=0, vmax=1)
             column[0].set_title(heading, fontsize=9)
-    if title: fig.suptitle(title, fontsize=10)
+    if title:
+        fig.suptitle(title, fontsize=10)
     finish(plt, fig, path)
 
 def contact_sheet(path, volumes, width=12):
@@ -47,9 +55,16 @@ def contact_sheet(path, volumes, width=12):
     if not plt or not volumes: return
     height = -(-len(volumes) // width)
     fig, axes = plt.subplots(height, width, figsize=(1.1 * width, 1.5 * height + 0.2), squeeze=False)
-    for ax in axes.flat: ax.set_axis_off()
+    for ax in axes.flat:
+        ax.set_axis_off()
     for ax, (heading, volume) in zip(axes.flat, volumes):
-        ax.imshow(volume[:, :, volume.shape[2] // 2].T.astype(np.float32), origin='lower', cmap='gray', vmin=0, vmax=1)
+        ax.imshow(
+            volume[:, :, volume.shape[2] // 2].T.astype(np.float32),
+            origin='lower',
+            cmap='gray',
+            vmin=0,
+            vmax=1,
+        )
         ax.set_title(heading, fontsize=5)
     finish(plt, fig, path)
 
@@ -59,11 +74,21 @@ def geometry(path, rows):
     if not plt or not rows: return
     fig, axes = plt.subplots(3, len(rows), figsize=(2.4 * len(rows) + 0.6, 7), squeeze=False)
     for column, (name, g) in zip(axes.T, rows.items()):
-        for ax, key, title in zip(column, ('matrix_raw', 'matrix_centred'), ('|cosine|, raw', '|cosine|, centred')):
+        for ax, key, title in zip(
+            column, ('matrix_raw', 'matrix_centred'), ('|cosine|, raw', '|cosine|, centred')
+        ):
             ax.imshow(g[key], cmap='viridis', vmin=0, vmax=1)
             for i, line in enumerate(g[key]):
                 for j, v in enumerate(line):
-                    ax.text(j, i, f'{v:.2f}'.lstrip('0'), ha='center', va='center', fontsize=7, color='black' if v > 0.6 else 'white')
+                    ax.text(
+                        j,
+                        i,
+                        f'{v:.2f}'.lstrip('0'),
+                        ha='center',
+                        va='center',
+                        fontsize=7,
+                        color='black' if v > 0.6 else 'white',
+                    )
             ax.set_xticks([]), ax.set_yticks([])
             ax.set_title(f'{name}\n{title}', fontsize=8)
         column[2].bar(range(1, g['channels'] + 1), [100 * v for v in g['explained_variance']])

@@ -27,8 +27,10 @@ def shift_time(t, shift):
 
 def draw_times(n, how='uniform', shift=1.0, device='cpu', generator=None):
     """(n,) times to train at, float32: 'uniform', or 'logit_normal', the sigmoid of a standard normal; then shifted."""
-    if how == 'uniform': t = torch.rand(n, device=device, generator=generator)
-    elif how == 'logit_normal': t = torch.sigmoid(torch.randn(n, device=device, generator=generator))
+    if how == 'uniform':
+        t = torch.rand(n, device=device, generator=generator)
+    elif how == 'logit_normal':
+        t = torch.sigmoid(torch.randn(n, device=device, generator=generator))
     else: raise ValueError(f"times '{how}': uniform or logit_normal")
     return shift_time(t, shift)
 
@@ -55,6 +57,7 @@ def sample(v, noise, steps=30, method='euler', cond=None, shift=1.0, guidance=1.
     grid, x = time_grid(steps, shift).tolist(), noise.float()
     for t, next_t in zip(grid, grid[1:]):
         slope = velocity(x, t)
-        if method == 'heun': slope = (slope + velocity(x + (next_t - t) * slope, next_t)) / 2
+        if method == 'heun':
+            slope = (slope + velocity(x + (next_t - t) * slope, next_t)) / 2
         x = x + (next_t - t) * slope
     return x

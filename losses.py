@@ -25,7 +25,8 @@ def window_mean(x, weights):
         n = x.shape[axis]
         band = torch.zeros(n - size + 1, n, device=x.device)
         rows = torch.arange(n - size + 1, device=x.device)
-        for k in range(size): band[rows, rows + k] = weights[k]
+        for k in range(size):
+            band[rows, rows + k] = weights[k]
         x = (x.movedim(axis, -1) @ band.T).movedim(-1, axis)
     return x
 
@@ -37,17 +38,21 @@ def ssim_terms(x, y, data_range=1.0, window='gaussian', size=11, sigma=1.5):
     (its window is 11 wide at sigma 1.5). 'uniform': sample covariance, scikit-image's default (size 7 there).
     Raises ValueError if the shapes differ or an axis is shorter than the window.
     """
-    if x.shape != y.shape: raise ValueError(f'ssim of {tuple(x.shape)} and {tuple(y.shape)}: shapes differ')
+    if x.shape != y.shape:
+        raise ValueError(f'ssim of {tuple(x.shape)} and {tuple(y.shape)}: shapes differ')
     if x.ndim == 5 and 1 in x.shape[2:]:
         axis = 2 + list(x.shape[2:]).index(1)
         x, y = x.squeeze(axis), y.squeeze(axis)
-    if min(x.shape[2:]) < size: raise ValueError(f'ssim window {size} does not fit in {tuple(x.shape[2:])}')
-    if window == 'gaussian': weights, unbias = gaussian_window(size, sigma, x.device), 1.0
+    if min(x.shape[2:]) < size:
+        raise ValueError(f'ssim window {size} does not fit in {tuple(x.shape[2:])}')
+    if window == 'gaussian':
+        weights, unbias = gaussian_window(size, sigma, x.device), 1.0
     elif window == 'uniform':
         n = size ** (x.ndim - 2)
         weights, unbias = torch.full((size,), 1 / size, device=x.device), n / (n - 1)
     else: raise ValueError(f"ssim window '{window}': gaussian or uniform")
-    with torch.autocast(x.device.type, enabled=False):  # float32: variances are differences of near-equal numbers
+    # float32: variances are differences of near-equal numbers
+    with torch.autocast(x.device.type, enabled=False):
         x, y, C = x.float(), y.float(), x.shape[1]
         mx, my, xx, yy, xy = window_mean(torch.cat([x, y, x * x, y * y, x * y], 1), weights).split(C, 1)
         vx, vy, cov = unbias * (xx - mx * mx), unbias * (yy - my * my), unbias * (xy - mx * my)
@@ -77,8 +82,10 @@ def ms_ssim(x, y, data_range=1.0, size=11, sigma=1.5):
         luminance, contrast = ssim_terms(x, y, data_range=data_range, size=size, sigma=sigma)
         term = contrast if level < levels - 1 else luminance * contrast
         result = result * term.flatten(1).mean(1).clamp(min=0) ** (weight / sum(weights[:levels]))
-        if x.ndim == 4: x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
-        else: x, y = (F.avg_pool3d(t, [min(2, n) for n in t.shape[2:]]) for t in (x, y))
+        if x.ndim == 4:
+            x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+        else:
+            x, y = (F.avg_pool3d(t, [min(2, n) for n in t.shape[2:]]) for t in (x, y))
     return result
 
 def reconstruction_loss(x_hat, x, ssim_weight, norm='l1'):
@@ -89,14 +96,17 @@ def reconstruction_loss(x_hat, x, ssim_weight, norm='l1'):
     """
     if norm not in ('l1', 'l2'): raise ValueError(f"reconstruction norm '{norm}': l1 or l2")
     loss = (F.l1_loss if norm == 'l1' else F.mse_loss)(x_hat.float(), x.float())
-    if ssim_weight > 0: loss = loss + ssim_weight * (1 - ssim(x_hat, x, size=7).mean())
+    if ssim_weight > 0:
+        loss = loss + ssim_weight * (1 - ssim(x_hat, x, size=7).mean())
     return loss
 
 def psnr(x_hat, x, data_range=1.0, mask=None):
     """Peak signal-to-noise ratio in dB per sample -> (B,), float32. mask: bool like x; only its voxels count."""
     error = (x_hat.float() - x.float()).square().flatten(1)
-    if mask is None: mse = error.mean(1)
-    else: mse = (error * mask.flatten(1)).sum(1) / mask.flatten(1).sum(1)
+    if mask is None:
+        mse = error.mean(1)
+    else:
+        mse = (error * mask.flatten(1)).sum(1) / mask.flatten(1).sum(1)
     return 10 * torch.log10(data_range ** 2 / mse)
 
 # ---------------------------------------------------------------- disentanglement
@@ -149,8 +159,10 @@ def channel_covariance(z, gather=False):
     """
     with torch.autocast(z.device.type, enabled=False):
         z = z.float() if z.ndim == 2 else z.float().movedim(1, -1).flatten(0, -2)
-        if gather and dist.is_initialized(): add_up, n = dist_nn.all_reduce, len(z) * dist.get_world_size()  # equal patches everywhere
-        else: add_up, n = (lambda t: t), len(z)
+        if gather and dist.is_initialized():
+            add_up, n = dist_nn.all_reduce, len(z) * dist.get_world_size()  # equal patches everywhere
+        else:
+            add_up, n = (lambda t: t), len(z)
         if n < 2: raise ValueError(f'a covariance of {n} position')
         z = z - add_up(z.sum(0)) / n
         return add_up(z.T @ z) / (n - 1)
@@ -175,7 +187,8 @@ def var_loss(z, gamma=1.0, form='hinge_std', gather=False):
     'two_sided_var': mean of (variance - gamma^2)^2, the form of the released code at gamma 1.
     """
     var = channel_covariance(z, gather).diagonal()
-    if form == 'hinge_std': return (gamma - (var + 1e-8).sqrt()).clamp(min=0).square().mean()  # sqrt has no slope at 0
+    if form == 'hinge_std':
+        return (gamma - (var + 1e-8).sqrt()).clamp(min=0).square().mean()  # sqrt has no slope at 0
     if form == 'two_sided_var': return (var - gamma ** 2).square().mean()
     raise ValueError(f"var form '{form}': hinge_std or two_sided_var")
 
@@ -202,7 +215,8 @@ class PatchDiscriminator(nn.Sequential):
         for m in self:
             if isinstance(m, conv):
                 nn.init.normal_(m.weight, 0, 0.02)
-                if m.bias is not None: nn.init.zeros_(m.bias)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
 
 def adversarial_loss(logits, real, form='least_squares'):
     """What a discriminator pays for logits of real or generated samples. 'least_squares': (logits - real)^2; 'hinge'."""
@@ -229,11 +243,16 @@ def random_slices(volumes, fraction, generators=None):
     planes, B = [], len(volumes[0])
     for axis in (2, 3, 4):
         n = volumes[0].shape[axis]
-        chosen = torch.cat([b * n + torch.randperm(n, generator=g)[:max(1, int(fraction * n))] for b, g in enumerate(generators or [None] * B)])
+        chosen = torch.cat([
+            b * n + torch.randperm(n, generator=g)[: max(1, int(fraction * n))]
+            for b, g in enumerate(generators or [None] * B)
+        ])
         planes.append([v.movedim(axis, 1).flatten(0, 1)[chosen.to(v.device)] for v in volumes])
     return planes
 
 def perceptual_loss(network, x_hat, x, fraction=0.2, generators=None):
     """Sum over planes of network(x_hat slice, x slice) -> (n,) averaged over slices; each pair of slices from one place."""
     with torch.autocast(x.device.type, enabled=False):  # float32: normalised features, small differences
-        return sum(network(a, b).mean() for a, b in random_slices([x_hat.float(), x.float()], fraction, generators))
+        return sum(
+            network(a, b).mean() for a, b in random_slices([x_hat.float(), x.float()], fraction, generators)
+        )

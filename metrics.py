@@ -21,12 +21,20 @@ def scores(x_hat, x, lpips=None):
     similarity = ssim_map(x_hat, x)
     border = [slice((n - m) // 2, (n - m) // 2 + m) for n, m in zip(x.shape[2:], similarity.shape[2:])]
     inside = brain[(slice(None), slice(None), *border)]
-    found = {'psnr_whole': psnr(x_hat, x).item(), 'ssim_whole': 100 * similarity.mean().item(),
-             'psnr_brain': psnr(x_hat, x, mask=brain).item(), 'ssim_brain': 100 * similarity[inside].mean().item(),
-             'ssim_uniform_whole': 100 * ssim(x_hat, x, window='uniform', size=7).item()}
+    found = {
+        'psnr_whole': psnr(x_hat, x).item(),
+        'ssim_whole': 100 * similarity.mean().item(),
+        'psnr_brain': psnr(x_hat, x, mask=brain).item(),
+        'ssim_brain': 100 * similarity[inside].mean().item(),
+        'ssim_uniform_whole': 100 * ssim(x_hat, x, window='uniform', size=7).item(),
+    }
     if lpips:
         total = perceptual_loss(lpips, x_hat, x, 1.0).item()
-        found |= {'lpips_sum': total, 'lpips_mean': total / 3, 'lpips_brain': perceptual_loss(lpips, x_hat * brain, x, 1.0).item()}
+        found |= {
+            'lpips_sum': total,
+            'lpips_mean': total / 3,
+            'lpips_brain': perceptual_loss(lpips, x_hat * brain, x, 1.0).item(),
+        }
     return found
 
 def summarise(values, subjects, draws=2000, seed=0):
@@ -34,8 +42,13 @@ def summarise(values, subjects, draws=2000, seed=0):
     ids = sorted(set(subjects))
     means = np.array([np.mean([v for v, s in zip(values, subjects) if s == i]) for i in ids])
     boot = means[random(seed, 0).integers(len(means), size=(draws, len(means)))].mean(1)
-    return {'mean': float(means.mean()), 'sd': float(means.std(ddof=1)) if len(means) > 1 else 0.0, 'n_subjects': len(means),
-            'n_sessions': len(values), 'ci95': [float(q) for q in np.quantile(boot, [0.025, 0.975])]}
+    return {
+        'mean': float(means.mean()),
+        'sd': float(means.std(ddof=1)) if len(means) > 1 else 0.0,
+        'n_subjects': len(means),
+        'n_sessions': len(values),
+        'ci95': [float(q) for q in np.quantile(boot, [0.025, 0.975])],
+    }
 
 # ---------------------------------------------------------------- geometry of the latent
 
@@ -83,11 +96,17 @@ def latent_geometry(m, sigma):
     """Summary of the moments m of a set's latents; every number comes from the same covariance. sigma: mean posterior sd or None."""
     shares, C = variance_shares(m), len(m) - 1
     off = ~torch.eye(C, dtype=bool)
-    return {'channels': C, 'matrix_raw': cosine_of(m, False).tolist() if C <= 16 else None,
-            'matrix_centred': cosine_of(m, True).tolist() if C <= 16 else None,
-            'cos_raw': cosine_of(m, False)[off].mean().item() if C > 1 else None,
-            'pearson_abs': cosine_of(m, True)[off].mean().item() if C > 1 else None, 'effective_rank': rank_of(shares),
-            'explained_variance': shares.tolist(), 'channel_sd': covariance(m).diagonal().sqrt().tolist(), 'posterior_sigma': sigma}
+    return {
+        'channels': C,
+        'matrix_raw': cosine_of(m, False).tolist() if C <= 16 else None,
+        'matrix_centred': cosine_of(m, True).tolist() if C <= 16 else None,
+        'cos_raw': cosine_of(m, False)[off].mean().item() if C > 1 else None,
+        'pearson_abs': cosine_of(m, True)[off].mean().item() if C > 1 else None,
+        'effective_rank': rank_of(shares),
+        'explained_variance': shares.tolist(),
+        'channel_sd': covariance(m).diagonal().sqrt().tolist(),
+        'posterior_sigma': sigma,
+    }
 
 def tsne(x, perplexity=30.0, iterations=500, seed=0):
     """Exact t-SNE (van der Maaten & Hinton 2008) of points x (N,C) in the plane -> (N,2); N up to a few thousands.
@@ -97,10 +116,16 @@ def tsne(x, perplexity=30.0, iterations=500, seed=0):
     x = torch.as_tensor(x, dtype=torch.float32)
     n, off = len(x), ~torch.eye(len(x), dtype=torch.bool, device=x.device)
     distance = torch.cdist(x, x).square()
-    low, high = torch.full_like(x[:, :1], 1e-10), torch.full_like(x[:, :1], 1e10)  # of each point's precision, found by bisection
+    # of each point's precision, found by bisection
+    low, high = torch.full_like(x[:, :1], 1e-10), torch.full_like(x[:, :1], 1e10)
     for _ in range(60):
         beta = (low * high).sqrt()
-        p = torch.softmax((-beta * (distance - distance.masked_fill(~off, float('inf')).amin(1, keepdim=True))).masked_fill(~off, -float('inf')), 1)
+        p = torch.softmax(
+            (-beta * (distance - distance.masked_fill(~off, float('inf')).amin(1, keepdim=True))).masked_fill(
+                ~off, -float('inf')
+            ),
+            1,
+        )
         entropy = -torch.xlogy(p, p).sum(1, keepdim=True)
         too_wide = entropy > math.log(min(perplexity, (n - 1) / 3))
         low, high = torch.where(too_wide, beta, low), torch.where(too_wide, high, beta)
@@ -124,7 +149,8 @@ def frechet_parts(mu1, cov1, mu2, cov2):
     mu1, cov1, mu2, cov2 = (torch.as_tensor(t, dtype=torch.float64) for t in (mu1, cov1, mu2, cov2))
     values, vectors = torch.linalg.eigh(cov1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()  # symmetric, with the eigenvalues of cov1 cov2
+    # symmetric, with the eigenvalues of cov1 cov2
+    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
     return (mu1 - mu2).square().sum().item(), (cov1.trace() + cov2.trace() - 2 * cross).item()
 
 def frechet_distance(mu1, cov1, mu2, cov2):
@@ -145,8 +171,10 @@ def feature_moments(volumes, extractor, rule='all', batch=64):
     for volume in volumes:
         for axis, plane in enumerate(PLANES):
             slices = volume.clamp(0, 1).movedim(2 + axis, 1).flatten(0, 1)
-            if rule == 'central': slices = slices[round(0.3 * len(slices)):round(0.7 * len(slices))]
-            for part in slices.split(batch): total[plane] = total.get(plane, 0.0) + moments(extractor(part)).cpu()
+            if rule == 'central':
+                slices = slices[round(0.3 * len(slices)):round(0.7 * len(slices))]
+            for part in slices.split(batch):
+                total[plane] = total.get(plane, 0.0) + moments(extractor(part)).cpu()
     return total
 
 def slice_frechet(a, b):
@@ -159,12 +187,20 @@ def slice_frechet(a, b):
     for plane in PLANES:
         for m in (a[plane], b[plane]):
             if m[-1, -1] <= len(m):
-                raise ValueError(f'{int(m[-1, -1])} {plane} slices for {len(m) - 1} features: more slices than features are needed')
-        parts[plane] = frechet_parts(*(stat for m in (a[plane], b[plane]) for stat in (m[-1, :-1] / m[-1, -1], covariance(m))))
+                raise ValueError(
+                    f'{int(m[-1, -1])} {plane} slices for {len(m) - 1} features: more slices than features'
+                    ' are needed'
+                )
+        parts[plane] = frechet_parts(
+            *(stat for m in (a[plane], b[plane]) for stat in (m[-1, :-1] / m[-1, -1], covariance(m)))
+        )
     found = {plane: sum(p) for plane, p in parts.items()}
-    return found | {'mean': sum(found.values()) / 3,
-                    'mean_part': sum(p[0] for p in parts.values()) / 3, 'covariance_part': sum(p[1] for p in parts.values()) / 3,
-                    'slices': {plane: (int(a[plane][-1, -1]), int(b[plane][-1, -1])) for plane in PLANES}}
+    return found | {
+        'mean': sum(found.values()) / 3,
+        'mean_part': sum(p[0] for p in parts.values()) / 3,
+        'covariance_part': sum(p[1] for p in parts.values()) / 3,
+        'slices': {plane: (int(a[plane][-1, -1]), int(b[plane][-1, -1])) for plane in PLANES},
+    }
 
 # ---------------------------------------------------------------- label maps
 

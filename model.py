@@ -21,7 +21,8 @@ from quantize import make_quantizer, sum_over_ranks
 def missing_axis(x):
     """The one spatial axis (0, 1, 2) of length 1 of x (B, C, D, H, W), or None for a volume. ValueError for two of them."""
     ones = [axis for axis, n in enumerate(x.shape[2:]) if n == 1]
-    if len(ones) > 1: raise ValueError(f'{tuple(x.shape)} has {len(ones)} axes of length 1: a slice has one, a volume none')
+    if len(ones) > 1:
+        raise ValueError(f'{tuple(x.shape)} has {len(ones)} axes of length 1: a slice has one, a volume none')
     return ones[0] if ones else None
 
 def slicewise(fn, x, axis):
@@ -31,9 +32,17 @@ def slicewise(fn, x, axis):
 class Conv3d(nn.Conv3d):
     """nn.Conv3d. On a CPU a single small sample goes to oneDNN, up to 11 times as fast as the kernel that torch picks for it."""
     def _conv_forward(self, x, weight, bias):
-        if x.device.type == 'cpu' and len(x) == 1 and x[0, 0].numel() >= 64 and x.dtype == weight.dtype == torch.float32 \
-           and not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available():
-            return torch.mkldnn_convolution(x, weight, bias, self.padding, self.stride, self.dilation, self.groups)
+        if (
+            x.device.type == 'cpu'
+            and len(x) == 1
+            and x[0, 0].numel() >= 64
+            and x.dtype == weight.dtype == torch.float32
+            and not torch.compiler.is_compiling()
+            and torch.backends.mkldnn.is_available()
+        ):
+            return torch.mkldnn_convolution(
+                x, weight, bias, self.padding, self.stride, self.dilation, self.groups
+            )
         return super()._conv_forward(x, weight, bias)
 
 class Conv(Conv3d):
@@ -46,7 +55,9 @@ class Conv(Conv3d):
         axis = missing_axis(x)
         if axis is None: return super().forward(x)
         weight = self.weight.sum(2 + axis)
-        return slicewise(lambda images: F.conv2d(images, weight, self.bias, self.stride[0], self.padding[0]), x, axis)
+        return slicewise(
+            lambda images: F.conv2d(images, weight, self.bias, self.stride[0], self.padding[0]), x, axis
+        )
 
 def halve(x):
     """Mean over 2x2x2 voxels; on a slice, over 2x2 pixels."""
@@ -99,9 +110,12 @@ class AxialAttention(nn.Module):
         if missing_axis(x) == self.axis: return x
         h = self.norm(x.movedim(1, -1)).movedim(1 + self.axis, 3)       # (B, ., ., L, C)
         rows = h.reshape(-1, *h.shape[3:])                              # (R, L, C), R = B*D*H*W/L
-        q, k, v = (t.unflatten(2, (self.n_head, -1)).transpose(1, 2) for t in self.qkv(rows).chunk(3, -1))  # (R, heads, L, C/heads)
-        if len(rows) <= 65535: y = F.scaled_dot_product_attention(q, k, v)
-        else: y = torch.cat([F.scaled_dot_product_attention(*part)      # CUDA kernels take no more rows
+        # (R, heads, L, C/heads)
+        q, k, v = (t.unflatten(2, (self.n_head, -1)).transpose(1, 2) for t in self.qkv(rows).chunk(3, -1))
+        if len(rows) <= 65535:
+            y = F.scaled_dot_product_attention(q, k, v)
+        else:
+            y = torch.cat([F.scaled_dot_product_attention(*part)      # CUDA kernels take no more rows
                              for part in zip(q.split(65535), k.split(65535), v.split(65535))])
         y = self.proj(y.transpose(1, 2).flatten(2)).view(h.shape)
         return x + y.movedim(3, 1 + self.axis).movedim(-1, 1)
@@ -125,7 +139,8 @@ class NeuroQuantConfig:
     anat_dim: int = 64                  # channels of z_anat and of a code
     mod_dim: int = 32                   # channels of z_mod
     modality_dim: int = 32              # channels of the learned vector s_m of each modality
-    quantizer: str = 'ema'              # 'ema': a codebook; 'fsq': the control without one, see FiniteScalarQuantizer
+    # 'ema': a codebook; 'fsq': the control without one, see FiniteScalarQuantizer
+    quantizer: str = 'ema'
     num_codes: int = 4096
     num_codebooks: int = 1              # indices per position; the paper has one
     codebooks: str = 'residual'         # how several work together, see MultiQuantizer
@@ -148,7 +163,11 @@ class Encoder(nn.Module):
     def forward(self, x):
         h = self.stem(x)
         for i, block in enumerate(self.blocks):
-            h = checkpoint(block, h, use_reentrant=False) if self.checkpointing and self.training and i == 0 else block(h)
+            h = (
+                checkpoint(block, h, use_reentrant=False)
+                if self.checkpointing and self.training and i == 0
+                else block(h)
+            )
         return h
 
 class EncoderBlock(nn.Module):
@@ -173,8 +192,16 @@ class FiLM(nn.Module):
     def __init__(self, c, layers):
         super().__init__()
         self.embedding = nn.Embedding(len(c.modalities), c.modality_dim)
-        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(c.mod_dim + c.modality_dim, 256), nn.SiLU(), nn.Linear(256, 256),
-                                                nn.SiLU(), nn.Linear(256, 2 * channels)) for channels in layers)
+        self.mlps = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(c.mod_dim + c.modality_dim, 256),
+                nn.SiLU(),
+                nn.Linear(256, 256),
+                nn.SiLU(),
+                nn.Linear(256, 2 * channels),
+            )
+            for channels in layers
+        )
         for mlp in self.mlps:
             nn.init.zeros_(mlp[-1].weight)
             nn.init.zeros_(mlp[-1].bias)
@@ -200,7 +227,8 @@ class DecoderBlock(nn.Module):
     def forward(self, x, gamma=None, beta=None):
         h = self.conv(x)
         h = self.body(double(h) if self.up else h)
-        if gamma is not None: h = gamma[:, :, None, None, None] * h + beta[:, :, None, None, None]
+        if gamma is not None:
+            h = gamma[:, :, None, None, None] * h + beta[:, :, None, None, None]
         return F.silu(h)
 
 class Decoder(nn.Module):
@@ -213,8 +241,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.channels = (*reversed(c.widths), c.widths[0] // 2)  # of the five FiLM layers
         pairs = zip((c.anat_dim, *self.channels), self.channels)
-        self.blocks = nn.ModuleList(DecoderBlock(a, b, c.res_blocks, c.attention and 3 - i in c.attn_levels, up=i > 0)
-                                    for i, (a, b) in enumerate(pairs))
+        self.blocks = nn.ModuleList(
+            DecoderBlock(a, b, c.res_blocks, c.attention and 3 - i in c.attn_levels, up=i > 0)
+            for i, (a, b) in enumerate(pairs)
+        )
         self.heads = nn.ModuleList(Conv(channels, 1, 3, padding=1) for channels in self.channels)
         self.checkpointing = False
 
@@ -222,8 +252,10 @@ class Decoder(nn.Module):
         h, x_hat = z_q, None
         for i, (block, head) in enumerate(zip(self.blocks, self.heads)):
             args = film[i] if film else ()
-            if self.checkpointing and self.training and i >= 3: h = checkpoint(block, h, *args, use_reentrant=False)
-            else: h = block(h, *args)
+            if self.checkpointing and self.training and i >= 3:
+                h = checkpoint(block, h, *args, use_reentrant=False)
+            else:
+                h = block(h, *args)
             x_hat = head(h) if x_hat is None else head(h) + double(x_hat, 'trilinear')
         return x_hat
 
@@ -243,7 +275,9 @@ class NeuroQuant(nn.Module):
         if not c.modalities: raise ValueError('modalities is empty: name at least one, such as T1w')
         self.encoder = Encoder(c)
         self.anat_head = nn.Sequential(nn.SiLU(), Conv(c.widths[-1], c.anat_dim, 3, padding=1))
-        self.quantizer = make_quantizer(c.num_codes, c.anat_dim, c.code_decay, c.revive, c.num_codebooks, c.codebooks, c.quantizer)
+        self.quantizer = make_quantizer(
+            c.num_codes, c.anat_dim, c.code_decay, c.revive, c.num_codebooks, c.codebooks, c.quantizer
+        )
         self.decoder = Decoder(c)
         if c.film:
             self.mod_head = nn.Sequential(nn.SiLU(), Conv(c.widths[-1], c.mod_dim, 3, padding=1))
@@ -257,14 +291,18 @@ class NeuroQuant(nn.Module):
         From 32, since a latent axis of length 1 would read as a slice.
         """
         if sum(n == 1 for n in shape) > 1 or any(n != 1 and (n % 16 or n < 32) for n in shape):
-            raise ValueError(f'size {tuple(shape)}: each axis must be a multiple of 16, at least 32 (one may be 1: slices); pad first')
+            raise ValueError(
+                f'size {tuple(shape)}: each axis must be a multiple of 16, at least 32 (one may be 1:'
+                ' slices); pad first'
+            )
 
     def encode(self, x, modality=None):
         """x (B,1,D,H,W) -> z_anat (B,Ca,d,h,w), z_mod (B,Cm,d,h,w), NeuroQuant eq. 1 and 4; Cm = 0 without FiLM.
 
         modality is not used: one encoder serves all. Raises ValueError for sizes that check_size refuses.
         """
-        if x.ndim != 5 or x.shape[1] != 1: raise ValueError(f'x must be (B,1,D,H,W), got {tuple(x.shape)}')
+        if x.ndim != 5 or x.shape[1] != 1:
+            raise ValueError(f'x must be (B,1,D,H,W), got {tuple(x.shape)}')
         self.check_size(x.shape[2:])
         h = self.encoder(x)
         z_anat = self.anat_head(h)
@@ -293,11 +331,15 @@ class NeuroQuant(nn.Module):
         z_anat, z_mod = self.encode(x)
         z_q, indices, commit = self.quantizer(z_anat, update=volumes)
         film = self.film(z_mod, modality)
-        if self.training and volumes and self.config.film: self.update_modality_means(z_mod, modality)
+        if self.training and volumes and self.config.film:
+            self.update_modality_means(z_mod, modality)
         out = dict(z_anat=z_anat, z_mod=z_mod, z_q=z_q, indices=indices, commit=commit)
         if pairs is None: return out | dict(x_hat=self.decode(z_q, film))
         source, target = pairs.unbind(1)
-        both = self.decode(torch.cat([z_q, z_q[source]]), [(torch.cat([g, g[target]]), torch.cat([b, b[target]])) for g, b in film])
+        both = self.decode(
+            torch.cat([z_q, z_q[source]]),
+            [(torch.cat([g, g[target]]), torch.cat([b, b[target]])) for g, b in film],
+        )
         return out | dict(x_hat=both[:len(x)], x_cross=both[len(x):])
 
     @torch.no_grad()
@@ -313,9 +355,14 @@ class NeuroQuant(nn.Module):
         if isinstance(modality, torch.Tensor): return modality.to(like.device).expand(len(like))
         if isinstance(modality, str):
             if modality not in self.config.modalities:
-                raise ValueError(f"modality '{modality}': this model knows {', '.join(self.config.modalities)}")
+                raise ValueError(
+                    f"modality '{modality}': this model knows {', '.join(self.config.modalities)}"
+                )
             modality = self.config.modalities.index(modality)
-        if modality is None: raise ValueError(f"this model needs the modality of x, one of {', '.join(self.config.modalities)}")
+        if modality is None:
+            raise ValueError(
+                f"this model needs the modality of x, one of {', '.join(self.config.modalities)}"
+            )
         return torch.full((len(like),), modality, dtype=torch.int64, device=like.device)
 
     def tokens(self, x):
@@ -330,19 +377,23 @@ class NeuroQuant(nn.Module):
         """FiLM of a modality from its running mean; ValueError if no volume of it was seen in training."""
         if not self.config.film: return []
         index = self.modality_index(modality, like)
-        if (self.mod_weight[index] == 0).any(): raise ValueError(f'no volume of modality {modality} was seen in training')
+        if (self.mod_weight[index] == 0).any():
+            raise ValueError(f'no volume of modality {modality} was seen in training')
         return self.film_mlp(self.mod_sum[index] / self.mod_weight[index, None], index)
 
     def translate(self, x, source, target):
         """x (B,1,D,H,W) of modality `source` -> x_hat (B,1,D,H,W) in the contrast of `target`; no target scan is needed."""
-        if not self.config.film: raise ValueError('a model trained with film=False has no modality to swap')
+        if not self.config.film:
+            raise ValueError('a model trained with film=False has no modality to swap')
         self.modality_index(source, x)
         return self.from_tokens(self.tokens(x), target)
 
     def reconstruct(self, x, modality=None):
         """x (B,1,D,H,W) -> x_hat (B,1,D,H,W), not clamped. modality is needed when the model has FiLM."""
         z_anat, z_mod = self.encode(x)
-        return self.decode(self.quantizer.lookup(self.quantizer.nearest_indices(z_anat)), self.film(z_mod, modality))
+        return self.decode(
+            self.quantizer.lookup(self.quantizer.nearest_indices(z_anat)), self.film(z_mod, modality)
+        )
 
     def posterior(self, x):
         """x (B,1,D,H,W) -> what a flow models: z_anat before quantisation (B,Ca,d,h,w), and None for its log-variance."""
@@ -363,7 +414,9 @@ class NeuroQuant(nn.Module):
 
     def bits_per_volume(self, shape):
         """Bits of the codes of a (D,H,W) volume: 972 log2 K at 144x192x144. The modality vector comes on top: style_bits()."""
-        return math.prod(n // 16 for n in shape) * self.config.num_codebooks * math.log2(self.config.num_codes)
+        return (
+            math.prod(n // 16 for n in shape) * self.config.num_codebooks * math.log2(self.config.num_codes)
+        )
 
     def style_bits(self):
         """Bits of GAP(z_mod), all that the decoder gets of a scan beside its codes, at 16 bits a number."""
@@ -378,8 +431,11 @@ class ConvVAEConfig:
     in_channels: int = 1
     widths: tuple = (64, 128, 256)   # channels per level; every level but the last halves the size
     res_blocks: int = 2              # per level
-    layout: str = 'maisi'            # 'maisi': trilinear x2, no SiLU before the last convolution of either half; 'sd': nearest x2,
-                                     # that SiLU, attention between two blocks in the middle, one more block per decoder level
+    # 'maisi': trilinear x2, no SiLU before the last convolution of either half; 'sd': nearest x2,
+    layout: str = 'maisi'
+                                     # that SiLU, attention between two
+                                     # blocks in the middle, one more
+                                     # block per decoder level
     latent_dim: int = 4
     bottleneck: str = 'kl'           # 'kl' or 'vq'
     quantizer: str = 'ema'           # this and the next five: of bottleneck='vq', as in NeuroQuantConfig
@@ -408,20 +464,25 @@ def slabwise(fn, x, size, up=1, down=1, halo=1):
     for a in range(0, n, size):
         b, lo, hi = min(a + size, n), max(a - halo, 0), min(a + size + halo, n)
         part = fn(x[:, :, lo * down:hi * down])[:, :, (a - lo) * up:(b - lo) * up]
-        if y is None: y = part.new_empty(*part.shape[:2], n * up, *part.shape[3:], device=x.device)
+        if y is None:
+            y = part.new_empty(*part.shape[:2], n * up, *part.shape[3:], device=x.device)
         y[:, :, a * up:b * up] = part
     return y
 
 def slab_norm(norm, x, size):
     """Group norm as a function of slabs of x, with the statistics of all of x, gathered slab by slab in float32."""
-    groups = lambda: (s.to(norm.weight.device).float().reshape(len(x), norm.num_groups, -1) for s in x.split(size, 2))
+    groups = lambda: (
+        s.to(norm.weight.device).float().reshape(len(x), norm.num_groups, -1) for s in x.split(size, 2)
+    )
     n = x[0].numel() // norm.num_groups
     mean = sum(g.sum(2) for g in groups()) / n
     var = sum((g - mean[..., None]).square().sum(2) for g in groups()) / n
     spread = lambda t: t.repeat_interleave(x.shape[1] // norm.num_groups, 1)  # per group -> per channel
     scale = spread((var + norm.eps).rsqrt()) * norm.weight
     shift = norm.bias - spread(mean) * scale
-    return lambda s: torch.addcmul(shift[:, :, None, None, None], s.to(scale.device).float(), scale[:, :, None, None, None])
+    return lambda s: torch.addcmul(
+        shift[:, :, None, None, None], s.to(scale.device).float(), scale[:, :, None, None, None]
+    )
 
 class ConvLayer(nn.Module):
     """3-wide convolution at the same size, after doubling (up='nearest' or 'linear') or to half the size (down=True).
@@ -435,8 +496,10 @@ class ConvLayer(nn.Module):
         self.conv = make_conv(dims, c_in, c_out, 3, stride=2 if down else 1, padding=0 if down else 1)
 
     def forward(self, x):
-        if self.up: x = F.interpolate(x, scale_factor=2, mode=self.up)
-        if self.far_side: x = F.pad(x, self.far_side)
+        if self.up:
+            x = F.interpolate(x, scale_factor=2, mode=self.up)
+        if self.far_side:
+            x = F.pad(x, self.far_side)
         return self.conv(x)
 
     def slabs(self, x, size):
@@ -462,7 +525,8 @@ class ResBlock(nn.Module):
         h = slabwise(lambda s: self.conv1(F.silu(norm(s))), x, size)
         norm = slab_norm(self.norm2, h, size)
         h = slabwise(lambda s: self.conv2(F.silu(norm(s))), h, size)
-        for a, b in zip(h.split(size, 2), x.split(size, 2)): a += self.skip(b.to(self.conv1.weight.device)).to(a.device)
+        for a, b in zip(h.split(size, 2), x.split(size, 2)):
+            a += self.skip(b.to(self.conv1.weight.device)).to(a.device)
         return h
 
 class Attention(nn.Module):
@@ -509,15 +573,22 @@ class Stack(nn.Module):
 
     def forward(self, x, slab=0):
         for block in self.blocks:
-            if slab: x = block.slabs(x, slab)
-            else: x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
+            if slab:
+                x = block.slabs(x, slab)
+            else:
+                x = (
+                    checkpoint(block, x, use_reentrant=False)
+                    if self.checkpointing and self.training
+                    else block(x)
+                )
         return x
 
 def conv_encoder(c, out):
     """x (B, in_channels, *size) -> (B, out, *size / 2^(levels-1))."""
     blocks = [ConvLayer(c.dims, c.in_channels, c.widths[0])]
     for i, (a, b) in enumerate(zip((c.widths[0], *c.widths), c.widths)):
-        if i > 0: blocks.append(ConvLayer(c.dims, a, a, down=True))
+        if i > 0:
+            blocks.append(ConvLayer(c.dims, a, a, down=True))
         blocks += [ResBlock(c.dims, a if k == 0 else b, b) for k in range(c.res_blocks)]
     return Stack([*blocks, *middle(c), NormAct(b, c.layout == 'sd'), ConvLayer(c.dims, b, out)])
 
@@ -526,7 +597,8 @@ def conv_decoder(c):
     widths = c.widths[::-1]
     blocks = [ConvLayer(c.dims, c.latent_dim, widths[0]), *middle(c)]
     for i, (a, b) in enumerate(zip((widths[0], *widths), widths)):
-        if i > 0: blocks.append(ConvLayer(c.dims, a, a, up='nearest' if c.layout == 'sd' else 'linear'))
+        if i > 0:
+            blocks.append(ConvLayer(c.dims, a, a, up='nearest' if c.layout == 'sd' else 'linear'))
         blocks += [ResBlock(c.dims, a if k == 0 else b, b) for k in range(c.res_blocks + (c.layout == 'sd'))]
     return Stack([*blocks, NormAct(b, c.layout == 'sd'), ConvLayer(c.dims, b, c.in_channels)])
 
@@ -543,8 +615,14 @@ class ConvVAE(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        for key, allowed in (('dims', (2, 3)), ('layout', ('maisi', 'sd')), ('bottleneck', ('kl', 'vq')), ('slice_axis', (0, 1, 2))):
-            if getattr(c, key) not in allowed: raise ValueError(f'{key}={getattr(c, key)!r}: one of {allowed}')
+        for key, allowed in (
+            ('dims', (2, 3)),
+            ('layout', ('maisi', 'sd')),
+            ('bottleneck', ('kl', 'vq')),
+            ('slice_axis', (0, 1, 2)),
+        ):
+            if getattr(c, key) not in allowed:
+                raise ValueError(f'{key}={getattr(c, key)!r}: one of {allowed}')
         self.factor = 2 ** (len(c.widths) - 1)
         head = c.latent_dim * (2 if c.layout == 'sd' and c.bottleneck == 'kl' else 1)
         self.encoder, self.decoder = conv_encoder(c, head), conv_decoder(c)
@@ -552,8 +630,12 @@ class ConvVAE(nn.Module):
         self.post = make_conv(c.dims, c.latent_dim, c.latent_dim, 1)
         if c.bottleneck == 'kl':
             self.logvar_head = make_conv(c.dims, head, c.latent_dim, 1)
-            nn.init.constant_(self.logvar_head.bias, -5.0)  # near 0, as in MAISI, noise drowns a new encoder's code
-        else: self.quantizer = make_quantizer(c.num_codes, c.latent_dim, c.code_decay, c.revive, c.num_codebooks, c.codebooks, c.quantizer)
+            # near 0, as in MAISI, noise drowns a new encoder's code
+            nn.init.constant_(self.logvar_head.bias, -5.0)
+        else:
+            self.quantizer = make_quantizer(
+                c.num_codes, c.latent_dim, c.code_decay, c.revive, c.num_codebooks, c.codebooks, c.quantizer
+            )
 
     def check_size(self, shape):
         """ValueError unless every axis of what encode() takes is a multiple of factor (one axis may be 1 if dims is 2)."""
@@ -576,17 +658,23 @@ class ConvVAE(nn.Module):
         generators: one torch.Generator per sample for eps, so that a sample's noise does not depend on its batch; None: torch's own.
         """
         axis = missing_axis(x) if self.config.dims == 2 and x.ndim == 5 else None
-        if axis is not None: x = x.squeeze(2 + axis)
+        if axis is not None:
+            x = x.squeeze(2 + axis)
         mu, logvar = self.encode(x)
         if logvar is None:
             z_q, indices, commit = self.quantizer(mu)
             out = dict(z=mu, z_q=z_q, indices=indices, commit=commit, x_hat=self.decode(z_q))
         else:
-            if generators is None: eps = torch.randn_like(mu)
-            else: eps = torch.stack([torch.randn(mu.shape[1:], generator=g, device=g.device) for g in generators]).to(mu)
+            if generators is None:
+                eps = torch.randn_like(mu)
+            else:
+                eps = torch.stack(
+                    [torch.randn(mu.shape[1:], generator=g, device=g.device) for g in generators]
+                ).to(mu)
             z = mu + eps * torch.exp(0.5 * logvar)
             out = dict(z=z, mu=mu, logvar=logvar, x_hat=self.decode(z))
-        if axis is not None: out['x_hat'] = out['x_hat'].unsqueeze(2 + axis)
+        if axis is not None:
+            out['x_hat'] = out['x_hat'].unsqueeze(2 + axis)
         return out
 
     def prepare(self, volume):
@@ -599,11 +687,17 @@ class ConvVAE(nn.Module):
 
     def cut(self, volume):
         """(B, C, *grid) -> (B*n, C, h, w), its slices, if dims is 2; volumes as they are."""
-        return volume if self.config.dims == 3 else volume.movedim(2 + self.config.slice_axis, 1).flatten(0, 1)
+        return (
+            volume if self.config.dims == 3 else volume.movedim(2 + self.config.slice_axis, 1).flatten(0, 1)
+        )
 
     def stack(self, slices, batch):
         """The way back: (batch*n, C, h, w) slices -> (batch, C, *grid)."""
-        return slices if self.config.dims == 3 else slices.unflatten(0, (batch, -1)).movedim(1, 2 + self.config.slice_axis)
+        return (
+            slices
+            if self.config.dims == 3
+            else slices.unflatten(0, (batch, -1)).movedim(1, 2 + self.config.slice_axis)
+        )
 
     def parts(self, x):
         """Slices a few at a time, so that a volume of them needs no more memory than a training batch."""
@@ -631,8 +725,11 @@ class ConvVAE(nn.Module):
 
     def tokens(self, x):
         """Volume (B,1,D,H,W) -> indices (B,*grid), with several codebooks (B,num_codebooks,*grid). ValueError for 'kl'."""
-        if self.config.bottleneck == 'kl': raise ValueError("an autoencoder with bottleneck='kl' has no tokens")
-        parts = torch.cat([self.quantizer.nearest_indices(self.encode(part)[0]) for part in self.parts(self.prepare(x))])
+        if self.config.bottleneck == 'kl':
+            raise ValueError("an autoencoder with bottleneck='kl' has no tokens")
+        parts = torch.cat(
+            [self.quantizer.nearest_indices(self.encode(part)[0]) for part in self.parts(self.prepare(x))]
+        )
         if self.config.num_codebooks > 1: return self.stack(parts, len(x))
         return self.stack(parts[:, None], len(x))[:, 0]
 
@@ -655,12 +752,17 @@ class ConvVAE(nn.Module):
     def latent_shape(self, shape):
         """(D,H,W) of a volume -> (latent_dim, d, h, w)."""
         whole = self.config.slice_axis if self.config.dims == 2 else None
-        return (self.config.latent_dim, *[n if a == whole else -(-n // self.factor) for a, n in enumerate(shape)])
+        return (
+            self.config.latent_dim,
+            *[n if a == whole else -(-n // self.factor) for a, n in enumerate(shape)],
+        )
 
     def bits_per_volume(self, shape):
         """Bits of the latent of a (D,H,W) volume: 16 per number for 'kl', log2(num_codes) per code for 'vq'."""
         c, (channels, *grid) = self.config, self.latent_shape(shape)
-        return math.prod(grid) * (16 * channels if c.bottleneck == 'kl' else c.num_codebooks * math.log2(c.num_codes))
+        return math.prod(grid) * (
+            16 * channels if c.bottleneck == 'kl' else c.num_codebooks * math.log2(c.num_codes)
+        )
 
     def style_bits(self):
         """Nothing is coded beside the latent."""
@@ -676,8 +778,10 @@ class FlowUNetConfig:
     res_blocks: int = 2                          # per level on the way down; one more on the way up
     attention: tuple = (False, False, True, True)
     head_width: int = 32
-    classes: tuple = ()                          # rows of an embedding per class condition, the last row for "not known"
-    vectors: tuple = ()                          # length of each condition vector; MAISI's (3,) is the voxel size in units of 10 um
+    # rows of an embedding per class condition, the last row for "not known"
+    classes: tuple = ()
+    # length of each condition vector; MAISI's (3,) is the voxel size in units of 10 um
+    vectors: tuple = ()
 
 class TimeResBlock(nn.Module):
     """skip(x) + conv(SiLU(norm(conv(SiLU(norm(x))) + linear(SiLU(emb))))); resample 'up' or 'down' changes both branches first."""
@@ -695,8 +799,10 @@ class TimeResBlock(nn.Module):
     def forward(self, x, emb, size=None):
         """size: of the result, for 'up', which may be one less than twice the input's where a level was odd."""
         h = F.silu(self.norm1(x))
-        if self.resample == 'down': x, h = (F.avg_pool3d(t, [min(2, n) for n in t.shape[2:]], ceil_mode=True) for t in (x, h))
-        if self.resample == 'up': x, h = (F.interpolate(t, size=size, mode='nearest') for t in (x, h))
+        if self.resample == 'down':
+            x, h = (F.avg_pool3d(t, [min(2, n) for n in t.shape[2:]], ceil_mode=True) for t in (x, h))
+        if self.resample == 'up':
+            x, h = (F.interpolate(t, size=size, mode='nearest') for t in (x, h))
         h = self.conv1(h) + self.emb(F.silu(emb))[:, :, None, None, None]
         return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
 
@@ -705,7 +811,9 @@ class UNetLevel(nn.Module):
     def __init__(self, c_ins, c_out, c_emb, attention, head_width, resample=''):
         super().__init__()
         self.blocks = nn.ModuleList(TimeResBlock(c, c_out, c_emb) for c in c_ins)
-        self.attentions = nn.ModuleList(Attention(c_out, head_width) if attention else nn.Identity() for _ in c_ins)
+        self.attentions = nn.ModuleList(
+            Attention(c_out, head_width) if attention else nn.Identity() for _ in c_ins
+        )
         self.resampler = TimeResBlock(c_out, c_out, c_emb, resample) if resample else None
 
 class FlowUNet(nn.Module):
@@ -718,7 +826,8 @@ class FlowUNet(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        if len(c.attention) != len(c.widths): raise ValueError(f'attention {c.attention}: one value for each of widths {c.widths}')
+        if len(c.attention) != len(c.widths):
+            raise ValueError(f'attention {c.attention}: one value for each of widths {c.widths}')
         w, n = c.widths, 4 * c.widths[0]
         mlp = lambda c_in: nn.Sequential(nn.Linear(c_in, n), nn.SiLU(), nn.Linear(n, n))
         self.time = mlp(w[0])
@@ -726,13 +835,38 @@ class FlowUNet(nn.Module):
         self.vector_mlps = nn.ModuleList(mlp(length) for length in c.vectors)
         c_emb, last = n * (1 + len(c.vectors)), len(w) - 1
         self.conv_in = Conv3d(c.in_channels, w[0], 3, padding=1)
-        self.down = nn.ModuleList(UNetLevel([w[max(i - 1, 0)]] + [w[i]] * (c.res_blocks - 1), w[i], c_emb, c.attention[i], c.head_width,
-                                            'down' if i < last else '') for i in range(len(w)))
-        self.middle = nn.ModuleList([TimeResBlock(w[-1], w[-1], c_emb), Attention(w[-1], c.head_width), TimeResBlock(w[-1], w[-1], c_emb)])
+        self.down = nn.ModuleList(
+            UNetLevel(
+                [w[max(i - 1, 0)]] + [w[i]] * (c.res_blocks - 1),
+                w[i],
+                c_emb,
+                c.attention[i],
+                c.head_width,
+                'down' if i < last else '',
+            )
+            for i in range(len(w))
+        )
+        self.middle = nn.ModuleList([
+            TimeResBlock(w[-1], w[-1], c_emb),
+            Attention(w[-1], c.head_width),
+            TimeResBlock(w[-1], w[-1], c_emb),
+        ])
         self.up = nn.ModuleList()
-        for i in range(last, -1, -1):  # inputs: what comes from below beside the skips of this level and one of the level above
-            below, skips = [w[min(i + 1, last)]] + [w[i]] * c.res_blocks, [w[i]] * c.res_blocks + [w[max(i - 1, 0)]]
-            self.up.append(UNetLevel([a + b for a, b in zip(below, skips)], w[i], c_emb, c.attention[i], c.head_width, 'up' if i else ''))
+        # inputs: what comes from below beside the skips of this level and one of the level above
+        for i in range(last, -1, -1):
+            below, skips = [w[min(i + 1, last)]] + [w[i]] * c.res_blocks, [w[i]] * c.res_blocks + [
+                w[max(i - 1, 0)]
+            ]
+            self.up.append(
+                UNetLevel(
+                    [a + b for a, b in zip(below, skips)],
+                    w[i],
+                    c_emb,
+                    c.attention[i],
+                    c.head_width,
+                    'up' if i else '',
+                )
+            )
         self.norm_out = group_norm(w[0])
         self.conv_out = Conv3d(w[0], c.in_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
@@ -751,10 +885,18 @@ class FlowUNet(nn.Module):
     def embed(self, t, cond):
         """(B,) and conditions -> (B, 4 widths[0] (1 + vectors)): sines of time, plus classes, beside vectors."""
         half = self.config.widths[0] // 2
-        angle = 1000 * (1 - t.float())[:, None] * torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
+        angle = (
+            1000
+            * (1 - t.float())[:, None]
+            * torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
+        )
         emb, cond = self.time(torch.cat([angle.cos(), angle.sin()], 1)), cond or {}
         for k, table in enumerate(self.class_embeddings):
-            chosen = cond['classes'][:, k] if 'classes' in cond else torch.full_like(t, table.num_embeddings - 1, dtype=torch.int64)
+            chosen = (
+                cond['classes'][:, k]
+                if 'classes' in cond
+                else torch.full_like(t, table.num_embeddings - 1, dtype=torch.int64)
+            )
             emb = emb + table(chosen)
         vectors = cond.get('vectors') or [emb.new_zeros(len(t), length) for length in self.config.vectors]
         return torch.cat([emb, *[mlp(v.to(emb.dtype)) for mlp, v in zip(self.vector_mlps, vectors)]], 1)
@@ -763,32 +905,40 @@ class FlowUNet(nn.Module):
         emb, h = self.embed(t, cond), self.conv_in(x_t)
         skips = [h]
         for level in self.down:
-            for block, attention in zip(level.blocks, level.attentions): skips.append(h := attention(block(h, emb)))
-            if level.resampler: skips.append(h := level.resampler(h, emb))
+            for block, attention in zip(level.blocks, level.attentions):
+                skips.append(h := attention(block(h, emb)))
+            if level.resampler:
+                skips.append(h := level.resampler(h, emb))
         first, attention, second = self.middle
         h = second(attention(first(h, emb)), emb)
         for level in self.up:
-            for block, attention in zip(level.blocks, level.attentions): h = attention(block(torch.cat([h, skips.pop()], 1), emb))
-            if level.resampler: h = level.resampler(h, emb, size=skips[-1].shape[2:])
+            for block, attention in zip(level.blocks, level.attentions):
+                h = attention(block(torch.cat([h, skips.pop()], 1), emb))
+            if level.resampler:
+                h = level.resampler(h, emb, size=skips[-1].shape[2:])
         return self.conv_out(F.silu(self.norm_out(h)))
 
 # ---------------------------------------------------------------- cost and checkpoints
 
 def step_flops(model, shape):
     """FLOP (2 per multiply-add) to encode and to decode one (D,H,W) volume or slice, forward, counted on a weightless copy."""
-    with torch.device('meta'): twin = type(model)(model.config).eval()
+    with torch.device('meta'):
+        twin = type(model)(model.config).eval()
     size = [n for n in shape if n != 1] if getattr(model.config, 'dims', 3) == 2 else shape
     x = torch.empty(1, getattr(model.config, 'in_channels', 1), *size, device='meta')
-    with FlopCounterMode(display=False) as encoding: z, z_mod = twin.encode(x)
+    with FlopCounterMode(display=False) as encoding:
+        z, z_mod = twin.encode(x)
     film = [twin.film(z_mod, 0)] if isinstance(twin, NeuroQuant) else []
-    with FlopCounterMode(display=False) as decoding: twin.decode(z, *film)
+    with FlopCounterMode(display=False) as decoding:
+        twin.decode(z, *film)
     return encoding.get_total_flops(), decoding.get_total_flops()
 
 def unet_flops(model, shape):
     """FLOP of one forward pass of a FlowUNet on a (C,d,h,w) latent."""
     with torch.device('meta'):
         twin = FlowUNet(model.config)
-        with FlopCounterMode(display=False) as counter: twin(torch.empty(1, *shape), torch.empty(1))
+        with FlopCounterMode(display=False) as counter:
+            twin(torch.empty(1, *shape), torch.empty(1))
     return counter.get_total_flops()
 
 KINDS = {'neuroquant': (NeuroQuant, NeuroQuantConfig), 'convvae': (ConvVAE, ConvVAEConfig),
@@ -798,7 +948,8 @@ def encoder_hash(model):
     """16 hex digits that name an autoencoder's encoder and codebook: equal for two that differ in the decoder alone."""
     digest = hashlib.sha256(repr(sorted(model_args(model).items())).encode())
     for name, tensor in model.state_dict().items():
-        if not name.startswith(('decoder.', 'post.', 'film', 'mod_')): digest.update(tensor.detach().cpu().float().numpy().tobytes())
+        if not name.startswith(('decoder.', 'post.', 'film', 'mod_')):
+            digest.update(tensor.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 def model_args(model):

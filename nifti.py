@@ -38,8 +38,10 @@ def unpacked(path):
         return
     with tempfile.TemporaryDirectory() as folder:
         try:
-            with zipfile.ZipFile(archive) as z: member = z.extract(path[len(archive) + 1:], folder)  # never outside the folder
-        except (OSError, KeyError, zipfile.BadZipFile, EOFError, zlib.error) as e: raise ValueError(f'{path}: cannot be unpacked ({e})')
+            with zipfile.ZipFile(archive) as z:
+                member = z.extract(path[len(archive) + 1:], folder)  # never outside the folder
+        except (OSError, KeyError, zipfile.BadZipFile, EOFError, zlib.error) as e:
+            raise ValueError(f'{path}: cannot be unpacked ({e})')
         yield member
 
 def read(path):
@@ -48,41 +50,64 @@ def read(path):
     Refused: a file that is missing, cut short or no NIfTI; sizes over 1024 along an axis, checked before memory is taken; 2D;
     4D with more than one volume; colour or complex voxels; NaN or Inf; a constant volume; an affine that cannot be inverted.
     """
-    def refuse(reason): raise ValueError(f'{path}: {reason}')
-    if not os.path.isfile(file_of(path)): refuse('no such file')
+    def refuse(reason):
+        raise ValueError(f'{path}: {reason}')
+    if not os.path.isfile(file_of(path)):
+        refuse('no such file')
     with unpacked(path) as file:
-        try: image = nib.load(file)
-        except Exception as e: refuse(f'not a readable NIfTI file ({type(e).__name__}); is it complete?')
+        try:
+            image = nib.load(file)
+        except Exception as e:
+            refuse(f'not a readable NIfTI file ({type(e).__name__}); is it complete?')
         shape = tuple(image.shape)
-        if len(shape) == 4 and shape[3] == 1: shape = shape[:3]
+        if len(shape) == 4 and shape[3] == 1:
+            shape = shape[:3]
         if len(shape) != 3 or min(shape) < 2:
-            refuse(f'shape {image.shape}: a single 3D volume is needed' + ('; split the series first' if len(shape) == 4 else ''))
-        if max(shape) > 1024: refuse(f'shape {shape}: more than 1024 voxels along an axis; is the header damaged?')
-        if image.get_data_dtype().kind not in 'iuf': refuse(f'voxels of type {image.get_data_dtype()}: a number per voxel is needed')
+            refuse(
+                f'shape {image.shape}: a single 3D volume is needed'
+                + ('; split the series first' if len(shape) == 4 else '')
+            )
+        if max(shape) > 1024:
+            refuse(f'shape {shape}: more than 1024 voxels along an axis; is the header damaged?')
+        if image.get_data_dtype().kind not in 'iuf':
+            refuse(f'voxels of type {image.get_data_dtype()}: a number per voxel is needed')
         affine = image.affine
         if affine is None or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
             refuse('its affine cannot be inverted; repair the header')
-        native = Native(affine, shape, ''.join(nib.aff2axcodes(affine)), tuple(float(s) for s in nib.affines.voxel_sizes(affine)))
-        try: data = np.asarray(image.dataobj, np.float32).reshape(shape)
-        except Exception as e: refuse(f'its voxels cannot be read ({type(e).__name__}); the file is cut short or damaged')
+        native = Native(
+            affine,
+            shape,
+            ''.join(nib.aff2axcodes(affine)),
+            tuple(float(s) for s in nib.affines.voxel_sizes(affine)),
+        )
+        try:
+            data = np.asarray(image.dataobj, np.float32).reshape(shape)
+        except Exception as e:
+            refuse(f'its voxels cannot be read ({type(e).__name__}); the file is cut short or damaged')
     bad = np.size(data) - np.count_nonzero(np.isfinite(data))
-    if bad: refuse(f'{bad} voxels are NaN or infinite; repair or leave out')
-    if data.min() == data.max(): refuse(f'every voxel is {data.min():g}: an empty volume')
+    if bad:
+        refuse(f'{bad} voxels are NaN or infinite; repair or leave out')
+    if data.min() == data.max():
+        refuse(f'every voxel is {data.min():g}: an empty volume')
     canonical = nib.as_closest_canonical(nib.Nifti1Image(data, affine))
     return np.ascontiguousarray(canonical.dataobj, np.float32), canonical.affine, native
 
 def write(path, volume, native):
     """Store a RAS+ volume (D,H,W) float32 in the orientation, on the grid and with the affine of Native; whole or not at all."""
-    to_native = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt('RAS'), nib.io_orientation(native.affine))
+    to_native = nib.orientations.ornt_transform(
+        nib.orientations.axcodes2ornt('RAS'), nib.io_orientation(native.affine)
+    )
     data = nib.orientations.apply_orientation(volume, to_native).astype(np.float32)
     folder, name = os.path.split(path)
-    part = os.path.join(folder, f'.part{os.getpid()}_{name}')  # keeps the suffix, which chooses the compression
+    # keeps the suffix, which chooses the compression
+    part = os.path.join(folder, f'.part{os.getpid()}_{name}')
     try:
         os.makedirs(folder or '.', exist_ok=True)
         nib.save(nib.Nifti1Image(data, native.affine), part)
         os.replace(part, path)
     except (OSError, nib.filebasedimages.ImageFileError) as e:
-        if os.path.exists(part): os.remove(part)
+        if os.path.exists(part):
+            os.remove(part)
         raise ValueError(f'{path}: cannot write ({e})')
 
 # ---------------------------------------------------------------- grids
@@ -106,13 +131,17 @@ def stretched(affine, shape, new_shape):
 
 def resample(volume, affine, target_affine, target_shape):
     """volume (D,H,W) on another grid: trilinear, 0 outside; a copy where the grids agree."""
-    if volume.shape == tuple(target_shape) and np.allclose(affine, target_affine, atol=1e-4): return volume.copy()
+    if volume.shape == tuple(target_shape) and np.allclose(affine, target_affine, atol=1e-4):
+        return volume.copy()
     to_source = np.linalg.inv(affine) @ target_affine
     coarser = nib.affines.voxel_sizes(target_affine).max() / nib.affines.voxel_sizes(affine)
-    sigma = np.sqrt(np.maximum(coarser ** 2 - 1, 0)) / 2.355  # else detail finer than the target's voxels would alias
-    if sigma.max() > 0.2: volume = ndimage.gaussian_filter(volume, sigma)
+    # else detail finer than the target's voxels would alias
+    sigma = np.sqrt(np.maximum(coarser ** 2 - 1, 0)) / 2.355
+    if sigma.max() > 0.2:
+        volume = ndimage.gaussian_filter(volume, sigma)
     matrix = to_source[:3, :3]
-    if np.allclose(matrix, np.diag(np.diag(matrix)), atol=1e-6): matrix = np.diag(matrix)  # axis by axis is much faster
+    if np.allclose(matrix, np.diag(np.diag(matrix)), atol=1e-6):
+        matrix = np.diag(matrix)  # axis by axis is much faster
     return ndimage.affine_transform(volume, matrix, to_source[:3, 3], tuple(target_shape), order=1)
 
 def resample_inside(volume, mask, affine, target_affine, target_shape):
@@ -176,8 +205,15 @@ def scale_intensity(volume, mask, percentiles=(0.5, 99.5), of='brain', clip=True
     ValueError if the percentiles agree.
     """
     low, high = (float(p) for p in np.percentile(volume[mask] if of == 'brain' else volume, percentiles))
-    if high <= low: raise ValueError(f'percentiles {percentiles} of the {of} are both {low:g}: nothing to scale')
-    return np.where(mask, np.clip((volume - low) / (high - low), 1e-4, 1 if clip else None), 0).astype(np.float32), low, high
+    if high <= low:
+        raise ValueError(f'percentiles {percentiles} of the {of} are both {low:g}: nothing to scale')
+    return (
+        np.where(mask, np.clip((volume - low) / (high - low), 1e-4, 1 if clip else None), 0).astype(
+            np.float32
+        ),
+        low,
+        high,
+    )
 
 # ---------------------------------------------------------------- a session into its box, and back
 
@@ -192,7 +228,17 @@ class Placement:
     lost: float            # fraction of the brain outside the box
     estimated: list        # per scan: no zero background, so the mask is a guess at the head
 
-def conform(volumes, affines, shape, spacing_mm=1.0, resize=False, percentiles=(0.5, 99.5), percentiles_of='brain', clip=True, masks=None):
+def conform(
+    volumes,
+    affines,
+    shape,
+    spacing_mm=1.0,
+    resize=False,
+    percentiles=(0.5, 99.5),
+    percentiles_of='brain',
+    clip=True,
+    masks=None,
+):
     """A session's scans, RAS+ (D,H,W) each with its affine, as boxes (shape) in [0,1] on one grid -> list of boxes, Placement.
 
     The grid is that of the first scan, made isotropic; the others are brought there through the affines, each interpolated
@@ -201,19 +247,25 @@ def conform(volumes, affines, shape, spacing_mm=1.0, resize=False, percentiles=(
     masks: a bool mask of the brain per scan, or None for those whose mask is to be found (brain_mask).
     resize: stretch the first scan's whole field of view over the box instead, as DeCo-VAE's 182x218x182 mm over 128x256x128 voxels.
     """
-    if resize: affine, grid_shape = stretched(affines[0], volumes[0].shape, shape), tuple(shape)
-    else: affine, grid_shape = grid(affines[0], volumes[0].shape, spacing_mm)
+    if resize:
+        affine, grid_shape = stretched(affines[0], volumes[0].shape, shape), tuple(shape)
+    else:
+        affine, grid_shape = grid(affines[0], volumes[0].shape, spacing_mm)
     given, scans, masks, estimated = masks or [None] * len(volumes), [], [], []
     for k, (volume, a) in enumerate(zip(volumes, affines)):
         mask, guess = brain_mask(volume) if given[k] is None else (given[k], False)
         scan, inside = resample_inside(volume, mask, a, affine, grid_shape)
         scans.append(scan), masks.append(inside), estimated.append(guess)
         if not masks[k].any() or (masks[k] & masks[0]).sum() < 0.05 * masks[0].sum():
-            raise ValueError('does not overlap the first scan of its session; are the affines of one space?', k)
+            raise ValueError(
+                'does not overlap the first scan of its session; are the affines of one space?', k
+            )
     start, lost = ([0, 0, 0], 0.0) if resize else box_start(np.logical_or.reduce(masks), shape)
     boxes, low, high = [], [], []
     for scan, mask in zip(scans, masks):
-        box, lo, hi = scale_intensity(crop_pad(scan, start, shape), crop_pad(mask, start, shape), percentiles, percentiles_of, clip)
+        box, lo, hi = scale_intensity(
+            crop_pad(scan, start, shape), crop_pad(mask, start, shape), percentiles, percentiles_of, clip
+        )
         boxes.append(box), low.append(lo), high.append(hi)
     return boxes, Placement(affine, grid_shape, start, low, high, float(lost), estimated)
 

@@ -8,13 +8,15 @@ import torch.nn.functional as F
 
 def sum_over_ranks(x):
     """x summed over the processes, in place; x itself when alone."""
-    if dist.is_initialized(): dist.all_reduce(x)
+    if dist.is_initialized():
+        dist.all_reduce(x)
     return x
 
 def gather_over_ranks(x):
     """(N, C) of every process -> (sum of the N's, C), in rank order. The N's may differ."""
     if not dist.is_initialized(): return x
-    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64)  # on the host: reading it does not wait for the GPU
+    # on the host: reading it does not wait for the GPU
+    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64)
     sizes[dist.get_rank()] = len(x)
     sizes = sum_over_ranks(sizes).tolist()
     parts = [x.new_empty(max(sizes), x.shape[1]) for _ in sizes]
@@ -39,7 +41,8 @@ class VectorQuantizer(nn.Module):
     """
     def __init__(self, num_codes, dim, decay=0.99, eps=1e-5, revive=0.1):
         super().__init__()
-        if num_codes < 2 or dim < 1: raise ValueError(f'a codebook needs at least 2 codes of 1 channel, got {num_codes} x {dim}')
+        if num_codes < 2 or dim < 1:
+            raise ValueError(f'a codebook needs at least 2 codes of 1 channel, got {num_codes} x {dim}')
         self.num_codes, self.dim, self.decay, self.eps, self.revive = num_codes, dim, decay, eps, revive
         self.register_buffer('codebook', torch.zeros(num_codes, dim))
         self.register_buffer('cluster_size', torch.zeros(num_codes))
@@ -53,13 +56,16 @@ class VectorQuantizer(nn.Module):
                 commit: mean squared distance to the chosen code per latent element, unweighted; gradient to z alone
         The codebook is written only in training mode with update=True. Raises ValueError for another channel count.
         """
-        if z.shape[1] != self.dim: raise ValueError(f'quantiser has codes of {self.dim} channels, z has {z.shape[1]}')
+        if z.shape[1] != self.dim:
+            raise ValueError(f'quantiser has codes of {self.dim} channels, z has {z.shape[1]}')
         with torch.autocast(z.device.type, enabled=False):  # float32: squared distances cancel in bf16
             z = z.float()
             flat = z.movedim(1, -1).reshape(-1, self.dim)  # (N, C)
-            if self.training and update: self.revive_dead(flat.detach())
+            if self.training and update:
+                self.revive_dead(flat.detach())
             indices = self.nearest(flat.detach())
-            if self.training and update: self.update_codes(flat.detach(), indices)
+            if self.training and update:
+                self.update_codes(flat.detach(), indices)
             indices = indices.view(z.shape[0], *z.shape[2:])
             z_q = self.lookup(indices)
             commit = F.mse_loss(z, z_q)
@@ -73,7 +79,8 @@ class VectorQuantizer(nn.Module):
 
     def nearest(self, flat):
         """(N, C) -> (N,) index of the code at the smallest Euclidean distance, NeuroQuant eq. 6."""
-        distance = self.codebook.square().sum(1) - 2 * flat @ self.codebook.T  # |z|^2 is the same for every code
+        # |z|^2 is the same for every code
+        distance = self.codebook.square().sum(1) - 2 * flat @ self.codebook.T
         return distance.argmin(1)
 
     def lookup(self, indices):
@@ -105,7 +112,9 @@ class VectorQuantizer(nn.Module):
         total = self.cluster_size.sum()
         smoothed = (self.cluster_size + self.eps) / (total + self.num_codes * self.eps) * total
         alive = self.cluster_size > self.eps  # a code not yet started stays where it is
-        self.codebook.copy_(torch.where(alive[:, None], self.embed_sum / smoothed[:, None].clamp(min=self.eps), self.codebook))
+        self.codebook.copy_(
+            torch.where(alive[:, None], self.embed_sum / smoothed[:, None].clamp(min=self.eps), self.codebook)
+        )
 
     def perplexity(self):
         return perplexity(self.cluster_size)
@@ -119,24 +128,33 @@ class FiniteScalarQuantizer(nn.Module):
     def __init__(self, num_codes, dim, decay=0.99):
         super().__init__()
         bits = num_codes.bit_length() - 1
-        if bits < 2 or num_codes != 2 ** bits: raise ValueError(f"quantizer='fsq' needs a power of 2 of codes, at least 4, not {num_codes}")
+        if bits < 2 or num_codes != 2 ** bits:
+            raise ValueError(f"quantizer='fsq' needs a power of 2 of codes, at least 4, not {num_codes}")
         fours = -bits % 3
         levels = [8] * ((bits - 2 * fours) // 3) + [4] * fours
         self.num_codes, self.dim, self.decay = num_codes, dim, decay
         self.down, self.up = nn.Linear(dim, len(levels)), nn.Linear(len(levels), dim)
         self.register_buffer('levels', torch.tensor(levels), persistent=False)
-        self.register_buffer('place', torch.tensor([math.prod(levels[:i]) for i in range(len(levels))]), persistent=False)
+        self.register_buffer(
+            'place', torch.tensor([math.prod(levels[:i]) for i in range(len(levels))]), persistent=False
+        )
         self.register_buffer('cluster_size', torch.zeros(num_codes))
 
     def forward(self, z, update=True):
         """z (B, C, *grid) -> z_q (B, C, *grid) float32, indices (B, *grid) int64, and 0 for a commitment that nothing needs."""
-        if z.shape[1] != self.dim: raise ValueError(f'quantiser takes {self.dim} channels, z has {z.shape[1]}')
+        if z.shape[1] != self.dim:
+            raise ValueError(f'quantiser takes {self.dim} channels, z has {z.shape[1]}')
         with torch.autocast(z.device.type, enabled=False):
             bounded = self.bound(z)
             rounded = bounded + (bounded.round() - bounded).detach()
             indices = self.index(rounded.detach())
-            if self.training and update: self.count(indices)
-            return self.up(2 * rounded / self.levels).movedim(-1, 1), indices, z.new_zeros((), dtype=torch.float32)
+            if self.training and update:
+                self.count(indices)
+            return (
+                self.up(2 * rounded / self.levels).movedim(-1, 1),
+                indices,
+                z.new_zeros((), dtype=torch.float32),
+            )
 
     def bound(self, z):
         """z (B, C, *grid) -> (B, *grid, channels), a channel of L levels within (-L/2 - 1/2, L/2 - 1/2); 0 stays 0."""
@@ -149,7 +167,8 @@ class FiniteScalarQuantizer(nn.Module):
 
     def nearest_indices(self, z):
         """z (B, C, *grid) -> indices (B, *grid); nothing is written."""
-        with torch.autocast(z.device.type, enabled=False): return self.index(self.bound(z).round())
+        with torch.autocast(z.device.type, enabled=False):
+            return self.index(self.bound(z).round())
 
     def lookup(self, indices):
         """indices (B, *grid) -> z_q (B, C, *grid)."""
@@ -161,7 +180,9 @@ class FiniteScalarQuantizer(nn.Module):
     def count(self, indices):
         """One EMA step of the counts, over every process."""
         flat = indices.flatten()
-        new = torch.zeros_like(self.cluster_size).index_add_(0, flat, torch.ones_like(flat, dtype=torch.float32))
+        new = torch.zeros_like(self.cluster_size).index_add_(
+            0, flat, torch.ones_like(flat, dtype=torch.float32)
+        )
         self.cluster_size.lerp_(sum_over_ranks(new), 1 - self.decay)
 
     def perplexity(self):
@@ -175,19 +196,24 @@ class MultiQuantizer(nn.Module):
     """
     def __init__(self, num_codes, dim, decay, revive, num_codebooks, codebooks):
         super().__init__()
-        if codebooks not in ('residual', 'split'): raise ValueError(f"codebooks='{codebooks}': residual or split")
+        if codebooks not in ('residual', 'split'):
+            raise ValueError(f"codebooks='{codebooks}': residual or split")
         self.residual = codebooks == 'residual'
-        if not self.residual and dim % num_codebooks: raise ValueError(f'{dim} channels do not split into {num_codebooks} codebooks')
+        if not self.residual and dim % num_codebooks:
+            raise ValueError(f'{dim} channels do not split into {num_codebooks} codebooks')
         self.num_codes, self.num_codebooks = num_codes, num_codebooks
         part = dim if self.residual else dim // num_codebooks
-        self.parts = nn.ModuleList(VectorQuantizer(num_codes, part, decay, revive=revive) for _ in range(num_codebooks))
+        self.parts = nn.ModuleList(
+            VectorQuantizer(num_codes, part, decay, revive=revive) for _ in range(num_codebooks)
+        )
 
     def forward(self, z, update=True):
         """As VectorQuantizer's; commit is the mean over the codebooks."""
         z, rest, found = z.float(), z.float(), []
         for part, own in zip(self.parts, z.chunk(self.num_codebooks, 1)):
             found.append(part(rest if self.residual else own, update))
-            if self.residual: rest = rest - part.lookup(found[-1][1])
+            if self.residual:
+                rest = rest - part.lookup(found[-1][1])
         indices = torch.stack([f[1] for f in found], 1)
         return z + (self.lookup(indices) - z).detach(), indices, sum(f[2] for f in found) / self.num_codebooks
 
@@ -195,7 +221,8 @@ class MultiQuantizer(nn.Module):
         rest, found = z.float(), []
         for part, own in zip(self.parts, z.float().chunk(self.num_codebooks, 1)):
             found.append(part.nearest_indices(rest if self.residual else own))
-            if self.residual: rest = rest - part.lookup(found[-1])
+            if self.residual:
+                rest = rest - part.lookup(found[-1])
         return torch.stack(found, 1)
 
     def lookup(self, indices):
@@ -207,11 +234,14 @@ class MultiQuantizer(nn.Module):
         """Mean over the codebooks."""
         return sum(part.perplexity() for part in self.parts) / self.num_codebooks
 
-def make_quantizer(num_codes, dim, decay=0.99, revive=0.1, num_codebooks=1, codebooks='residual', quantizer='ema'):
+def make_quantizer(
+    num_codes, dim, decay=0.99, revive=0.1, num_codebooks=1, codebooks='residual', quantizer='ema'
+):
     """One VectorQuantizer, a MultiQuantizer of several, or for 'fsq' a FiniteScalarQuantizer."""
     if quantizer not in ('ema', 'fsq'): raise ValueError(f"quantizer='{quantizer}': ema or fsq")
     if quantizer == 'fsq':
-        if num_codebooks > 1: raise ValueError("quantizer='fsq' has no codebooks: num_codebooks=1; raise num_codes instead")
+        if num_codebooks > 1:
+            raise ValueError("quantizer='fsq' has no codebooks: num_codebooks=1; raise num_codes instead")
         return FiniteScalarQuantizer(num_codes, dim, decay)
     if num_codebooks == 1: return VectorQuantizer(num_codes, dim, decay, revive=revive)
     return MultiQuantizer(num_codes, dim, decay, revive, num_codebooks, codebooks)

@@ -31,13 +31,17 @@ def register(fixed, fixed_affine, moving, moving_affine, points=20000, seed=0):
     """
     rng = np.random.default_rng(seed)
     inside = np.argwhere(ndimage.binary_dilation(fixed > np.percentile(fixed, 50), iterations=2))
-    voxels = inside[rng.integers(len(inside), size=points)].T + rng.uniform(-0.5, 0.5, (3, points))  # between voxels: else grids would favour no turn
+    # between voxels: else grids would favour no turn
+    voxels = inside[rng.integers(len(inside), size=points)].T + rng.uniform(-0.5, 0.5, (3, points))
     world = fixed_affine[:3, :3] @ voxels + fixed_affine[:3, 3:]
     centre, to_moving = world.mean(1), np.linalg.inv(moving_affine)
     sizes = [np.sqrt((a[:3, :3] ** 2).sum(0)) for a in (fixed_affine, moving_affine)]
     p = np.zeros(6)
     for blur_mm, step in ((4.0, 4.0), (1.5, 1.0)):
-        still, mover = (ndimage.gaussian_filter(v, np.maximum(blur_mm / s, 0.01) / 2.355) for v, s in zip((fixed, moving), sizes))
+        still, mover = (
+            ndimage.gaussian_filter(v, np.maximum(blur_mm / s, 0.01) / 2.355)
+            for v, s in zip((fixed, moving), sizes)
+        )
         a = ndimage.map_coordinates(still, voxels, order=1)
         a, bins = binned(a)(a), binned(mover[mover > mover.min()])
         def likeness(p):
@@ -46,7 +50,9 @@ def register(fixed, fixed_affine, moving, moving_affine, points=20000, seed=0):
         before = likeness(np.zeros(6))
         options = {'xtol': 0.02, 'ftol': 1e-5, 'maxiter': 20, 'direc': step * np.eye(6)}
         p = optimize.minimize(lambda p: -likeness(p), p, method='Powell', options=options).x
-    after, moved = likeness(p), float(np.linalg.norm(rigid(p, centre)[:3, :3] @ world + rigid(p, centre)[:3, 3:] - world, axis=0).max())
+    after, moved = likeness(p), float(
+        np.linalg.norm(rigid(p, centre)[:3, :3] @ world + rigid(p, centre)[:3, 3:] - world, axis=0).max()
+    )
     reason = 'no likeness gained' if after <= before + 1e-4 else 'moved over 60 mm' if moved > 60 else ''
     facts = {'nmi_before': float(before), 'nmi_after': float(after), 'moved_mm': moved, 'reason': reason}
     return (moving_affine if reason else np.linalg.inv(rigid(p, centre)) @ moving_affine), facts

@@ -14,13 +14,57 @@ from scipy import ndimage
 import nifti
 from pretrained import SYNTHSEG_LABELS, load_synthseg
 
-NAMES = {2: 'cerebral white matter', 3: 'cerebral cortex', 4: 'lateral ventricle', 5: 'inferior lateral ventricle', 7: 'cerebellum white matter',
-         8: 'cerebellum cortex', 10: 'thalamus', 11: 'caudate', 12: 'putamen', 13: 'pallidum', 14: '3rd ventricle', 15: '4th ventricle',
-         16: 'brain stem', 17: 'hippocampus', 18: 'amygdala', 24: 'CSF', 26: 'accumbens', 28: 'ventral DC'}
-RIGHT = {2: 41, 3: 42, 4: 43, 5: 44, 7: 46, 8: 47, 10: 49, 11: 50, 12: 51, 13: 52, 17: 53, 18: 54, 26: 58, 28: 60}  # of each left label
-MERGED = {name: (label, RIGHT[label]) if label in RIGHT else (label,) for label, name in NAMES.items()}  # left and right together
-TOPOLOGY = [(2, 3, 4, 5), (41, 42, 43, 44), (7, 8), (46, 47),  # labels whose joint posterior is kept in one piece
-            *[(label,) for label in SYNTHSEG_LABELS if label not in (0, 2, 3, 4, 5, 41, 42, 43, 44, 7, 8, 46, 47, 24)]]
+NAMES = {
+    2: 'cerebral white matter',
+    3: 'cerebral cortex',
+    4: 'lateral ventricle',
+    5: 'inferior lateral ventricle',
+    7: 'cerebellum white matter',
+    8: 'cerebellum cortex',
+    10: 'thalamus',
+    11: 'caudate',
+    12: 'putamen',
+    13: 'pallidum',
+    14: '3rd ventricle',
+    15: '4th ventricle',
+    16: 'brain stem',
+    17: 'hippocampus',
+    18: 'amygdala',
+    24: 'CSF',
+    26: 'accumbens',
+    28: 'ventral DC',
+}
+# of each left label
+RIGHT = {
+    2: 41,
+    3: 42,
+    4: 43,
+    5: 44,
+    7: 46,
+    8: 47,
+    10: 49,
+    11: 50,
+    12: 51,
+    13: 52,
+    17: 53,
+    18: 54,
+    26: 58,
+    28: 60,
+}
+# left and right together
+MERGED = {name: (label, RIGHT[label]) if label in RIGHT else (label,) for label, name in NAMES.items()}
+# labels whose joint posterior is kept in one piece
+TOPOLOGY = [
+    (2, 3, 4, 5),
+    (41, 42, 43, 44),
+    (7, 8),
+    (46, 47),
+    *[
+        (label,)
+        for label in SYNTHSEG_LABELS
+        if label not in (0, 2, 3, 4, 5, 41, 42, 43, 44, 7, 8, 46, 47, 24)
+    ],
+]
 
 def largest_part(mask):
     """The largest connected component of a bool volume."""
@@ -68,22 +112,35 @@ class CommandSegmenter:
     """A shell command with {in} and {out}, such as 'mri_synthseg --i {in} --o {out}', run on NIfTI files."""
     def __init__(self, command):
         if '{in}' not in command or '{out}' not in command:
-            raise SystemExit(f'--segmenter={command}: neither a .h5 file nor a command with {{in}} and {{out}}')
+            raise SystemExit(
+                f'--segmenter={command}: neither a .h5 file nor a command with {{in}} and {{out}}'
+            )
         self.command = command
 
     def __call__(self, volume, spacing_mm):
         spacing = tuple(float(s) for s in np.broadcast_to(spacing_mm, 3))
         with tempfile.TemporaryDirectory() as folder:
             source, target = os.path.join(folder, 'in.nii.gz'), os.path.join(folder, 'out.nii.gz')
-            nifti.write(source, np.asarray(volume, np.float32), nifti.Native(np.diag([*spacing, 1.0]), volume.shape, 'RAS', spacing))
-            command = [part.replace('{in}', source).replace('{out}', target) for part in shlex.split(self.command)]
+            nifti.write(
+                source,
+                np.asarray(volume, np.float32),
+                nifti.Native(np.diag([*spacing, 1.0]), volume.shape, 'RAS', spacing),
+            )
+            command = [
+                part.replace('{in}', source).replace('{out}', target) for part in shlex.split(self.command)
+            ]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode or not os.path.exists(target):
-                raise ValueError(f'segmenter ended with {done.returncode}: {(done.stderr.strip().splitlines() or ["no output"])[-1]}')
+                raise ValueError(
+                    f'segmenter ended with {done.returncode}:'
+                    f' {(done.stderr.strip().splitlines() or ["no output"])[-1]}'
+                )
             labels, affine, _ = nifti.read(target)
         if labels.shape == volume.shape: return labels.astype(np.int16)
         back = np.linalg.inv(affine) @ np.diag([*spacing, 1.0])
-        return ndimage.affine_transform(labels.astype(np.int16), back[:3, :3], back[:3, 3], volume.shape, order=0)
+        return ndimage.affine_transform(
+            labels.astype(np.int16), back[:3, :3], back[:3, 3], volume.shape, order=0
+        )
 
 def make_segmenter(setting, device):
     """A .h5 file of SynthSeg weights, or a command."""

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 
-if 'PYTEST_XDIST_WORKER' in os.environ: os.environ['OMP_NUM_THREADS'] = '1'  # for torch, here and in the scripts it starts: workers share the cores
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    # for torch, here and in the scripts it starts: workers share the cores
+    os.environ['OMP_NUM_THREADS'] = '1'
 
 import numpy as np
 import pytest
@@ -24,7 +26,10 @@ def counted(kind, fields, shape):
     cls, config = model.KINDS[kind]
     return count(cls(config(**dict(fields))), shape)
 
-count, model.step_flops = model.step_flops, lambda net, shape: counted(model.model_args(net)['kind'], tuple(vars(net.config).items()), tuple(shape))  # once per network
+# once per network
+count, model.step_flops = model.step_flops, lambda net, shape: counted(
+    model.model_args(net)['kind'], tuple(vars(net.config).items()), tuple(shape)
+)
 
 def run(script, *args, **kwargs):
     """A script of the project as a user runs it; returns the finished process with its text output.
@@ -33,16 +38,24 @@ def run(script, *args, **kwargs):
     saves the seconds that importing torch takes; any exception but SystemExit comes through.
     """
     if (script == 'prepare.py' and '--workers=1' not in args) or kwargs:
-        return subprocess.run([sys.executable, os.path.join(ROOT, script), *map(str, args)], capture_output=True, text=True,
-                              cwd=kwargs.pop('cwd', ROOT), **kwargs)
+        return subprocess.run(
+            [sys.executable, os.path.join(ROOT, script), *map(str, args)],
+            capture_output=True,
+            text=True,
+            cwd=kwargs.pop('cwd', ROOT),
+            **kwargs,
+        )
     argv, handlers = sys.argv, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     sys.argv, out, code = [script, *map(str, args)], io.StringIO(), 0
     try:
-        with contextlib.redirect_stdout(out): runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
-    except SystemExit as e: code = e.code
+        with contextlib.redirect_stdout(out):
+            runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
+    except SystemExit as e:
+        code = e.code
     finally:
         sys.argv = argv
-        for s, handler in handlers.items(): signal.signal(s, handler)
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
     said = code if isinstance(code, str) else ''
     return subprocess.CompletedProcess(script, 1 if said else code or 0, out.getvalue(), said)
 
@@ -80,14 +93,27 @@ def make_tiny_data(folder):
             name = f'sub-{i:02d}_ses-01_{("T1w", "T2w")[j]}.npy'
             np.save(folder / name, np.where(brain, image, 0).astype(np.float32))
             names.append('' if (i, j) in ((3, 1), (4, 0)) else name)
-        lines.append('\t'.join([f'sub-{i:02d}', 'ses-01', 'train' if i < 8 else 'val' if i < 10 else 'test', *names, 'F', '30']))
+        lines.append(
+            '\t'.join([
+                f'sub-{i:02d}',
+                'ses-01',
+                'train' if i < 8 else 'val' if i < 10 else 'test',
+                *names,
+                'F',
+                '30',
+            ])
+        )
     (folder / 'subjects.tsv').write_text('\n'.join(lines) + '\n')
-    (folder / 'dataset.json').write_text(json.dumps({'shape': [32, 48, 32], 'spacing_mm': 1.0, 'modalities': ['T1w', 'T2w']}))
+    (folder / 'dataset.json').write_text(
+        json.dumps({'shape': [32, 48, 32], 'spacing_mm': 1.0, 'modalities': ['T1w', 'T2w']})
+    )
     return folder
 
 @pytest.fixture
 def tiny_data(tmp_path):
     return make_tiny_data(tmp_path / 'data')
 
-TINY = ['--widths=8,8,8,8', '--anat_dim=8', '--mod_dim=4', '--modality_dim=4', '--num_codes=16', '--batch_size=2',
-        '--batch_size_2d=4', '--res_blocks=1', '--device=cpu', '--warmup_iters=2', '--log_interval=1']
+TINY = [
+    '--widths=8,8,8,8', '--anat_dim=8', '--mod_dim=4', '--modality_dim=4', '--num_codes=16', '--batch_size=2',
+    '--batch_size_2d=4', '--res_blocks=1', '--device=cpu', '--warmup_iters=2', '--log_interval=1'
+]

@@ -30,7 +30,8 @@ def test_tuples_may_be_written_as_lists(text, value):
     ('--steps=1.5', 'steps must be int'), ('--compile=1', 'compile must be bool'), ('--lr', 'write --lr=value'),
     ('--_hidden=1', "unknown key '_hidden'"), ('missing.py', 'missing.py: cannot read')])
 def test_bad_settings_are_refused_in_one_line(arg, message):
-    with pytest.raises(SystemExit) as e: configure(settings(), [arg])
+    with pytest.raises(SystemExit) as e:
+        configure(settings(), [arg])
     assert message in str(e.value) and '\n' not in str(e.value)
 
 @pytest.mark.parametrize('text, message', [('lrr = 1', "unknown key 'lrr'"), ('lr = "x"', 'lr must be float'), ('lr =', 'SyntaxError'),
@@ -38,14 +39,16 @@ def test_bad_settings_are_refused_in_one_line(arg, message):
 def test_bad_config_files_are_refused_with_their_name(tmp_path, text, message):
     file = tmp_path / 'bad.py'
     file.write_text(text)
-    with pytest.raises(SystemExit) as e: configure(settings(), [str(file)])
+    with pytest.raises(SystemExit) as e:
+        configure(settings(), [str(file)])
     assert message in str(e.value) and 'bad.py' in str(e.value) and '\n' not in str(e.value)
 
 def test_checkpoints_are_read_without_running_code_and_written_whole(tmp_path):
     path = str(tmp_path / 'ckpt.pt')
     save_checkpoint(path, {'model_args': {'widths': (1, 2)}, 'w': torch.ones(2)})
     assert load_checkpoint(path)['model_args']['widths'] == (1, 2) and os.listdir(tmp_path) == ['ckpt.pt']
-    with pytest.raises(SystemExit, match='cannot write'): save_checkpoint(str(tmp_path / 'no' / 'ckpt.pt'), {})
+    with pytest.raises(SystemExit, match='cannot write'):
+        save_checkpoint(str(tmp_path / 'no' / 'ckpt.pt'), {})
 
 @pytest.mark.parametrize('spoil, message', [(lambda p: os.remove(p), 'no such checkpoint'), (lambda p: os.truncate(p, 300), 'not a readable'),
                                             (lambda p: torch.save({'a': 1}, p), 'model_args'),
@@ -54,7 +57,8 @@ def test_bad_checkpoints_are_refused_with_their_name(tmp_path, spoil, message):
     path = str(tmp_path / 'ckpt.pt')
     save_checkpoint(path, {'model_args': {}})
     spoil(path)
-    with pytest.raises(SystemExit, match=message) as e: load_checkpoint(path)
+    with pytest.raises(SystemExit, match=message) as e:
+        load_checkpoint(path)
     assert path in str(e.value)
 
 def test_average_follows_weights_and_copies_buffers():
@@ -71,8 +75,19 @@ def test_slow_versions_are_warned_of(device, version, cudnn, warned, capsys):
     assert ('cuDNN' in capsys.readouterr().out) == warned
 
 def test_out_of_memory_ends_with_one_line():
-    code = "import torch, common; common.explain_failures('batch_size=4'); raise torch.OutOfMemoryError('CUDA out of memory')"
+    code = (
+        "import torch, common; common.explain_failures('batch_size=4'); raise torch.OutOfMemoryError('CUDA"
+        " out of memory')"
+    )
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and 'lower batch_size=4' in done.stderr
+    assert (
+        done.returncode == 1
+        and len(done.stderr.strip().splitlines()) == 1
+        and 'lower batch_size=4' in done.stderr
+    )
     code = "import common; common.explain_failures('x'); raise KeyError('other errors keep their traceback')"
-    assert 'Traceback' in subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True).stderr
+    assert (
+        'Traceback' in subprocess.run(
+            [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True
+        ).stderr
+    )

@@ -20,7 +20,10 @@ def same(a, b):
 def test_a_batch_is_a_function_of_its_place(tiny_data):
     one, two = Sessions(tiny_data, MODALITIES, 'train'), Sessions(tiny_data, MODALITIES, 'train')
     for step in (0, 3, 17):
-        assert same(one.session_batch(2, 0, 0, 1, step, (16, 16, 16)), two.session_batch(2, 0, 0, 1, step, (16, 16, 16)))
+        assert same(
+            one.session_batch(2, 0, 0, 1, step, (16, 16, 16)),
+            two.session_batch(2, 0, 0, 1, step, (16, 16, 16)),
+        )
         assert same(one.slice_batch(8, 0, 0, 1, step), two.slice_batch(8, 0, 0, 1, step))
     assert not same(one.session_batch(2, 0, 0, 1, 0), one.session_batch(2, 1, 0, 1, 0))
 
@@ -29,7 +32,9 @@ def test_processes_together_see_the_batch_of_one(tiny_data, world):
     sessions = Sessions(tiny_data, MODALITIES, 'train')
     for step in range(3):
         whole = sessions.session_batch(4, 0, 0, 1, step, (16, 48, 16))
-        parts = [sessions.session_batch(4 // world, 0, rank, world, step, (16, 48, 16)) for rank in range(world)]
+        parts = [
+            sessions.session_batch(4 // world, 0, rank, world, step, (16, 48, 16)) for rank in range(world)
+        ]
         assert torch.equal(whole['x'], torch.cat([p['x'] for p in parts]))
         assert torch.equal(whole['modality'], torch.cat([p['modality'] for p in parts]))
         n = [len(p['x']) for p in parts]
@@ -48,7 +53,10 @@ def test_an_epoch_sees_every_session_once_and_missing_modalities_are_left_out(ti
     assert counts.tolist() == [2, 2, 2, 1, 1, 2, 2, 2]
     for b in seen:
         for source, target in b['pairs'].tolist():
-            assert b['session'][source] == b['session'][target] and b['modality'][source] != b['modality'][target]
+            assert (
+                b['session'][source] == b['session'][target]
+                and b['modality'][source] != b['modality'][target]
+            )
 
 def test_patches_of_a_session_come_from_one_place(tiny_data):
     sessions = Sessions(tiny_data, MODALITIES, 'train')
@@ -83,56 +91,80 @@ def test_prefetch_keeps_the_order_and_passes_errors_on():
         time.sleep(0.05 if step == 0 else 0)
         return {'n': step}
     assert [b['n'] for b in prefetch(slow_at_first, range(7), 'cpu')] == list(range(7))
-    def fail(step): raise SystemExit('file gone')
-    with pytest.raises(SystemExit, match='file gone'): next(prefetch(fail, range(3), 'cpu'))
+    def fail(step):
+        raise SystemExit('file gone')
+    with pytest.raises(SystemExit, match='file gone'):
+        next(prefetch(fail, range(3), 'cpu'))
 
 def test_volumes_are_opened_without_a_parser(tmp_path, monkeypatch):
     rng, shape = np.random.default_rng(0), (4, 5, 6)
-    for dtype in (np.float32, np.float16, np.uint8, np.int16): np.save(tmp_path / f'{np.dtype(dtype)}.npy', (100 * rng.random(shape)).astype(dtype))
-    np.save(tmp_path / 'double.npy', rng.random(shape)), np.save(tmp_path / 'other.npy', np.ones((2, 4, 5, 6), np.float16))
-    (tmp_path / 'short.npy').write_bytes((tmp_path / 'float32.npy').read_bytes()[:-1]), (tmp_path / 'empty.npy').write_bytes(b'')
+    for dtype in (np.float32, np.float16, np.uint8, np.int16):
+        np.save(tmp_path / f'{np.dtype(dtype)}.npy', (100 * rng.random(shape)).astype(dtype))
+    np.save(tmp_path / 'double.npy', rng.random(shape)), np.save(
+        tmp_path / 'other.npy', np.ones((2, 4, 5, 6), np.float16)
+    )
+    (tmp_path / 'short.npy').write_bytes((tmp_path / 'float32.npy').read_bytes()[:-1]), (
+        tmp_path / 'empty.npy'
+    ).write_bytes(b'')
     plain = {p.stem: np.load(p) for p in tmp_path.glob('*.npy') if p.stem not in ('short', 'empty')}
-    assert np.array_equal(open_npy(tmp_path / 'double.npy', shape), plain.pop('double'))  # what prepare.py never writes goes the slow way
+    # what prepare.py never writes goes the slow way
+    assert np.array_equal(open_npy(tmp_path / 'double.npy', shape), plain.pop('double'))
     monkeypatch.setattr(ast, 'literal_eval', None)
     for name, array in plain.items():
         found = open_npy(tmp_path / f'{name}.npy', shape, (2, *shape))
         assert isinstance(found, np.memmap) and found.dtype == array.dtype and np.array_equal(found, array)
     for name in ('short', 'empty', 'missing'):
-        with pytest.raises((OSError, EOFError, ValueError)): open_npy(tmp_path / f'{name}.npy', shape)
+        with pytest.raises((OSError, EOFError, ValueError)):
+            open_npy(tmp_path / f'{name}.npy', shape)
 
 def test_a_subject_in_two_splits_stops_with_its_name(tiny_data):
     table = tiny_data / 'subjects.tsv'
     table.write_text(table.read_text().replace('sub-11\tses-01\ttest', 'sub-01\tses-02\ttest'))
-    with pytest.raises(SystemExit, match='sub-01 is in two splits'): read_index(tiny_data, MODALITIES)
-    assert refused(run('train_vae.py', *TINY, f'--data_dir={tiny_data}', f'--out_dir={tiny_data}/out'), 'sub-01', 'two splits')
+    with pytest.raises(SystemExit, match='sub-01 is in two splits'):
+        read_index(tiny_data, MODALITIES)
+    assert refused(
+        run('train_vae.py', *TINY, f'--data_dir={tiny_data}', f'--out_dir={tiny_data}/out'),
+        'sub-01',
+        'two splits',
+    )
 
 def test_index_refusals_name_folder_and_reason(tiny_data, tmp_path):
-    with pytest.raises(SystemExit, match='nowhere.*prepare.py'): read_index(str(tmp_path / 'nowhere'), MODALITIES)
-    with pytest.raises(SystemExit, match='no volume of modality FLAIR; it has T1w, T2w'): read_index(tiny_data, ('FLAIR',))
-    with pytest.raises(SystemExit, match="split 'other'"): read_index(tiny_data, MODALITIES, 'other')
+    with pytest.raises(SystemExit, match='nowhere.*prepare.py'):
+        read_index(str(tmp_path / 'nowhere'), MODALITIES)
+    with pytest.raises(SystemExit, match='no volume of modality FLAIR; it has T1w, T2w'):
+        read_index(tiny_data, ('FLAIR',))
+    with pytest.raises(SystemExit, match="split 'other'"):
+        read_index(tiny_data, MODALITIES, 'other')
     (tiny_data / 'dataset.json').write_text('{')
-    with pytest.raises(SystemExit, match='dataset.json'): read_index(tiny_data, MODALITIES)
+    with pytest.raises(SystemExit, match='dataset.json'):
+        read_index(tiny_data, MODALITIES)
 
 def test_a_spoilt_volume_is_named(tiny_data):
     sessions = Sessions(tiny_data, MODALITIES, 'train')
     path = tiny_data / sessions.rows[0]['T1w']
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(SystemExit, match=path.name): sessions.volume(0, 0)
+    with pytest.raises(SystemExit, match=path.name):
+        sessions.volume(0, 0)
     np.save(path, np.zeros((4, 4, 4), np.float32))
-    with pytest.raises(SystemExit, match=r'\(4, 4, 4\).*\(32, 48, 32\)'): sessions.volume(0, 0)
+    with pytest.raises(SystemExit, match=r'\(4, 4, 4\).*\(32, 48, 32\)'):
+        sessions.volume(0, 0)
 
 def test_scan_batches_are_single_scans_and_a_function_of_their_place(tiny_data):
     sessions = Sessions(tiny_data, MODALITIES, 'train')
     for augment in (False, True):
         whole = sessions.scan_batch(4, 0, 0, 1, 2, (16, 48, 16), augment)
         parts = [sessions.scan_batch(2, 0, rank, 2, 2, (16, 48, 16), augment) for rank in range(2)]
-        assert torch.equal(whole['x'], torch.cat([p['x'] for p in parts])) and whole['x'].shape == (4, 1, 16, 48, 16)
+        assert torch.equal(whole['x'], torch.cat([p['x'] for p in parts])) and whole['x'].shape == (
+            4, 1, 16, 48, 16
+        )
     seen = torch.cat([sessions.scan_batch(2, 0, 0, 1, step)['modality'] for step in range(7)])
     assert np.bincount(seen).tolist() == [7, 7]  # fourteen scans, each once an epoch
 
 def test_augmented_volumes_stay_images_with_a_background_of_zero(tiny_data):
     volume = np.asarray(Sessions(tiny_data, MODALITIES, 'train').volume(0, 0))
-    variant = lambda seed, start=(0, 0, 0), size=volume.shape: augmented(volume, list(start), size, np.random.default_rng(seed))
+    variant = lambda seed, start=(0, 0, 0), size=volume.shape: augmented(
+        volume, list(start), size, np.random.default_rng(seed)
+    )
     images = [variant(seed) for seed in range(60)]
     for x in images:
         assert x.shape == volume.shape and x.dtype == np.float32 and x.min() >= 0 and x.max() <= 1
@@ -144,7 +176,9 @@ def test_augmented_volumes_stay_images_with_a_background_of_zero(tiny_data):
 
 def test_slices_across_a_given_axis(tiny_data):
     sessions = Sessions(tiny_data, MODALITIES, 'train')
-    assert {sessions.slice_batch(4, 0, 0, 1, step, axis=1)['x'].shape for step in range(6)} == {(4, 1, 32, 1, 32)}
+    assert {sessions.slice_batch(4, 0, 0, 1, step, axis=1)['x'].shape for step in range(6)} == {
+        (4, 1, 32, 1, 32)
+    }
 
 # ---------------------------------------------------------------- several data sets, storage
 
@@ -152,33 +186,54 @@ def copy_of(folder, new, sessions):
     """A data set with only some sessions of the split 'train'."""
     shutil.copytree(folder, new)
     head, *lines = (new / 'subjects.tsv').read_text().splitlines()
-    (new / 'subjects.tsv').write_text('\n'.join([head, *lines[:sessions], *[line for line in lines if '\ttrain\t' not in line]]) + '\n')
+    (new / 'subjects.tsv').write_text(
+        '\n'.join([head, *lines[:sessions], *[line for line in lines if '\ttrain\t' not in line]]) + '\n'
+    )
     return new
 
 def test_temperature_draws_small_data_sets_and_rare_modalities_more_often(tiny_data, tmp_path):
     small = copy_of(tiny_data, tmp_path / 'small', 2)
-    (small / 'subjects.tsv').write_text((small / 'subjects.tsv').read_text().replace('sub-01_ses-01_T2w.npy', ''))
+    (small / 'subjects.tsv').write_text(
+        (small / 'subjects.tsv').read_text().replace('sub-01_ses-01_T2w.npy', '')
+    )
     both = f'{tiny_data},{small}'
     for temperature, share in ((1.0, 2 / 10), (2.0, 2 ** 0.5 / (2 ** 0.5 + 8 ** 0.5)), (1e9, 0.5)):
         sessions = Sessions(both, MODALITIES, 'train', temperature)
         drawn = [sessions.rows[sessions.choose(sessions.session_groups, p, 0)]['folder'] for p in range(3000)]
         assert drawn.count(str(small)) / 3000 == pytest.approx(share, abs=0.03)
     scans = [sessions.scans[sessions.choose(sessions.scan_groups, p, 0)] for p in range(3000)]
-    assert sum(m == 1 and sessions.rows[i]['folder'] == str(small) for i, m in scans) / 3000 == pytest.approx(0.25, abs=0.03)  # one of 17 scans
-    assert set(sessions.session_batch(2, 0, 0, 1, 0)) == set(Sessions(tiny_data, MODALITIES, 'train').session_batch(2, 0, 0, 1, 0))
+    # one of 17 scans
+    assert sum(m == 1 and sessions.rows[i]['folder'] == str(small) for i, m in scans) / 3000 == pytest.approx(
+        0.25, abs=0.03
+    )
+    assert set(sessions.session_batch(2, 0, 0, 1, 0)) == set(
+        Sessions(tiny_data, MODALITIES, 'train').session_batch(2, 0, 0, 1, 0)
+    )
 
 def test_data_sets_of_different_boxes_are_refused(tiny_data, tmp_path):
     other = copy_of(tiny_data, tmp_path / 'other', 2)
     facts = json.loads((other / 'dataset.json').read_text())
     (other / 'dataset.json').write_text(json.dumps(facts | {'spacing_mm': 2.0}))
-    with pytest.raises(SystemExit, match='other: made with spacing_mm 2.0, .* with 1.0'): Sessions(f'{tiny_data},{other}', MODALITIES, 'train')
+    with pytest.raises(SystemExit, match='other: made with spacing_mm 2.0, .* with 1.0'):
+        Sessions(f'{tiny_data},{other}', MODALITIES, 'train')
 
 def test_eight_bit_volumes_come_back_within_half_a_step_and_keep_their_mask(tiny_data):
     plain = Sessions(tiny_data, MODALITIES, 'train')
-    before = [plain.session_batch(2, 0, 0, 1, 0)['x'], plain.scan_batch(2, 0, 0, 1, 0, (16, 16, 16))['x'], plain.slice_batch(8, 0, 0, 1, 0)['x'], torch.tensor(plain.volume(0, 0))]
-    for path in tiny_data.glob('*.npy'): np.save(path, stored(np.load(path), 'uint8'))
+    before = [
+        plain.session_batch(2, 0, 0, 1, 0)['x'],
+        plain.scan_batch(2, 0, 0, 1, 0, (16, 16, 16))['x'],
+        plain.slice_batch(8, 0, 0, 1, 0)['x'],
+        torch.tensor(plain.volume(0, 0)),
+    ]
+    for path in tiny_data.glob('*.npy'):
+        np.save(path, stored(np.load(path), 'uint8'))
     small = Sessions(tiny_data, MODALITIES, 'train')
-    after = [small.session_batch(2, 0, 0, 1, 0)['x'], small.scan_batch(2, 0, 0, 1, 0, (16, 16, 16))['x'], small.slice_batch(8, 0, 0, 1, 0)['x'], torch.tensor(small.volume(0, 0))]
+    after = [
+        small.session_batch(2, 0, 0, 1, 0)['x'],
+        small.scan_batch(2, 0, 0, 1, 0, (16, 16, 16))['x'],
+        small.slice_batch(8, 0, 0, 1, 0)['x'],
+        torch.tensor(small.volume(0, 0)),
+    ]
     for a, b in zip(before, after):
         assert b.dtype == torch.float32 and ((a > 0) == (b > 0)).all()
         assert (a - b).abs()[a > 1 / 255].max() <= 0.5 / 255 + 1e-6 and (a - b).abs().max() <= 1 / 255

@@ -17,14 +17,22 @@ def test_the_path_runs_from_noise_to_data_and_its_slope_is_the_target():
     torch.testing.assert_close(path[1], 0.7 * x0[1] + 0.3 * x1[1])
     assert flow_matching_loss(lambda x, t, cond: x1 - x0, x1, x0, t) == 0
     off = lambda x, t, cond: x1 - x0 + torch.tensor([1.0, -3.0]).view(1, 2, 1)
-    assert flow_matching_loss(off, x1, x0, t).item() == pytest.approx(5) and flow_matching_loss(off, x1, x0, t, norm='l1').item() == pytest.approx(2)
-    with pytest.raises(ValueError, match='l2 or l1'): flow_matching_loss(off, x1, x0, t, norm='huber')
+    assert flow_matching_loss(off, x1, x0, t).item() == pytest.approx(5) and flow_matching_loss(
+        off, x1, x0, t, norm='l1'
+    ).item() == pytest.approx(2)
+    with pytest.raises(ValueError, match='l2 or l1'):
+        flow_matching_loss(off, x1, x0, t, norm='huber')
 
 @pytest.mark.parametrize('steps', [1, 7, 30, 1000])
 @pytest.mark.parametrize('shift', [1.0, 1.587])
 def test_steps_sum_to_exactly_one(steps, shift):
     grid = time_grid(steps, shift).tolist()
-    assert grid[0] == 0 and grid[-1] == 1 and len(grid) == steps + 1 and all(a < b for a, b in zip(grid, grid[1:]))
+    assert (
+        grid[0] == 0
+        and grid[-1] == 1
+        and len(grid) == steps + 1
+        and all(a < b for a, b in zip(grid, grid[1:]))
+    )
     assert math.fsum(b - a for a, b in zip(grid, grid[1:])) == pytest.approx(1, abs=1e-15)
 
 def test_shift_is_maisis_warp_of_the_noise_level():
@@ -40,14 +48,17 @@ def test_drawn_times_have_their_distribution():
     z = torch.logit(draw_times(20000, 'logit_normal', generator=g))
     assert abs(z.mean()) < 0.03 and abs(z.std() - 1) < 0.03
     assert draw_times(20000, shift=2.0, generator=g).mean() < 0.45
-    with pytest.raises(ValueError): draw_times(3, 'cosine')
+    with pytest.raises(ValueError):
+        draw_times(3, 'cosine')
 
 # ---------------------------------------------------------------- samplers
 
 @pytest.mark.parametrize('method', ['euler', 'heun'])
 def test_a_constant_field_is_followed_exactly(method):
     noise, c = torch.randn(4, 2, 3), torch.randn(2, 3)
-    torch.testing.assert_close(sample(lambda x, t, cond: c.expand_as(x), noise, 30, method), noise + c, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        sample(lambda x, t, cond: c.expand_as(x), noise, 30, method), noise + c, atol=1e-6, rtol=1e-6
+    )
 
 def test_a_field_linear_in_time_is_exact_for_heun():
     noise = torch.randn(4, 2)
@@ -57,7 +68,8 @@ def test_a_field_linear_in_time_is_exact_for_heun():
 
 def test_errors_fall_with_the_step_as_the_method_says():
     noise = torch.ones(1, 1)
-    def error(method, steps): return abs(sample(lambda x, t, cond: x, noise, steps, method).item() - math.e)
+    def error(method, steps):
+        return abs(sample(lambda x, t, cond: x, noise, steps, method).item() - math.e)
     assert error('euler', 16) / error('euler', 32) == pytest.approx(2, rel=0.1)
     assert error('heun', 8) / error('heun', 16) == pytest.approx(4, rel=0.15)
 
@@ -67,13 +79,17 @@ def test_guidance_extrapolates_and_costs_calls():
         calls.append(cond)
         return torch.full_like(x, 0.0 if cond is None else 1.0)
     noise = torch.zeros(1, 1)
-    assert sample(v, noise, 4, cond={'classes': 1}, guidance=3.0).item() == pytest.approx(3) and len(calls) == 8
+    assert (
+        sample(v, noise, 4, cond={'classes': 1}, guidance=3.0).item() == pytest.approx(3) and len(calls) == 8
+    )
     assert sample(v, noise, 4, cond={'classes': 1}).item() == pytest.approx(1) and len(calls) == 12
     assert sample(v, noise, 4).item() == 0
 
 def test_bad_steps_and_methods_are_refused():
-    with pytest.raises(ValueError, match='at least 1'): sample(lambda x, t, c: x, torch.zeros(1, 1), 0)
-    with pytest.raises(ValueError, match='euler or heun'): sample(lambda x, t, c: x, torch.zeros(1, 1), 3, 'rk4')
+    with pytest.raises(ValueError, match='at least 1'):
+        sample(lambda x, t, c: x, torch.zeros(1, 1), 0)
+    with pytest.raises(ValueError, match='euler or heun'):
+        sample(lambda x, t, c: x, torch.zeros(1, 1), 3, 'rk4')
 
 def test_the_exact_velocity_of_a_gaussian_mixture_gives_the_mixture_back():
     """In latent shape; v = E[x1 - x0 | x_t] in closed form; mean and variance within 5 % at 30 Euler steps."""
@@ -87,21 +103,34 @@ def test_the_exact_velocity_of_a_gaussian_mixture_gives_the_mixture_back():
         x0 = (1 - t) / var * (x - t * means)
         return (share * (x1 - x0)).sum(-1)
     x = sample(v, torch.randn(64, 4, 4, 8, 4, generator=torch.Generator().manual_seed(0)), 30)
-    mean, var = (weight * means).sum().item(), (weight * (means ** 2 + sd ** 2)).sum().item() - (weight * means).sum().item() ** 2
+    mean, var = (weight * means).sum().item(), (weight * (means**2 + sd**2)).sum().item() - (
+        weight * means
+    ).sum().item() ** 2
     assert x.mean().item() == pytest.approx(mean, rel=0.05) and x.var().item() == pytest.approx(var, rel=0.05)
 
 # ---------------------------------------------------------------- U-Net
 
 def small(**kwargs):
     torch.manual_seed(0)
-    model = FlowUNet(FlowUNetConfig(**{**dict(in_channels=3, widths=(16, 32), res_blocks=1, attention=(False, True), head_width=16), **kwargs}))
-    for p in model.parameters(): torch.nn.init.normal_(p, p.mean().item(), 0.1)
+    model = FlowUNet(
+        FlowUNetConfig(**{
+            **dict(in_channels=3, widths=(16, 32), res_blocks=1, attention=(False, True), head_width=16),
+            **kwargs,
+        })
+    )
+    for p in model.parameters():
+        torch.nn.init.normal_(p, p.mean().item(), 0.1)
     return model.eval()
 
 def test_parameters_are_maisis():
-    for config, n in ((FlowUNetConfig(), 178_566_276), (FlowUNetConfig(vectors=(3,)), 180_468_100), (FlowUNetConfig(vectors=(3,), classes=(128,)), 180_500_868),
-                      (FlowUNetConfig(vectors=(3, 1)), 182_369_412)):
-        with torch.device('meta'): assert sum(p.numel() for p in FlowUNet(config).parameters()) == n
+    for config, n in (
+        (FlowUNetConfig(), 178_566_276),
+        (FlowUNetConfig(vectors=(3,)), 180_468_100),
+        (FlowUNetConfig(vectors=(3,), classes=(128,)), 180_500_868),
+        (FlowUNetConfig(vectors=(3, 1)), 182_369_412),
+    ):
+        with torch.device('meta'):
+            assert sum(p.numel() for p in FlowUNet(config).parameters()) == n
 
 def test_a_new_network_predicts_zero_velocity():
     model = FlowUNet(FlowUNetConfig(in_channels=2, widths=(8, 16), attention=(False, True), head_width=8))
@@ -112,21 +141,41 @@ def test_maisi_unet_weights_give_what_monai_gives(conditioned):
     networks = pytest.importorskip('monai.apps.generation.maisi.networks.diffusion_model_unet_maisi')
     torch.manual_seed(0)
     theirs = networks.DiffusionModelUNetMaisi(
-        spatial_dims=3, in_channels=4, out_channels=4, num_channels=(32, 64, 64), attention_levels=(False, True, True), num_head_channels=(0, 32, 32),
-        num_res_blocks=2, resblock_updown=True, include_fc=True, use_flash_attention=False, num_class_embeds=16 if conditioned else None,
-        include_spacing_input=conditioned).eval()
-    for p in theirs.parameters(): torch.nn.init.normal_(p, p.mean().item(), 0.05)
-    ours = load_maisi_unet({'unet_state_dict': {f'module.{k}': v for k, v in theirs.state_dict().items()}, 'scale_factor': 1.0})
+        spatial_dims=3,
+        in_channels=4,
+        out_channels=4,
+        num_channels=(32, 64, 64),
+        attention_levels=(False, True, True),
+        num_head_channels=(0, 32, 32),
+        num_res_blocks=2,
+        resblock_updown=True,
+        include_fc=True,
+        use_flash_attention=False,
+        num_class_embeds=16 if conditioned else None,
+        include_spacing_input=conditioned,
+    ).eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, p.mean().item(), 0.05)
+    ours = load_maisi_unet(
+        {'unet_state_dict': {f'module.{k}': v for k, v in theirs.state_dict().items()}, 'scale_factor': 1.0}
+    )
     x, t = torch.randn(2, 4, 8, 16, 8), torch.tensor([0.25, 0.9])
     classes, spacing = torch.tensor([3, 9]), torch.rand(2, 3) * 100
     with torch.no_grad():
-        want = theirs(x, 1000 * (1 - t), class_labels=classes if conditioned else None, spacing_tensor=spacing if conditioned else None)
+        want = theirs(
+            x,
+            1000 * (1 - t),
+            class_labels=classes if conditioned else None,
+            spacing_tensor=spacing if conditioned else None,
+        )
         got = ours(x, t, {'classes': classes[:, None], 'vectors': [spacing]} if conditioned else None)
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     state = theirs.state_dict()
     state.pop('middle_block.resnet_1.conv1.conv.weight')
-    with pytest.raises(ValueError, match='missing middle_block.resnet_1.conv1.conv.weight'): load_maisi_unet(state)
-    with pytest.raises(ValueError, match='not a MAISI U-Net'): load_maisi_unet({})
+    with pytest.raises(ValueError, match='missing middle_block.resnet_1.conv1.conv.weight'):
+        load_maisi_unet(state)
+    with pytest.raises(ValueError, match='not a MAISI U-Net'):
+        load_maisi_unet({})
 
 @pytest.mark.parametrize('grid', [(4, 6, 4), (5, 7, 9), (2, 3, 2), (1, 2, 1)])
 def test_any_latent_grid_will_do(grid):
@@ -138,9 +187,11 @@ def test_conditions_change_the_velocity_and_none_is_not_known():
     cond = {'classes': torch.tensor([[0, 1], [2, 0]]), 'vectors': [torch.tensor([[0.3, 1.0], [0.6, 1.0]])]}
     unknown = {'classes': torch.tensor([[3, 2], [3, 2]]), 'vectors': [torch.zeros(2, 2)]}
     torch.testing.assert_close(model(x, t, unknown), model(x, t))
-    for k in ('classes', 'vectors'): assert not torch.allclose(model(x, t, {k: cond[k]}), model(x, t))
+    for k in ('classes', 'vectors'):
+        assert not torch.allclose(model(x, t, {k: cond[k]}), model(x, t))
     one = model(x[1:], t[1:], {'classes': cond['classes'][1:], 'vectors': [cond['vectors'][0][1:]]})
     torch.testing.assert_close(model(x, t, cond)[1:], one, atol=1e-5, rtol=1e-5)
 
 def test_configs_that_make_no_sense_are_refused():
-    with pytest.raises(ValueError, match='one value for each'): FlowUNet(FlowUNetConfig(widths=(16, 32), attention=(True,)))
+    with pytest.raises(ValueError, match='one value for each'):
+        FlowUNet(FlowUNetConfig(widths=(16, 32), attention=(True,)))

@@ -7,8 +7,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from losses import (ModalityClassifier, PatchDiscriminator, adversarial_loss, cov_loss, generator_loss, grad_reverse, kl_loss, ms_ssim, perceptual_loss,
-                    psnr, random_slices, reconstruction_loss, sid_loss, ssim, vad_loss, var_loss)
+from losses import (
+    ModalityClassifier, PatchDiscriminator, adversarial_loss, cov_loss, generator_loss, grad_reverse, kl_loss,
+    ms_ssim, perceptual_loss, psnr, random_slices, reconstruction_loss, sid_loss, ssim, vad_loss, var_loss
+)
 
 def pair(shape, seed=0):
     rng = np.random.default_rng(seed)
@@ -20,7 +22,9 @@ def pair(shape, seed=0):
     (dict(), dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)),
     (dict(window='uniform', size=7), dict())])
 def test_ssim_equals_scikit_image(shape, ours, theirs):
-    structural_similarity = pytest.importorskip('skimage.metrics', reason='scikit-image is the reference').structural_similarity
+    structural_similarity = pytest.importorskip(
+        'skimage.metrics', reason='scikit-image is the reference'
+    ).structural_similarity
     x, y = pair(shape)
     expected = structural_similarity(x, y, data_range=1.0, **theirs)
     got = ssim(torch.tensor(x)[None, None], torch.tensor(y)[None, None], **ours)
@@ -37,12 +41,15 @@ def test_ssim_is_one_for_equal_and_symmetric():
     torch.testing.assert_close(ssim(x, y), ssim(y, x))
 
 def test_ssim_refuses_small_images_and_other_shapes():
-    with pytest.raises(ValueError, match='window 11.*8'): ssim(torch.rand(1, 1, 8, 20, 20), torch.rand(1, 1, 8, 20, 20))
-    with pytest.raises(ValueError, match='shapes differ'): ssim(torch.rand(1, 1, 20, 20), torch.rand(1, 1, 20, 21))
+    with pytest.raises(ValueError, match='window 11.*8'):
+        ssim(torch.rand(1, 1, 8, 20, 20), torch.rand(1, 1, 8, 20, 20))
+    with pytest.raises(ValueError, match='shapes differ'):
+        ssim(torch.rand(1, 1, 20, 20), torch.rand(1, 1, 20, 21))
 
 def test_ssim_stays_float32_under_autocast():
     x, y = (torch.tensor(a)[None, None] for a in pair((20, 20)))
-    with torch.autocast('cpu', dtype=torch.bfloat16): inside = ssim(x, y)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        inside = ssim(x, y)
     torch.testing.assert_close(inside, ssim(x, y))
 
 def test_reconstruction_loss_is_l1_plus_weighted_dissimilarity():
@@ -69,7 +76,8 @@ def test_reversed_gradient_is_exactly_minus_alpha_times_the_plain_one():
         return torch.autograd.grad(loss, [z, *classifier.parameters()])
     plain, reversed_ = gradients(z), gradients(grad_reverse(z, 0.25))
     assert torch.equal(reversed_[0], -0.25 * plain[0])
-    assert all(torch.equal(a, b) for a, b in zip(plain[1:], reversed_[1:]))  # the classifier learns at full weight
+    # the classifier learns at full weight
+    assert all(torch.equal(a, b) for a, b in zip(plain[1:], reversed_[1:]))
 
 @pytest.mark.parametrize('shape', [(1, 1, 48, 56, 50), (2, 1, 200, 180)])
 def test_ms_ssim_equals_monais(shape):
@@ -83,13 +91,18 @@ def test_ms_ssim_equals_monais(shape):
 
 # ---------------------------------------------------------------- the latent of a KL autoencoder
 
-def rows(z): return np.moveaxis(z.double().numpy(), 1, -1).reshape(-1, z.shape[1])
+def rows(z):
+    return np.moveaxis(z.double().numpy(), 1, -1).reshape(-1, z.shape[1])
 
 @pytest.fixture
 def latent():
     """(2,4,3,4,5) with correlated channels of unequal means and spreads."""
     z = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 4, 3, 4, 5))).float()
-    return z + torch.tensor([0.0, 2, -1, 5]).view(1, 4, 1, 1, 1) + 0.8 * z[:, [1, 0, 0, 2]] * torch.tensor([1.0, 3, 0.2, 1]).view(1, 4, 1, 1, 1)
+    return (
+        z
+        + torch.tensor([0.0, 2, -1, 5]).view(1, 4, 1, 1, 1)
+        + 0.8 * z[:, [1, 0, 0, 2]] * torch.tensor([1.0, 3, 0.2, 1]).view(1, 4, 1, 1, 1)
+    )
 
 def test_latent_losses_equal_their_formulas(latent):
     z = rows(latent)
@@ -99,12 +112,17 @@ def test_latent_losses_equal_their_formulas(latent):
     for gamma in (1.0, 2.5):
         hinge = (np.maximum(0, gamma - np.sqrt(np.diag(sigma))) ** 2).mean()
         assert var_loss(latent, gamma).item() == pytest.approx(hinge, rel=1e-4, abs=1e-7)
-        assert var_loss(latent, gamma, 'two_sided_var').item() == pytest.approx(((np.diag(sigma) - gamma ** 2) ** 2).mean(), rel=1e-4)
+        assert var_loss(latent, gamma, 'two_sided_var').item() == pytest.approx(
+            ((np.diag(sigma) - gamma**2) ** 2).mean(), rel=1e-4
+        )
         assert vad_loss(latent, gamma).item() == pytest.approx((sigma[off] ** 2).sum() / 16 + hinge, rel=1e-4)
-    torch.testing.assert_close(sid_loss(latent), sid_loss(latent.movedim(1, -1).reshape(-1, 4)))  # (N, C) is the same
+    # (N, C) is the same
+    torch.testing.assert_close(sid_loss(latent), sid_loss(latent.movedim(1, -1).reshape(-1, 4)))
 
 def test_invariances_of_the_latent_losses(latent):
-    scale, shift = torch.tensor([0.1, 3, 20, 1]).view(1, 4, 1, 1, 1), torch.tensor([1.0, -5, 0, 9]).view(1, 4, 1, 1, 1)
+    scale, shift = torch.tensor([0.1, 3, 20, 1]).view(1, 4, 1, 1, 1), torch.tensor([1.0, -5, 0, 9]).view(
+        1, 4, 1, 1, 1
+    )
     torch.testing.assert_close(sid_loss(scale * latent + shift), sid_loss(latent), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(cov_loss(latent + shift), cov_loss(latent), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(cov_loss(2 * latent), 16 * cov_loss(latent), rtol=1e-3, atol=1e-5)
@@ -128,7 +146,8 @@ def test_kl_equals_torchs_and_its_reductions_differ_by_the_number_of_elements():
     torch.testing.assert_close(kl_loss(mu, logvar), want.mean())
     torch.testing.assert_close(kl_loss(mu, logvar, 'sum'), kl_loss(mu, logvar) * 4 * 2 * 3 * 2)
     assert kl_loss(torch.zeros(1, 4), torch.zeros(1, 4)) == 0
-    with pytest.raises(ValueError, match='mean or sum'): kl_loss(mu, logvar, 'max')
+    with pytest.raises(ValueError, match='mean or sum'):
+        kl_loss(mu, logvar, 'max')
 
 # ---------------------------------------------------------------- adversary
 
@@ -137,8 +156,10 @@ def test_discriminator_equals_monais(dims, parameters):
     ours = PatchDiscriminator(dims)
     assert sum(p.numel() for p in ours.parameters()) == parameters
     monai = pytest.importorskip('monai.networks.nets')
-    theirs = monai.PatchDiscriminator(spatial_dims=dims, channels=32, in_channels=1, out_channels=1, num_layers_d=3,
-                                      norm='INSTANCE', bias=False, kernel_size=4, padding=1)
+    theirs = monai.PatchDiscriminator(
+        spatial_dims=dims, channels=32, in_channels=1, out_channels=1, num_layers_d=3, norm='INSTANCE',
+        bias=False, kernel_size=4, padding=1
+    )
     theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values())))
     x = torch.rand(2, 1, *[32] * dims)
     torch.testing.assert_close(ours(x), theirs(x)[-1], atol=1e-5, rtol=1e-5)
@@ -149,8 +170,11 @@ def test_adversarial_losses_equal_their_formulas_and_meet_in_the_middle():
     assert adversarial_loss(logits, False).item() == pytest.approx((4 + 0.25 + 1 + 9) / 4)
     assert adversarial_loss(logits, True, 'hinge').item() == pytest.approx((3 + 0.5 + 0 + 0) / 4)
     assert adversarial_loss(logits, False, 'hinge').item() == pytest.approx((0 + 1.5 + 2 + 4) / 4)
-    assert generator_loss(logits) == adversarial_loss(logits, True) and generator_loss(logits, 'hinge').item() == pytest.approx(-2.5 / 4)
-    with pytest.raises(ValueError): adversarial_loss(logits, True, 'wasserstein')
+    assert generator_loss(logits) == adversarial_loss(logits, True) and generator_loss(
+        logits, 'hinge'
+    ).item() == pytest.approx(-2.5 / 4)
+    with pytest.raises(ValueError):
+        adversarial_loss(logits, True, 'wasserstein')
 
 # ---------------------------------------------------------------- slices of volumes
 
@@ -158,13 +182,15 @@ def test_random_slices_are_slices_of_every_plane_at_the_same_places():
     x = torch.arange(2 * 3 * 4 * 5).float().view(2, 1, 3, 4, 5)
     planes = random_slices([x, 10 * x], 0.5, [torch.Generator().manual_seed(k) for k in (0, 1)])
     assert [tuple(a.shape) for a, _ in planes] == [(2, 1, 4, 5), (4, 1, 3, 5), (4, 1, 3, 4)]
-    alone = random_slices([x[1:]], 0.5, [torch.Generator().manual_seed(1)])  # a sample's slices do not depend on its batch
+    # a sample's slices do not depend on its batch
+    alone = random_slices([x[1:]], 0.5, [torch.Generator().manual_seed(1)])
     assert all(torch.equal(a[len(a) // 2:], b) for (a, _), (b,) in zip(planes, alone))
     for axis, (a, b) in enumerate(planes):
         assert torch.equal(b, 10 * a)
         slices = x.movedim(2 + axis, 1).flatten(0, 1)
         assert all((slices == s).flatten(1).all(1).any() for s in a) and len(a.unique(dim=0)) == len(a)
-    assert [a.shape for a, in random_slices([x[:, :, :1]], 0.5)] == [(2, 1, 4, 5)]  # a batch of slices is its own plane
+    # a batch of slices is its own plane
+    assert [a.shape for a, in random_slices([x[:, :, :1]], 0.5)] == [(2, 1, 4, 5)]
 
 def test_perceptual_loss_sums_the_planes():
     x, y = torch.rand(1, 1, 3, 4, 5), torch.rand(1, 1, 3, 4, 5)
@@ -184,12 +210,16 @@ def one_of_two(rank, folder, z):
     dist.destroy_process_group()
 
 def test_gathered_statistics_are_those_of_the_joined_batch_and_so_are_the_gradients(tmp_path):
-    z = (torch.randn(4, 3, 2, 3, 2) * torch.tensor([0.3, 1, 0.5]).view(1, 3, 1, 1, 1) + torch.randn(4, 1, 2, 3, 2)).detach()
+    z = (
+        torch.randn(4, 3, 2, 3, 2) * torch.tensor([0.3, 1, 0.5]).view(1, 3, 1, 1, 1)
+        + torch.randn(4, 1, 2, 3, 2)
+    ).detach()
     mp.spawn(one_of_two, (str(tmp_path), z), nprocs=2)
     parts = [torch.load(tmp_path / f'rank{r}.pt', weights_only=True) for r in (0, 1)]
     whole = z.clone().requires_grad_()
     loss = sid_loss(whole) + vad_loss(whole)
     loss.backward()
-    for value, _ in parts: torch.testing.assert_close(value, loss.detach())
+    for value, _ in parts:
+        torch.testing.assert_close(value, loss.detach())
     # parameters get the sum over rows; averaged over two processes that is half the sum of these
     torch.testing.assert_close(torch.cat([g for _, g in parts]) / 2, whole.grad)

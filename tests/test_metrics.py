@@ -4,7 +4,9 @@ import pytest
 import torch
 from scipy import linalg
 
-from metrics import dice, feature_moments, frechet_distance, frechet_parts, region_volumes_mm3, slice_frechet, tsne
+from metrics import (
+    dice, feature_moments, frechet_distance, frechet_parts, region_volumes_mm3, slice_frechet, tsne
+)
 
 def covariance(rng, n):
     a = rng.normal(size=(n, 3 * n))
@@ -36,16 +38,23 @@ def test_dice_and_volumes_of_constructed_maps():
     assert found[1] == 0.5 and found[2] == 0 and np.isnan(found[3]) and dice(a, a, (1,)) == {1: 1.0}
     assert region_volumes_mm3(a, (1, 2, 3), (1, 2, 0.5)) == {1: 400.0, 2: 100.0, 3: 0.0}
     assert region_volumes_mm3(a, {'both': (1, 2)}, 2.0) == {'both': 4000.0}
-    with pytest.raises(ValueError, match='shapes'): dice(a, b[:5], (1,))
+    with pytest.raises(ValueError, match='shapes'):
+        dice(a, b[:5], (1,))
 
 def test_streamed_slice_features_give_the_distance_of_all_of_them_at_once():
     torch.manual_seed(0)
     extractor = lambda s: torch.stack([s.mean((1, 2, 3)), s.std((1, 2, 3)), s.amax((1, 2, 3))], 1)
-    a, b = [torch.rand(1, 1, 8, 10, 12) for _ in range(6)], [torch.rand(1, 1, 8, 10, 12) ** 1.5 for _ in range(5)]
+    a, b = [torch.rand(1, 1, 8, 10, 12) for _ in range(6)], [
+        torch.rand(1, 1, 8, 10, 12) ** 1.5 for _ in range(5)
+    ]
     found = slice_frechet(feature_moments(a, extractor, batch=3), feature_moments(iter(b), extractor))
     for axis, plane in enumerate(('sagittal', 'coronal', 'axial')):
-        fa, fb = (np.concatenate([extractor(torch.stack(v[0, 0].unbind(axis))[:, None]) for v in s]) for s in (a, b))
-        assert found[plane] == pytest.approx(frechet_distance(fa.mean(0), np.cov(fa.T), fb.mean(0), np.cov(fb.T)), rel=1e-5)
+        fa, fb = (
+            np.concatenate([extractor(torch.stack(v[0, 0].unbind(axis))[:, None]) for v in s]) for s in (a, b)
+        )
+        assert found[plane] == pytest.approx(
+            frechet_distance(fa.mean(0), np.cov(fa.T), fb.mean(0), np.cov(fb.T)), rel=1e-5
+        )
         assert found['slices'][plane] == (6 * (8, 10, 12)[axis], 5 * (8, 10, 12)[axis])
     assert found['mean'] == pytest.approx(found['mean_part'] + found['covariance_part'])
     central = feature_moments(a, extractor, 'central')
@@ -55,8 +64,10 @@ def test_streamed_slice_features_give_the_distance_of_all_of_them_at_once():
 
 def test_too_few_slices_for_the_features_are_refused_with_both_numbers():
     few = feature_moments([torch.rand(1, 1, 4, 4, 4)], lambda s: s.flatten(1)[:, :9])
-    with pytest.raises(ValueError, match='4 sagittal slices for 9 features'): slice_frechet(few, few)
-    with pytest.raises(ValueError, match='all or central'): feature_moments([], None, 'some')
+    with pytest.raises(ValueError, match='4 sagittal slices for 9 features'):
+        slice_frechet(few, few)
+    with pytest.raises(ValueError, match='all or central'):
+        feature_moments([], None, 'some')
 
 def test_tsne_separates_three_blobs():
     rng = np.random.default_rng(0)

@@ -4,7 +4,10 @@ import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import AxialAttention, Conv, Conv3d, NeuroQuant, NeuroQuantConfig, double, from_checkpoint, halve, model_args, step_flops
+from model import (
+    AxialAttention, Conv, Conv3d, NeuroQuant, NeuroQuantConfig, double, from_checkpoint, halve, model_args,
+    step_flops
+)
 
 TINY = dict(widths=(16, 16, 16, 16), anat_dim=8, mod_dim=4, modality_dim=4, num_codes=16)
 
@@ -22,7 +25,10 @@ def with_random_projection(attention):
 def test_conv3d_gives_what_torchs_gives(batch, shape, kwargs):
     plain, ours = nn.Conv3d(5, 7, 3, **kwargs), Conv3d(5, 7, 3, **kwargs)
     ours.load_state_dict(plain.state_dict())
-    a, b = (torch.randn(batch, 5, *shape, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in (0, 1))
+    a, b = (
+        torch.randn(batch, 5, *shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        for _ in (0, 1)
+    )
     torch.testing.assert_close(ours(a), plain(b), rtol=1e-5, atol=1e-5)
     ours(a).square().sum().backward(), plain(b).square().sum().backward()
     torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
@@ -52,7 +58,8 @@ def test_axial_attention_sees_one_line_and_three_see_everything():
     y[0, :, 1, 2, 3] += torch.randn(16)
     one = (stack[1](x) != stack[1](y)).any(1)[0]
     assert one[1, :, 3].all() and one.sum() == 5
-    for attention in stack: x, y = attention(x), attention(y)
+    for attention in stack:
+        x, y = attention(x), attention(y)
     assert (x != y).any(1).all()
 
 def test_attention_starts_as_the_identity_and_skips_the_missing_axis():
@@ -93,7 +100,9 @@ def test_slices_stay_channels_last_through_the_whole_network(axis):
         if isinstance(module, (Conv, nn.GroupNorm, AxialAttention)):
             module.register_forward_hook(lambda m, i, y, name=name: strides.update({name: y.stride(1)}))
     net(torch.rand(2, 1, *shape).to(memory_format=torch.channels_last_3d), torch.tensor([0, 1]))
-    assert len(strides) > 20 and set(strides.values()) == {1}, [name for name, stride in strides.items() if stride != 1]
+    assert len(strides) > 20 and set(strides.values()) == {1}, [
+        name for name, stride in strides.items() if stride != 1
+    ]
 
 @pytest.mark.parametrize('axis', [0, 1, 2])
 def test_a_slice_goes_through_and_leaves_codebook_and_means_alone(axis):
@@ -118,23 +127,33 @@ def test_film_is_the_identity_at_the_start_bit_for_bit():
 
 def test_film_depends_on_the_mean_of_z_mod_and_on_the_modality():
     model = tiny().eval()
-    for mlp in model.film_mlp.mlps: nn.init.normal_(mlp[-1].weight, std=0.1)
+    for mlp in model.film_mlp.mlps:
+        nn.init.normal_(mlp[-1].weight, std=0.1)
     z_mod = torch.randn(1, 4, 2, 3, 2)
     shuffled = z_mod.flatten(2)[:, :, torch.randperm(12)].view_as(z_mod)
-    same = [torch.allclose(a, b, atol=1e-6) for (a, _), (b, _) in zip(model.film(z_mod, 0), model.film(shuffled, 0))]
-    other = [torch.allclose(a, b, atol=1e-6) for (a, _), (b, _) in zip(model.film(z_mod, 0), model.film(z_mod, 1))]
+    same = [
+        torch.allclose(a, b, atol=1e-6)
+        for (a, _), (b, _) in zip(model.film(z_mod, 0), model.film(shuffled, 0))
+    ]
+    other = [
+        torch.allclose(a, b, atol=1e-6) for (a, _), (b, _) in zip(model.film(z_mod, 0), model.film(z_mod, 1))
+    ]
     assert all(same) and not any(other)
 
 def test_cross_reconstruction_is_source_anatomy_under_target_film():
     model = tiny()
-    for mlp in model.film_mlp.mlps: nn.init.normal_(mlp[-1].weight, std=0.1)
+    for mlp in model.film_mlp.mlps:
+        nn.init.normal_(mlp[-1].weight, std=0.1)
     x, modality = torch.rand(2, 1, 32, 32, 32), torch.tensor([0, 1])
     model.train()(x, modality)
     model.eval()
     out = model(x, modality, torch.tensor([[0, 1], [1, 0]]))
     film = model.film(out['z_mod'], modality)
     for row, (source, target) in enumerate(((0, 1), (1, 0))):
-        expected = model.decode(out['z_q'][source:source + 1], [(g[target:target + 1], b[target:target + 1]) for g, b in film])
+        expected = model.decode(
+            out['z_q'][source : source + 1],
+            [(g[target : target + 1], b[target : target + 1]) for g, b in film],
+        )
         torch.testing.assert_close(out['x_cross'][row:row + 1], expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out['x_hat'], model.reconstruct(x, modality), atol=1e-5, rtol=1e-5)
 
@@ -142,7 +161,8 @@ def test_cross_reconstruction_is_source_anatomy_under_target_film():
 
 def test_paper_config_at_full_size_has_972_tokens_and_a_cheap_tail():
     """Shapes and cost on weightless tensors: 972 indices, at most 1.1 TFLOP forward, the full-size tail at most half of it."""
-    with torch.device('meta'): model = NeuroQuant(NeuroQuantConfig()).eval()
+    with torch.device('meta'):
+        model = NeuroQuant(NeuroQuantConfig()).eval()
     x = torch.empty(1, 1, 144, 192, 144, device='meta')
     z_anat, z_mod = model.encode(x)
     assert z_anat.shape == (1, 64, 9, 12, 9) and z_mod.shape == (1, 32, 9, 12, 9)
@@ -151,7 +171,8 @@ def test_paper_config_at_full_size_has_972_tokens_and_a_cheap_tail():
     assert encode + decode < 1.1e12
     half_size = torch.empty(1, 32, 72, 96, 72, device='meta')
     film = [(torch.empty(1, c, device='meta'),) * 2 for c in model.decoder.channels]
-    with FlopCounterMode(display=False) as tail: model.decoder.heads[4](model.decoder.blocks[4](half_size, *film[4]))
+    with FlopCounterMode(display=False) as tail:
+        model.decoder.heads[4](model.decoder.blocks[4](half_size, *film[4]))
     assert tail.get_total_flops() < (encode + decode) / 2
     assert model.bits_per_volume((144, 192, 144)) == 972 * 12
 
@@ -168,14 +189,18 @@ def test_running_mean_of_the_modality_code_is_the_mean_of_what_was_seen():
     model = tiny().train()
     x, modality = torch.rand(3, 1, 32, 32, 32), torch.tensor([0, 1, 0])
     pooled = model(x, modality)['z_mod'].mean((2, 3, 4)).detach()
-    torch.testing.assert_close(model.mod_sum / model.mod_weight[:, None], torch.stack([(pooled[0] + pooled[2]) / 2, pooled[1]]))
+    torch.testing.assert_close(
+        model.mod_sum / model.mod_weight[:, None], torch.stack([(pooled[0] + pooled[2]) / 2, pooled[1]])
+    )
 
 def test_translation_to_a_modality_never_seen_is_refused():
     model = tiny(modalities=('T1w', 'T2w', 'FLAIR')).train()
     x = torch.rand(2, 1, 32, 32, 32)
     model(x, torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match='FLAIR'): model.translate(x, 'T1w', 'FLAIR')
-    with pytest.raises(ValueError, match="'PD'.*T1w, T2w, FLAIR"): model.translate(x, 'T1w', 'PD')
+    with pytest.raises(ValueError, match='FLAIR'):
+        model.translate(x, 'T1w', 'FLAIR')
+    with pytest.raises(ValueError, match="'PD'.*T1w, T2w, FLAIR"):
+        model.translate(x, 'T1w', 'PD')
 
 @pytest.mark.parametrize('switch, names', [('attention', ['qkv', 'proj']), ('film', ['film_mlp', 'mod_head', 'mod_sum'])])
 def test_ablation_switches_remove_their_parts_from_the_state_dict(switch, names):
@@ -191,7 +216,8 @@ def test_plain_vq_vae_without_film_still_runs():
 
 @pytest.mark.parametrize('size, word', [((32, 40, 32), '40'), ((16, 32, 32), '16'), ((1, 1, 32), '1, 1')])
 def test_sizes_that_do_not_divide_are_refused_with_the_size(size, word):
-    with pytest.raises(ValueError, match=word): tiny().encode(torch.rand(1, 1, *size))
+    with pytest.raises(ValueError, match=word):
+        tiny().encode(torch.rand(1, 1, *size))
 
 def test_gradient_checkpointing_changes_nothing_but_memory():
     x, modality, gradients = torch.rand(2, 1, 32, 32, 32), torch.tensor([0, 1]), []
@@ -201,11 +227,13 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
         torch.manual_seed(1)
         model(x, modality)['x_hat'].square().mean().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
-    for a, b in zip(*gradients): torch.testing.assert_close(a, b)
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
 
 def test_every_parameter_gets_a_gradient_from_the_whole_objective():
     model = tiny().train()
-    for p in model.parameters(): nn.init.normal_(p, std=0.1)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.1)
     out = model(torch.rand(2, 1, 32, 32, 32), torch.tensor([0, 1]), torch.tensor([[0, 1], [1, 0]]))
     (out['x_hat'].square().mean() + out['x_cross'].square().mean() + out['commit']).backward()
     assert [k for k, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []

@@ -20,7 +20,9 @@ def store(path, volume, code='RAS', spacing=(1, 1, 1), turn=0.0):
     affine[:3, 3] = (-12, 7, 30)
     c, s = np.cos(turn), np.sin(turn)
     affine = np.array([[c, -s, 0, 0], [s, c, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]) @ affine
-    to_code = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt('RAS'), nib.orientations.axcodes2ornt(code))
+    to_code = nib.orientations.ornt_transform(
+        nib.orientations.axcodes2ornt('RAS'), nib.orientations.axcodes2ornt(code)
+    )
     nib.save(nib.Nifti1Image(volume, affine).as_reoriented(to_code), path)
     return path
 
@@ -36,7 +38,11 @@ def test_read_conform_restore_write_overlays_the_input_exactly(tmp_path, code, t
     boxes, placement = nifti.conform([volume], [affine], (48, 64, 48))
     assert boxes[0].min() == 0 and boxes[0].max() == 1 and placement.lost == 0
     out = str(tmp_path / f'b{suffix}')
-    nifti.write(out, nifti.restore(boxes[0], placement, affine, volume.shape, placement.low[0], placement.high[0]), native)
+    nifti.write(
+        out,
+        nifti.restore(boxes[0], placement, affine, volume.shape, placement.low[0], placement.high[0]),
+        native,
+    )
     a, b = nib.load(path), nib.load(out)
     np.testing.assert_allclose(a.affine, b.affine, atol=1e-5)
     clipped = np.where(original != 0, np.clip(original, placement.low[0], placement.high[0]), 0)
@@ -46,13 +52,16 @@ def test_read_conform_restore_write_overlays_the_input_exactly(tmp_path, code, t
 @pytest.mark.parametrize('spacing', [(2, 1, 1), (0.5, 0.5, 3), (0.7, 0.7, 0.7)])
 def test_a_point_lands_where_the_affine_says(tmp_path, spacing):
     """The centre of mass of a blob, in millimetres, is the same in the file and on the isotropic grid."""
-    grid = np.stack(np.meshgrid(*[(np.arange(n) - n / 2 - 1.5) * s for n, s in zip((60, 60, 60), spacing)], indexing='ij'))
+    grid = np.stack(
+        np.meshgrid(*[(np.arange(n) - n / 2 - 1.5) * s for n, s in zip((60, 60, 60), spacing)], indexing='ij')
+    )
     volume = np.exp(-(grid ** 2).sum(0) / (2 * 5 ** 2)).astype(np.float32)
     volume, affine, _ = nifti.read(store(str(tmp_path / 'a.nii'), volume, 'LPS', spacing))
     new_affine, shape = nifti.grid(affine, volume.shape, 1.0)
     np.testing.assert_allclose(nib.affines.voxel_sizes(new_affine), 1, atol=1e-6)
     moved = nifti.resample(volume, affine, new_affine, shape)
-    def centre(v, a): return a[:3] @ [*((np.indices(v.shape).reshape(3, -1) * v.ravel()).sum(1) / v.sum()), 1]
+    def centre(v, a):
+        return a[:3] @ [*((np.indices(v.shape).reshape(3, -1) * v.ravel()).sum(1) / v.sum()), 1]
     np.testing.assert_allclose(centre(volume, affine), centre(moved, new_affine), atol=0.05)
 
 def test_a_second_scan_lands_on_the_grid_of_the_first(tmp_path):
@@ -92,7 +101,8 @@ def test_intensities_follow_the_percentiles_inside_the_brain_and_keep_its_mask()
     assert (low, high) == tuple(np.percentile(volume[mask], [0.5, 99.5]))
     np.testing.assert_allclose(scaled[mask], np.clip((volume[mask] - low) / (high - low), 1e-4, 1), atol=1e-6)
     assert (scaled[~mask] == 0).all() and ((scaled > 0) == mask).all()
-    with pytest.raises(ValueError, match='nothing to scale'): nifti.scale_intensity(np.ones((4, 4, 4)), np.ones((4, 4, 4), bool))
+    with pytest.raises(ValueError, match='nothing to scale'):
+        nifti.scale_intensity(np.ones((4, 4, 4)), np.ones((4, 4, 4), bool))
 
 def test_brain_mask_keeps_negative_voxels_and_finds_a_head_in_noisy_air():
     volume = head()
@@ -135,19 +145,28 @@ def nans(path):
     save(path, volume)
 
 BAD = {
-    'missing': (lambda p: None, 'no such file'), 'text': (lambda p: open(p, 'w').write('hello'), 'not a readable NIfTI'),
-    'empty file': (lambda p: open(p, 'w').close(), 'not a readable NIfTI'), 'truncated': (truncated, 'cannot be read'),
-    '2d': (lambda p: save(p, np.ones((8, 8)), np.float32), r'\(8, 8\)'), 'flat': (lambda p: save(p, np.ones((8, 8, 1)), np.float32), r'\(8, 8, 1\)'),
-    '4d': (lambda p: save(p, np.ones((8, 8, 8, 3)), np.float32), 'split the series'), 'nan': (nans, '6 voxels are NaN'),
-    'constant': (lambda p: save(p, np.full((8, 8, 8), 5), np.float32), 'every voxel is 5'), 'zeros': (lambda p: save(p, np.zeros((8, 8, 8)), np.int16), 'every voxel is 0'),
-    'absurd': (absurd_header, '30000'), 'complex': (lambda p: save(p, np.ones((8, 8, 8)), np.complex64), 'complex'), 'affine': (singular, 'inverted')}
+    'missing': (lambda p: None, 'no such file'),
+    'text': (lambda p: open(p, 'w').write('hello'), 'not a readable NIfTI'),
+    'empty file': (lambda p: open(p, 'w').close(), 'not a readable NIfTI'),
+    'truncated': (truncated, 'cannot be read'),
+    '2d': (lambda p: save(p, np.ones((8, 8)), np.float32), r'\(8, 8\)'),
+    'flat': (lambda p: save(p, np.ones((8, 8, 1)), np.float32), r'\(8, 8, 1\)'),
+    '4d': (lambda p: save(p, np.ones((8, 8, 8, 3)), np.float32), 'split the series'),
+    'nan': (nans, '6 voxels are NaN'),
+    'constant': (lambda p: save(p, np.full((8, 8, 8), 5), np.float32), 'every voxel is 5'),
+    'zeros': (lambda p: save(p, np.zeros((8, 8, 8)), np.int16), 'every voxel is 0'),
+    'absurd': (absurd_header, '30000'),
+    'complex': (lambda p: save(p, np.ones((8, 8, 8)), np.complex64), 'complex'),
+    'affine': (singular, 'inverted'),
+}
 
 @pytest.mark.parametrize('kind', BAD)
 @pytest.mark.parametrize('suffix', ['.nii', '.nii.gz'])
 def test_bad_files_are_refused_in_one_line_with_their_name(tmp_path, kind, suffix):
     path, (make, reason) = str(tmp_path / f'scan{suffix}'), BAD[kind]
     make(path)
-    with pytest.raises(ValueError, match=reason) as e: nifti.read(path)
+    with pytest.raises(ValueError, match=reason) as e:
+        nifti.read(path)
     assert str(e.value).startswith(path) and '\n' not in str(e.value)
 
 def test_a_4d_file_with_one_volume_and_slope_and_intercept_is_read(tmp_path):
@@ -162,13 +181,15 @@ def test_a_4d_file_with_one_volume_and_slope_and_intercept_is_read(tmp_path):
 def test_a_folder_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path):
     volume, _, native = nifti.read(store(str(tmp_path / 'a.nii'), head()))
     (tmp_path / 'file').write_text('')
-    with pytest.raises(ValueError, match='file/b.nii: cannot write'): nifti.write(str(tmp_path / 'file' / 'b.nii'), volume, native)
+    with pytest.raises(ValueError, match='file/b.nii: cannot write'):
+        nifti.write(str(tmp_path / 'file' / 'b.nii'), volume, native)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['a.nii', 'file']
 
 def test_scans_that_do_not_overlap_are_told_apart():
     far = np.eye(4)
     far[:3, 3] = 500
-    with pytest.raises(ValueError) as e: nifti.conform([head(), head()], [np.eye(4), far], (48, 48, 48))
+    with pytest.raises(ValueError) as e:
+        nifti.conform([head(), head()], [np.eye(4), far], (48, 48, 48))
     assert 'does not overlap' in e.value.args[0] and e.value.args[1] == 1
 
 def test_resize_stretches_the_field_of_view_over_the_box_and_back():
@@ -178,10 +199,15 @@ def test_resize_stretches_the_field_of_view_over_the_box_and_back():
     affine[:3, 3] = (-40, 12, 7)
     ramp = np.stack(np.meshgrid(*[np.arange(n, dtype=np.float32) for n in shape], indexing='ij')).sum(0) + 1
     volume = ramp * (np.indices(shape) > 9).all(0)
-    boxes, placement = nifti.conform([volume], [affine], box, resize=True, percentiles=(0, 100), percentiles_of='volume')
+    boxes, placement = nifti.conform(
+        [volume], [affine], box, resize=True, percentiles=(0, 100), percentiles_of='volume'
+    )
     assert boxes[0].shape == box and placement.lost == 0
     corner = lambda a, n, side: (a @ np.array([*(np.array(n) * side - 0.5), 1]))[:3]
-    for side in (0, 1): np.testing.assert_allclose(corner(placement.affine, box, side), corner(affine, shape, side), atol=1e-4)
+    for side in (0, 1):
+        np.testing.assert_allclose(
+            corner(placement.affine, box, side), corner(affine, shape, side), atol=1e-4
+        )
     back = nifti.restore(boxes[0], placement, affine, shape, placement.low[0], placement.high[0])
     inner = (slice(14, -4),) * 3
     assert np.abs(back[inner] - volume[inner]).max() < 1.0
@@ -192,13 +218,21 @@ def test_percentiles_of_brain_or_volume():
     mask = volume > 0
     for percentiles, of in (((0.5, 99.5), 'brain'), ((0, 99.5), 'volume'), ((2, 98), 'brain')):
         scaled, low, high = nifti.scale_intensity(volume, mask, percentiles, of)
-        assert [low, high] == pytest.approx(np.percentile(volume[mask] if of == 'brain' else volume, percentiles))
+        assert [low, high] == pytest.approx(
+            np.percentile(volume[mask] if of == 'brain' else volume, percentiles)
+        )
         inside = (volume > low) & (volume < high)
-        np.testing.assert_allclose(scaled[inside], np.maximum((volume[inside] - low) / (high - low), 1e-4), rtol=1e-5)
+        np.testing.assert_allclose(
+            scaled[inside], np.maximum((volume[inside] - low) / (high - low), 1e-4), rtol=1e-5
+        )
 
 def test_intensities_above_one_are_kept_on_request():
     volume = np.arange(1, 1001, dtype=np.float32).reshape(10, 10, 10)
     clipped, low, high = nifti.scale_intensity(volume, volume > 0, (0, 90))
     kept, *same = nifti.scale_intensity(volume, volume > 0, (0, 90), clip=False)
-    assert [low, high] == same and clipped.max() == 1 and kept.max() == pytest.approx((1000 - low) / (high - low))
+    assert (
+        [low, high] == same
+        and clipped.max() == 1
+        and kept.max() == pytest.approx((1000 - low) / (high - low))
+    )
     np.testing.assert_array_equal(np.minimum(kept, 1), clipped)

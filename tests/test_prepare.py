@@ -18,7 +18,8 @@ def prepare(source, root, out, *args):
     return run('prepare.py', f'--source={source}', f'--root={root}', f'--out_dir={out}', *SMALL, *args)
 
 def table(out):
-    with open(f'{out}/subjects.tsv', newline='') as f: return list(csv.DictReader(f, delimiter='\t'))
+    with open(f'{out}/subjects.tsv', newline='') as f:
+        return list(csv.DictReader(f, delimiter='\t'))
 
 def add(root, name, volume=None, **kwargs):
     path = root / name
@@ -28,8 +29,19 @@ def add(root, name, volume=None, **kwargs):
 def make_bids(root, n=4):
     """Subjects in mixed orientations and suffixes; one with two visits, one without T2w, one with two runs; participants.tsv."""
     for i in range(n):
-        add(root, f'sub-{i:02d}/anat/sub-{i:02d}_T1w.nii.gz', head(seed=i), code=('RAS', 'LAS', 'LPS', 'RAS')[i % 4])
-        if i != 1: add(root, f'sub-{i:02d}/anat/sub-{i:02d}_T2w.nii', 200 * (head(seed=i) > 0) - head(seed=i), code='LPS')
+        add(
+            root,
+            f'sub-{i:02d}/anat/sub-{i:02d}_T1w.nii.gz',
+            head(seed=i),
+            code=('RAS', 'LAS', 'LPS', 'RAS')[i % 4],
+        )
+        if i != 1:
+            add(
+                root,
+                f'sub-{i:02d}/anat/sub-{i:02d}_T2w.nii',
+                200 * (head(seed=i) > 0) - head(seed=i),
+                code='LPS',
+            )
     add(root, 'sub-00/ses-b/anat/sub-00_ses-b_T1w.nii.gz')
     add(root, 'sub-02/anat/sub-02_run-2_T1w.nii.gz')
     (root / 'participants.tsv').write_text('participant_id\tsex\tage\nsub-00\tF\t31\nsub-01\tn/a\t44\n')
@@ -39,7 +51,13 @@ def test_bids_tree(tmp_path):
     done = prepare('bids', make_bids(tmp_path / 'bids'), tmp_path / 'out')
     assert done.returncode == 0, done.stderr
     rows = table(tmp_path / 'out')
-    assert [(r['subject'], r['session']) for r in rows] == [('sub-00', 'ses-01'), ('sub-00', 'ses-b'), ('sub-01', 'ses-01'), ('sub-02', 'ses-01'), ('sub-03', 'ses-01')]
+    assert [(r['subject'], r['session']) for r in rows] == [
+        ('sub-00', 'ses-01'),
+        ('sub-00', 'ses-b'),
+        ('sub-01', 'ses-01'),
+        ('sub-02', 'ses-01'),
+        ('sub-03', 'ses-01'),
+    ]
     assert rows[0]['sex'] == 'F' and rows[0]['age'] == '31' and rows[2]['sex'] == '' and rows[2]['T2w'] == ''
     assert len({r['split'] for r in rows if r['subject'] == 'sub-00'}) == 1
     for r in rows:
@@ -51,23 +69,34 @@ def test_bids_tree(tmp_path):
     pair = [np.load(tmp_path / 'out' / rows[0][m]) for m in ('T1w', 'T2w')]
     inside = pair[0] > 0
     assert ((pair[1] > 0) == inside).all() and np.corrcoef(pair[0][inside], pair[1][inside])[0, 1] < -0.99
-    assert 'sub-02_run-2_T1w' not in done.stdout.split('files not used')[0] and '1 files not used' in done.stdout
+    assert (
+        'sub-02_run-2_T1w' not in done.stdout.split('files not used')[0] and '1 files not used' in done.stdout
+    )
     assert '4 subjects, 5 sessions' in done.stdout and 'LPS' in done.stdout
     dataset = json.load(open(tmp_path / 'out' / 'dataset.json'))
-    assert dataset['shape'] == [48, 48, 48] and dataset['modalities'] == ['T1w', 'T2w'] and dataset['axes'] == 'RAS+'
+    assert (
+        dataset['shape'] == [48, 48, 48]
+        and dataset['modalities'] == ['T1w', 'T2w']
+        and dataset['axes'] == 'RAS+'
+    )
 
 def test_csv_and_folder_sources_agree_with_bids(tmp_path):
     bids = make_bids(tmp_path / 'bids', 2)
-    (tmp_path / 'scans.csv').write_text('subject,session,modality,path,sex,age,split\n'
+    (tmp_path / 'scans.csv').write_text(
+        'subject,session,modality,path,sex,age,split\n'
         '00,01,t1,bids/sub-00/anat/sub-00_T1w.nii.gz,F,31,train\n00,01,T2w,bids/sub-00/anat/sub-00_T2w.nii,F,31,train\n'
-        '01,,T1w,bids/sub-01/anat/sub-01_T1w.nii.gz,M,44,test\n')
+        '01,,T1w,bids/sub-01/anat/sub-01_T1w.nii.gz,M,44,test\n'
+    )
     add(tmp_path, 'flat/00_T1.nii.gz', head(seed=0))
     add(tmp_path, 'flat/01/mprage.nii.gz', head(seed=1), code='LAS')
     add(tmp_path, 'flat/01/localizer.nii.gz')
     for source, root in (('bids', bids), ('csv', tmp_path / 'scans.csv'), ('folder', tmp_path / 'flat')):
         done = prepare(source, root, tmp_path / source)
         assert done.returncode == 0, done.stderr
-    assert 'localizer' in done.stdout and [r['subject'] for r in table(tmp_path / 'folder')] == ['sub-00', 'sub-01']
+    assert 'localizer' in done.stdout and [r['subject'] for r in table(tmp_path / 'folder')] == [
+        'sub-00',
+        'sub-01',
+    ]
     assert [r['split'] for r in table(tmp_path / 'csv')] == ['train', 'test']
     for name in ('sub-00_ses-01_T1w.npy', 'sub-01_ses-01_T1w.npy'):
         first = np.load(tmp_path / 'csv' / name)
@@ -96,17 +125,28 @@ def test_data_of_other_settings_is_refused_with_both_values(tmp_path):
 
 def test_bad_scans_among_good_ones_are_skipped_with_a_report_or_stop_strictly(tmp_path):
     bids = make_bids(tmp_path / 'bids', 2)
-    bad = {k: bids / f'sub-b{i}' / 'anat' / f'sub-b{i}_T1w.nii.gz' for i, k in enumerate(('truncated', 'nan', 'constant', '4d', '2d'))}
-    for path in bad.values(): path.parent.mkdir(parents=True)
+    bad = {
+        k: bids / f'sub-b{i}' / 'anat' / f'sub-b{i}_T1w.nii.gz'
+        for i, k in enumerate(('truncated', 'nan', 'constant', '4d', '2d'))
+    }
+    for path in bad.values():
+        path.parent.mkdir(parents=True)
     truncated(str(bad['truncated'])), nans(str(bad['nan']))
-    save(str(bad['constant']), np.full((8, 8, 8), 7), np.float32), save(str(bad['4d']), np.ones((8, 8, 8, 4)), np.float32)
+    save(str(bad['constant']), np.full((8, 8, 8), 7), np.float32), save(
+        str(bad['4d']), np.ones((8, 8, 8, 4)), np.float32
+    )
     save(str(bad['2d']), np.ones((8, 8)), np.float32)
     done = prepare('bids', bids, tmp_path / 'out')
     assert done.returncode == 0 and 'Traceback' not in done.stderr and '5 scans skipped' in done.stdout
-    for path, reason in zip(bad.values(), ('cannot be read', 'NaN', 'every voxel is 7', 'split the series', '(8, 8)')):
+    for path, reason in zip(
+        bad.values(), ('cannot be read', 'NaN', 'every voxel is 7', 'split the series', '(8, 8)')
+    ):
         assert any(str(path) in line and reason in line for line in done.stdout.splitlines())
     assert {r['subject'] for r in table(tmp_path / 'out')} == {'sub-00', 'sub-01', 'sub-02'}
-    for workers in (1, 2): assert refused(prepare('bids', bids, tmp_path / 'strict', '--strict=True', f'--workers={workers}'), 'strict')
+    for workers in (1, 2):
+        assert refused(
+            prepare('bids', bids, tmp_path / 'strict', '--strict=True', f'--workers={workers}'), 'strict'
+        )
     assert not (tmp_path / 'strict' / 'subjects.tsv').exists()
 
 def test_modalities_that_do_not_overlap_lose_the_second_one(tmp_path):
@@ -147,12 +187,22 @@ def test_split_follows_from_the_name_and_keeps_its_proportions():
     names = [f'sub-{i}' for i in range(4000)]
     parts = [split_of(s, (0.8, 0.1, 0.1), 0) for s in names]
     assert parts == [split_of(s, (0.8, 0.1, 0.1), 0) for s in names]
-    assert [parts.count(p) / 4000 for p in ('train', 'val', 'test')] == pytest.approx([0.8, 0.1, 0.1], abs=0.02)
+    assert [parts.count(p) / 4000 for p in ('train', 'val', 'test')] == pytest.approx(
+        [0.8, 0.1, 0.1], abs=0.02
+    )
     assert parts != [split_of(s, (0.8, 0.1, 0.1), 1) for s in names]
 
 def test_phantoms_are_written_with_labels_and_reproducibly(tmp_path):
     for out, extra in (('a', []), ('b', ['--n=2', '--modalities=T2w'])):
-        done = run('prepare.py', '--source=phantom', '--n=4', '--shape=32,48,32', '--workers=1', f'--out_dir={tmp_path}/{out}', *extra)
+        done = run(
+            'prepare.py',
+            '--source=phantom',
+            '--n=4',
+            '--shape=32,48,32',
+            '--workers=1',
+            f'--out_dir={tmp_path}/{out}',
+            *extra,
+        )
         assert done.returncode == 0, done.stderr
     rows = table(tmp_path / 'a')
     assert len(rows) == 4 and all(r['sex'] in 'FM' and r['dseg'] for r in rows)
@@ -163,19 +213,39 @@ def test_phantoms_are_written_with_labels_and_reproducibly(tmp_path):
 @pytest.mark.skipif(not os.path.isdir(REAL), reason='no real scans beside the project')
 def test_real_scans_prepare_without_a_hand_made_step(tmp_path):
     """Whole heads and stripped brains, LPS and LAS, thick slices and 1 mm: all 20 scans are used and modalities lie on one another."""
-    done = run('prepare.py', '--source=bids', f'--root={REAL}', f'--out_dir={tmp_path}/out', '--spacing_mm=4', '--shape=48,64,48')
+    done = run(
+        'prepare.py',
+        '--source=bids',
+        f'--root={REAL}',
+        f'--out_dir={tmp_path}/out',
+        '--spacing_mm=4',
+        '--shape=48,64,48',
+    )
     assert done.returncode == 0, done.stderr
     rows = table(tmp_path / 'out')
-    assert len(rows) == 7 and 'no scan was skipped' in done.stdout and sum(bool(r[m]) for r in rows for m in ('T1w', 'T2w', 'FLAIR')) == 20
+    assert (
+        len(rows) == 7
+        and 'no scan was skipped' in done.stdout
+        and sum(bool(r[m]) for r in rows for m in ('T1w', 'T2w', 'FLAIR')) == 20
+    )
     for r in rows:
         masks = [np.load(tmp_path / 'out' / r[m]) > 0 for m in ('T1w', 'T2w', 'FLAIR') if r[m]]
-        for other in masks[1:]: assert 2 * (masks[0] & other).sum() / (masks[0].sum() + other.sum()) > 0.85
+        for other in masks[1:]:
+            assert 2 * (masks[0] & other).sum() / (masks[0].sum() + other.sum()) > 0.85
 
 def test_a_folder_of_an_earlier_version_is_gone_on_with(tmp_path):
     args = ['--source=phantom', '--n=3', '--shape=32,48,32', f'--out_dir={tmp_path}/data', '--workers=1']
     assert 'MiB per worker' in play('prepare.py', *args)
     for path in (tmp_path / 'data' / '.facts').iterdir():  # it knew less of a session
-        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in ('registered', 'peak_mib')}))
+        path.write_text(
+            json.dumps(
+                {k: v for k, v in json.loads(path.read_text()).items() if k not in ('registered', 'peak_mib')}
+            )
+        )
     times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / 'data').glob('sub-*.npy')}
     said = play('prepare.py', *args)
-    assert 'scans/s per core and' in said and times and times == {p.name: p.stat().st_mtime_ns for p in (tmp_path / 'data').glob('sub-*.npy')}
+    assert (
+        'scans/s per core and' in said
+        and times
+        and times == {p.name: p.stat().st_mtime_ns for p in (tmp_path / 'data').glob('sub-*.npy')}
+    )

@@ -87,7 +87,8 @@ def test_dead_codes_are_revived_and_all_are_used():
     q = started(32, 4).train()
     q.codebook[16:] += 1000
     q.embed_sum.copy_(q.codebook)
-    for _ in range(600): q(torch.randn(4, 4, 64))
+    for _ in range(600):
+        q(torch.randn(4, 4, 64))
     assert (q.cluster_size > 0.1 * q.cluster_size.mean()).all()
     assert q.codebook.abs().max() < 10
 
@@ -116,7 +117,8 @@ def test_distances_do_not_follow_autocast():
     assert indices.flatten().tolist() == [0, 1]
 
 def test_wrong_channels_are_refused_with_both_numbers():
-    with pytest.raises(ValueError, match='4.*5'): started()(torch.randn(1, 5, 2))
+    with pytest.raises(ValueError, match='4.*5'):
+        started()(torch.randn(1, 5, 2))
 
 def one_of_two(rank, folder, parts):
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT='29511')
@@ -147,8 +149,11 @@ def test_two_processes_have_the_codebook_of_one(tmp_path):
 @pytest.mark.parametrize('codebooks', ['residual', 'split'])
 def test_several_codebooks_round_trip_and_pass_the_gradient_straight_through(codebooks):
     torch.manual_seed(0)
-    q, z = make_quantizer(8, 6, num_codebooks=3, codebooks=codebooks).train(), torch.randn(4, 6, 3, 3, 3, requires_grad=True)
-    for _ in range(3): q(z.detach())
+    q, z = make_quantizer(8, 6, num_codebooks=3, codebooks=codebooks).train(), torch.randn(
+        4, 6, 3, 3, 3, requires_grad=True
+    )
+    for _ in range(3):
+        q(z.detach())
     q.eval()
     z_q, indices, commit = q(z)
     assert indices.shape == (4, 3, 3, 3, 3) and 0 <= indices.min() and indices.max() < 8
@@ -161,8 +166,11 @@ def test_several_codebooks_round_trip_and_pass_the_gradient_straight_through(cod
 def test_residual_codebooks_code_what_is_left_and_split_ones_their_channels():
     torch.manual_seed(0)
     z = torch.randn(64, 4, 2, 2, 2)
-    residual, split = (make_quantizer(8, 4, num_codebooks=2, codebooks=k).train() for k in ('residual', 'split'))
-    for _ in range(20): residual(z), split(z)
+    residual, split = (
+        make_quantizer(8, 4, num_codebooks=2, codebooks=k).train() for k in ('residual', 'split')
+    )
+    for _ in range(20):
+        residual(z), split(z)
     residual.eval(), split.eval()
     first = residual.parts[0].lookup(residual.parts[0].nearest_indices(z))
     left = residual.parts[1].lookup(residual.parts[1].nearest_indices(z - first))
@@ -174,7 +182,8 @@ def test_residual_codebooks_code_what_is_left_and_split_ones_their_channels():
 def test_one_codebook_is_the_plain_quantiser():
     assert type(make_quantizer(8, 4)) is VectorQuantizer
     for bad in (dict(num_codebooks=3, codebooks='split'), dict(num_codebooks=2, codebooks='product')):
-        with pytest.raises(ValueError): make_quantizer(8, 4, **bad)
+        with pytest.raises(ValueError):
+            make_quantizer(8, 4, **bad)
 
 # ---------------------------------------------------------------- the control without a codebook
 
@@ -187,11 +196,18 @@ def test_finite_scalars_are_the_papers_formula_and_every_code_can_be_had():
     z_q, indices, commit = q(z)
     reach = (levels - 1) * 1.001 / 2  # Mentzer et al. 2023, the levels all even
     rounded = np.round(np.tanh(z.movedim(1, -1).numpy() + np.arctanh(0.5 / reach)) * reach - 0.5)
-    assert np.array_equal(indices, ((rounded + levels // 2) * [1, 8, 64]).sum(-1)) and len(indices.unique()) == 256
-    torch.testing.assert_close(z_q, q.up(torch.tensor(rounded / (levels / 2), dtype=torch.float32)).movedim(-1, 1))
+    assert (
+        np.array_equal(indices, ((rounded + levels // 2) * [1, 8, 64]).sum(-1))
+        and len(indices.unique()) == 256
+    )
+    torch.testing.assert_close(
+        z_q, q.up(torch.tensor(rounded / (levels / 2), dtype=torch.float32)).movedim(-1, 1)
+    )
     assert torch.equal(indices, q.nearest_indices(z)) and commit == 0
     torch.testing.assert_close(q.lookup(indices), z_q)
-    assert [make_quantizer(2 ** b, 3, quantizer='fsq').levels.prod().item() for b in range(2, 17)] == [2 ** b for b in range(2, 17)]
+    assert [make_quantizer(2**b, 3, quantizer='fsq').levels.prod().item() for b in range(2, 17)] == [
+        2**b for b in range(2, 17)
+    ]
 
 def test_the_gradient_of_finite_scalars_passes_the_rounding_alone():
     torch.manual_seed(0)
@@ -211,5 +227,7 @@ def test_finite_scalars_count_codes_in_training_alone():
     p = counts[counts > 0] / counts.sum()
     torch.testing.assert_close(q.perplexity(), torch.exp(-(p * p.log()).sum()))
     for bad in (dict(num_codes=24), dict(num_codes=2), dict(num_codes=16, num_codebooks=2)):
-        with pytest.raises(ValueError, match='fsq'): make_quantizer(**{'dim': 2, 'quantizer': 'fsq'} | bad)
-    with pytest.raises(ValueError, match='ema or fsq'): make_quantizer(16, 2, quantizer='vq')
+        with pytest.raises(ValueError, match='fsq'):
+            make_quantizer(**{'dim': 2, 'quantizer': 'fsq'} | bad)
+    with pytest.raises(ValueError, match='ema or fsq'):
+        make_quantizer(16, 2, quantizer='vq')

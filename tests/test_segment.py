@@ -7,7 +7,9 @@ import torch
 
 import segment
 from pretrained import SYNTHSEG_LABELS
-from segment import MERGED, RIGHT, CommandSegmenter, SynthSegSegmenter, clean_posteriors, largest_part, make_segmenter
+from segment import (
+    MERGED, RIGHT, CommandSegmenter, SynthSegSegmenter, clean_posteriors, largest_part, make_segmenter
+)
 from test_pretrained import synthseg_file
 
 def test_labels_come_in_pairs_and_every_one_has_a_name():
@@ -31,7 +33,11 @@ def test_islands_of_a_structure_are_removed_and_posteriors_add_to_one():
     put(3, (slice(0, 2),) * 3)     # and one outside the brain
     cleaned = clean_posteriors(p)
     labels = np.array(SYNTHSEG_LABELS)[cleaned.argmax(0)]
-    assert (labels[9:13, 9:13, 9:13] == 11).all() and not (labels[15:19, 15:19, 15:19] == 11).any() and labels[0, 0, 0] == 0
+    assert (
+        (labels[9:13, 9:13, 9:13] == 11).all()
+        and not (labels[15:19, 15:19, 15:19] == 11).any()
+        and labels[0, 0, 0] == 0
+    )
     np.testing.assert_allclose(cleaned.sum(0)[cleaned.sum(0) > 0], 1, atol=1e-4)
 
 class Halves(torch.nn.Module):
@@ -43,7 +49,8 @@ class Halves(torch.nn.Module):
         p = torch.zeros(1, 33, *x.shape[2:])
         left = torch.arange(x.shape[2])[:, None, None] < x.shape[2] // 2
         bright = x[0, 0] > 0.5
-        for label, where in ((2, bright & left), (41, bright & ~left)): p[0, SYNTHSEG_LABELS.index(label)][where] = 1
+        for label, where in ((2, bright & left), (41, bright & ~left)):
+            p[0, SYNTHSEG_LABELS.index(label)][where] = 1
         p[0, 0][~bright] = 1
         assert all(n % 32 == 0 for n in x.shape[2:])
         return p
@@ -55,23 +62,34 @@ def test_sides_stay_theirs_through_flip_padding_and_resampling(monkeypatch, spac
     volume[5:25, 5:20, 5:15] = 100
     labels = SynthSegSegmenter('x.h5', 'cpu')(volume, spacing)
     assert labels.shape == volume.shape
-    assert (labels[6:14, 7:18, 7:13] == 2).all() and (labels[16:24, 7:18, 7:13] == 41).all() and (labels[:3] == 0).all() and (labels[:, :3] == 0).all()
+    assert (
+        (labels[6:14, 7:18, 7:13] == 2).all()
+        and (labels[16:24, 7:18, 7:13] == 41).all()
+        and (labels[:3] == 0).all()
+        and (labels[:, :3] == 0).all()
+    )
 
 def test_a_segmenter_with_real_layout_runs_at_any_size(tmp_path):
     synthseg_file(tmp_path / 's.h5')
-    labels = make_segmenter(str(tmp_path / 's.h5'), 'cpu')(np.random.default_rng(0).random((20, 33, 18)).astype(np.float32), 1.0)
+    labels = make_segmenter(str(tmp_path / 's.h5'), 'cpu')(
+        np.random.default_rng(0).random((20, 33, 18)).astype(np.float32), 1.0
+    )
     assert labels.shape == (20, 33, 18) and set(np.unique(labels)) <= set(SYNTHSEG_LABELS)
     synthseg_file(tmp_path / 'old.h5', labels=32)
-    with pytest.raises(SystemExit, match='32 labels'): make_segmenter(str(tmp_path / 'old.h5'), 'cpu')
+    with pytest.raises(SystemExit, match='32 labels'):
+        make_segmenter(str(tmp_path / 'old.h5'), 'cpu')
 
 def test_a_command_is_run_on_files_and_its_failure_told(tmp_path):
     script = tmp_path / 'seg.py'
-    script.write_text('import sys, nibabel as nib, numpy as np\nx = nib.load(sys.argv[1])\n'
-                      'nib.save(nib.Nifti1Image((x.get_fdata() > 0.5).astype(np.int16) * 17, x.affine), sys.argv[2])\n')
+    script.write_text(
+        'import sys, nibabel as nib, numpy as np\nx = nib.load(sys.argv[1])\n'
+        'nib.save(nib.Nifti1Image((x.get_fdata() > 0.5).astype(np.int16) * 17, x.affine), sys.argv[2])\n'
+    )
     volume = np.zeros((10, 12, 8), np.float32)
     volume[3:6, 3:9, 2:6] = 1
     labels = make_segmenter(f'{sys.executable} {script} {{in}} {{out}}', 'cpu')(volume, (1, 2, 1))
     np.testing.assert_array_equal(labels, 17 * (volume > 0.5))
     with pytest.raises(ValueError, match='segmenter ended with 3'):
         CommandSegmenter(f'{sys.executable} -c "import sys; sys.exit(3)" {{in}} {{out}}')(volume, 1)
-    with pytest.raises(SystemExit, match='neither'): make_segmenter('synthseg', 'cpu')
+    with pytest.raises(SystemExit, match='neither'):
+        make_segmenter('synthseg', 'cpu')

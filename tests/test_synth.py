@@ -13,7 +13,8 @@ def subject():
 def test_a_phantom_is_a_function_of_index_shape_and_seed(subject):
     again, other = phantom(1, SHAPE, 0, ('T1w',)), phantom(2, SHAPE, 0, ('T1w',))
     np.testing.assert_array_equal(subject['labels'], again['labels'])
-    np.testing.assert_array_equal(subject['images']['T1w'], again['images']['T1w'])  # whichever others are asked for
+    # whichever others are asked for
+    np.testing.assert_array_equal(subject['images']['T1w'], again['images']['T1w'])
     assert (subject['labels'] != other['labels']).mean() > 0.05
     assert (phantom(1, SHAPE, 1, ())['labels'] != subject['labels']).mean() > 0.05
 
@@ -25,10 +26,16 @@ def test_every_label_is_there_also_on_a_coarse_grid(subject):
 def test_left_lies_left_front_in_front_and_top_on_top(subject):
     centre = {name: np.argwhere(subject['labels'] == label).mean(0) for label, name in LABELS.items()}
     for name, place in centre.items():
-        if name.startswith('left '): assert place[0] < centre['right ' + name[5:]][0]
+        if name.startswith('left '):
+            assert place[0] < centre['right ' + name[5:]][0]
     assert centre['left caudate'][1] > centre['left thalamus'][1] > centre['left cerebellum cortex'][1]
-    assert centre['left cerebral cortex'][2] > centre['left thalamus'][2] > centre['left cerebellum cortex'][2] 
-    assert centre['left cerebellum cortex'][2] < centre['4th ventricle'][2] + 8 and centre['brain stem'][2] < centre['left thalamus'][2]
+    assert (
+        centre['left cerebral cortex'][2] > centre['left thalamus'][2] > centre['left cerebellum cortex'][2]
+    )
+    assert (
+        centre['left cerebellum cortex'][2] < centre['4th ventricle'][2] + 8
+        and centre['brain stem'][2] < centre['left thalamus'][2]
+    )
 
 @pytest.mark.parametrize('modality, order', [('T1w', ('white', 'thalamus', 'cortex', 'csf')), ('T2w', ('csf', 'cortex', 'white')),
                                              ('FLAIR', ('cortex', 'white', 'csf')), ('PD', ('csf', 'cortex', 'white'))])
@@ -44,14 +51,16 @@ def test_background_is_exactly_zero_and_the_brain_above(subject):
 
 def test_brains_share_their_place_but_not_their_cortex():
     a, b = (phantom(i, SHAPE, 0, ())['labels'] for i in (1, 2))
-    def dice(p, q): return 2 * (p & q).sum() / (p.sum() + q.sum())
+    def dice(p, q):
+        return 2 * (p & q).sum() / (p.sum() + q.sum())
     assert dice(a > 0, b > 0) > 0.7
     assert dice(np.isin(a, (3, 42)), np.isin(b, (3, 42))) < 0.75
 
 def test_cortex_is_folded():
     """Far more grey surface than the smooth hull has: the grey-white boundary against the brain's outline."""
     labels = phantom(1, (96, 128, 96), 0, ())['labels']
-    def surface(mask): return sum((np.diff(mask.astype(np.int8), axis=a) != 0).sum() for a in range(3))
+    def surface(mask):
+        return sum((np.diff(mask.astype(np.int8), axis=a) != 0).sum() for a in range(3))
     assert surface(np.isin(labels, (2, 41))) > 1.5 * surface(labels > 0)
 
 def test_sex_can_be_found_from_volumes_of_structures():
@@ -73,7 +82,10 @@ def test_images_of_any_label_map_and_refusals():
     labels[2:6, 2:6, 2:6] = 41
     image = images_from_labels(labels, ['T1w'], np.random.default_rng(0), noise=0, bias=0)['T1w']
     assert image[3:5, 3:5, 3:5].mean() == pytest.approx(TISSUE['T1w']['white'], abs=0.1)
-    with pytest.raises(ValueError, match="'CT'.*T1w"): images_from_labels(labels, ['CT'], np.random.default_rng(0))
+    with pytest.raises(ValueError, match="'CT'.*T1w"):
+        images_from_labels(labels, ['CT'], np.random.default_rng(0))
     labels[0] = 999
-    with pytest.raises(ValueError, match='999'): images_from_labels(labels, ['T1w'], np.random.default_rng(0))
-    with pytest.raises(ValueError, match="'X'"): phantom_labels((16, 16, 16), np.random.default_rng(0), 'X')
+    with pytest.raises(ValueError, match='999'):
+        images_from_labels(labels, ['T1w'], np.random.default_rng(0))
+    with pytest.raises(ValueError, match="'X'"):
+        phantom_labels((16, 16, 16), np.random.default_rng(0), 'X')

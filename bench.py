@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, register_flop_formula
 
 import model as networks
-import nifti
+from scans import nifti
 import synth
 from common import (
     all_reduce_mean, autocast, configure, load_checkpoint, save_checkpoint, start_processes, stop_processes

@@ -18,20 +18,20 @@ import torch
 from scipy import fft, ndimage
 from tqdm import tqdm
 
-import figures
-import nifti
+from judge import figures
+from scans import nifti
 from common import autocast, configure, load_checkpoint, make_out_dir, start_processes, write_text
 from data import Sessions, random
 from losses import ms_ssim, psnr  # offered here too, as are some of metrics: a judge's names in one place
-from metrics import (
+from judge.metrics import (
     channel_cosine, dice, effective_rank, explained_variance, feature_moments, frechet_distance,
     latent_geometry, moments, region_volumes_mm3, scores, slice_frechet, summarise, tsne
 )
 from model import from_checkpoint
 from pretrained import LPIPS, RandomFeatures, load_radimagenet, radimagenet_input
-from probe import linear_probe, network_probe
-from report import DEFINITIONS, SHOWN, report
-from segment import MERGED, make_segmenter
+from judge.probe import linear_probe, network_probe
+from judge.report import DEFINITIONS, SHOWN, report
+from judge.segment import MERGED, make_segmenter
 from tables import paper_table
 
 # ---------------------------------------------------------------- settings

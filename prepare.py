@@ -28,13 +28,13 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 import numpy as np
 from tqdm import tqdm
 
-import nifti
-import preflight
-import sources
+from scans import nifti
+from scans import preflight
+from scans import sources
 import synth
 from common import configure, make_out_dir, write_text
 from data import BOX
-from register import register as register_rigidly
+from scans.register import register as register_rigidly
 
 # ---------------------------------------------------------------- settings
 source = 'phantom'        # phantom | labelmaps | bids | csv | folder | pattern | ixi | ukb

@@ -17,12 +17,12 @@ import sys
 import numpy as np
 import torch
 
-import nifti
+from scans import nifti
 from common import (
     autocast, configure, load_checkpoint, make_out_dir, markdown_table, start_processes, write_text
 )
 from data import as_float, random, read_index
-from figures import views
+from judge.figures import views
 from flow import sample
 from latents import Latents, encode_conditions, nearest, value_of
 from losses import psnr

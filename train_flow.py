@@ -23,7 +23,7 @@ from common import (
     start_processes, stop_processes, update_average
 )
 from data import fingerprint, prefetch, refuse_other_data
-from figures import views
+from judge.figures import views
 from flow import draw_times, flow_matching_loss, sample
 from latents import Latents, encode_sessions
 from model import FlowUNet, FlowUNetConfig, encoder_hash, from_checkpoint, model_args, unet_flops

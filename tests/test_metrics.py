@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import linalg
 
-from metrics import (
+from judge.metrics import (
     dice, feature_moments, frechet_distance, frechet_parts, region_volumes_mm3, slice_frechet, tsne
 )
 

@@ -5,7 +5,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-import nifti
+from scans import nifti
 
 def head(shape=(40, 44, 36), seed=0):
     """A smooth bright ellipsoid on a background of exactly 0, float32, RAS+."""

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from probe import SEResNet, auc, linear_probe, network_probe
+from judge.probe import SEResNet, auc, linear_probe, network_probe
 
 def people(rng, n=60, sessions=2, features=500, signal=0.0):
     """n subjects with several sessions each; the subject's own pattern is far stronger than the noise between sessions."""

@@ -12,7 +12,7 @@ from scipy import ndimage
 from conftest import TINY, play, refused, refuses, run
 from common import load_checkpoint
 from evaluate import code_use, dct_codec
-from metrics import (
+from judge.metrics import (
     channel_cosine,
     effective_rank,
     explained_variance,

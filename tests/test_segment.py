@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-import segment
+from judge import segment
 from pretrained import SYNTHSEG_LABELS
-from segment import (
+from judge.segment import (
     MERGED, RIGHT, CommandSegmenter, SynthSegSegmenter, clean_posteriors, largest_part, make_segmenter
 )
 from test_pretrained import synthseg_file

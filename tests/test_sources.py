@@ -10,12 +10,12 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-import nifti
-import sources
+from scans import nifti
+from scans import sources
 import synth
 from common import load_checkpoint
 from conftest import ROOT, TINY, play, refused, refuses, run
-from register import mutual_information, register
+from scans.register import mutual_information, register
 from test_nifti import head, save, store
 from test_prepare import add, prepare, table
 from test_train import SHORT, assert_same_run

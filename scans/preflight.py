@@ -5,8 +5,8 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-import figures
-import nifti
+from judge import figures
+from scans import nifti
 from common import make_out_dir, markdown_table, write_text
 
 SMALL = (40, 48, 40)  # voxels of 4.5 mm: what contact sheets show and modalities are told apart by

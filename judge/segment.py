@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-import nifti
+from scans import nifti
 from pretrained import SYNTHSEG_LABELS, load_synthseg
 
 NAMES = {

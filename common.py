@@ -1,4 +1,4 @@
-"""What the scripts must agree on: settings, processes and devices, checkpoints, the log. Functions without state."""
+"""What the scripts must agree on: settings, processes and devices, checkpoints, and the log of a run."""
 import difflib
 import json
 import math
@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from ast import literal_eval
 from contextlib import nullcontext
 
@@ -15,23 +16,22 @@ import torch.distributed as dist
 # ---------------------------------------------------------------- settings
 
 def configure(g, argv):
-    """Override a script's plain globals `g` from config files and --key=value flags, left to right; return them as a dict.
+    """Override a script's plain globals `g` from config files and --key=value flags; return them as a dict.
 
-    Settings are the bool, int, float, str and tuple globals with lower-case names and no leading underscore. A config file holds
-    `name = value` lines. An unknown key or a value of another type ends the program with one line.
+    Arguments count from left to right. Settings are the bool, int, float, str and tuple globals with
+    lower-case names and no leading underscore. A config file holds `name = value` lines. An unknown key or a
+    value of another type ends the program with one line.
     """
-    known = {
-        k: type(v)
-        for k, v in g.items()
-        if k[0] != '_' and k == k.lower() and type(v) in (bool, int, float, str, tuple)
-    }
+    known = {}
+    for name, value in g.items():
+        if name[0] != '_' and name == name.lower() and type(value) in (bool, int, float, str, tuple):
+            known[name] = type(value)
 
     def put(source, key, value):
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
-            raise SystemExit(
-                f"{source}: unknown key '{key}'" + (f", did you mean '{near[0]}'?" if near else '')
-            )
+            hint = f", did you mean '{near[0]}'?" if near else ''
+            raise SystemExit(f"{source}: unknown key '{key}'{hint}")
         want = known[key]
         if want is float and type(value) is int:
             value = float(value)  # lr=1 means 1.0
@@ -43,32 +43,35 @@ def configure(g, argv):
 
     for arg in argv:
         if arg in ('-h', '--help'):
-            print('settings, changed by --key=value or a config file:\n'
-                  + '\n'.join(f'  --{k}={g[k]!r}' for k in known))
+            print('settings, changed by --key=value or a config file:')
+            print('\n'.join(f'  --{key}={g[key]!r}' for key in known))
             raise SystemExit(0)
         if arg.startswith('--'):
-            key, eq, text = arg[2:].partition('=')
-            if not eq: raise SystemExit(f'{arg}: write --{key}=value')
+            key, equals, text = arg[2:].partition('=')
+            if not equals: raise SystemExit(f'{arg}: write --{key}=value')
             put(arg, key, parse(text, known.get(key)))
         else:
-            namespace = {}  # its own, so that a misspelt name cannot hide among ours
-            try:
-                with open(arg) as f:
-                    exec(compile(f.read(), arg, 'exec'), namespace)
-            except OSError as e:
-                raise SystemExit(f'{arg}: cannot read this config file ({e.strerror})')
-            except Exception as e:
-                raise SystemExit(f'{arg}: not a config file of name = value lines ({type(e).__name__}: {e})')
-            for key, value in namespace.items():
-                if key[0] != '_':
-                    put(arg, key, value)
-    return {k: g[k] for k in known}
+            for key, value in read_config(arg).items():
+                put(arg, key, value)
+    return {key: g[key] for key in known}
+
+def read_config(path):
+    """The names that a config file sets, in a dict of their own: a misspelt one cannot hide among ours."""
+    namespace = {}
+    try:
+        with open(path) as f:
+            exec(compile(f.read(), path, 'exec'), namespace)
+    except OSError as e:
+        raise SystemExit(f'{path}: cannot read this config file ({e.strerror})')
+    except Exception as e:
+        raise SystemExit(f'{path}: not a config file of name = value lines ({type(e).__name__}: {e})')
+    return {key: value for key, value in namespace.items() if key[0] != '_'}
 
 def parse(text, want):
-    """A flag's text as a value of type `want`: str stays as typed, a tuple may be written 1,2,3 or T1w,T2w."""
+    """A flag's text as a value of type `want`: a str as typed, a tuple perhaps written 1,2,3 or T1w,T2w."""
     if want is str: return text
     if want is tuple and not text.lstrip().startswith(('(', '[')):
-        return tuple(parse(t.strip(), None) for t in text.split(',') if t.strip())
+        return tuple(parse(item.strip(), None) for item in text.split(',') if item.strip())
     try:
         return literal_eval(text)
     except (ValueError, SyntaxError):
@@ -93,64 +96,60 @@ def start_processes(device):
     return dist.get_rank(), dist.get_world_size(), device
 
 def warn_of_slow_convolutions(device, version, cudnn):
-    """One line for torch 2.9 with a cuDNN before 9.15, where 3D convolutions in bfloat16 take 3 to 4 times the time and memory.
+    """Print one line for torch 2.9 with a cuDNN before 9.15.
 
-    Sources: pytorch#166122, pytorch#166643.
+    3D convolutions in bfloat16 take 3 to 4 times the time and memory there (pytorch#166122, pytorch#166643).
     """
-    if (
-        device.startswith('cuda')
-        and version.startswith('2.9.')
-        and cudnn < 91500
-        and os.environ.get('RANK', '0') == '0'
-    ):
-        print(
-            f'torch {version} with cuDNN {cudnn}: 3D convolutions in bfloat16 are slow and take much memory; '
-            'upgrade torch, or pip install nvidia-cudnn-cu12>=9.15',
-            flush=True,
-        )
+    slow = device.startswith('cuda') and version.startswith('2.9.') and cudnn < 91500
+    if slow and os.environ.get('RANK', '0') == '0':
+        print(f'torch {version} with cuDNN {cudnn}: 3D convolutions in bfloat16 are slow and take much '
+              'memory; upgrade torch, or pip install nvidia-cudnn-cu12>=9.15', flush=True)
 
 def stop_processes():
     if dist.is_initialized():
         dist.destroy_process_group()
 
 def explain_failures(keys):
-    """From now on two errors end the program with one line: out of GPU memory, with the peak and the settings that lower it; a lost process."""
-    usual = sys.excepthook
-    signs = (
-        'Connection closed by peer', 'Connection reset', 'Broken pipe', 'Socket', 'NCCL', 'remote process'
-    )
+    """From now on, two errors end the program with one line: too little GPU memory, and a lost process.
+
+    keys: the settings that lower the memory, as text.
+    """
+    usual_hook = sys.excepthook
+    signs = ('Connection closed by peer', 'Connection reset', 'Broken pipe', 'Socket', 'NCCL',
+             'remote process')
+
     def hook(kind, error, trace):
-        lost = dist.is_initialized() and any(sign in str(error) for sign in signs)
         if issubclass(kind, torch.OutOfMemoryError):
-            peak = (
-                f'{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB'
-                if torch.cuda.is_available()
-                else 'not known'
-            )
+            peak = 'not known'
+            if torch.cuda.is_available():
+                peak = f'{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB'
             print(f'out of GPU memory, peak {peak}: lower {keys}', file=sys.stderr)
-        elif lost:
+        elif dist.is_initialized() and any(sign in str(error) for sign in signs):
             reason = str(error).strip().splitlines()[0]
-            print(
-                f'process {dist.get_rank()}: another process is gone ({reason}); its own message says why',
-                file=sys.stderr,
-            )
+            print(f'process {dist.get_rank()}: another process is gone ({reason}); its own message says why',
+                  file=sys.stderr)
         else:
-            usual(kind, error, trace)
+            usual_hook(kind, error, trace)
+
     sys.excepthook = hook
 
 def catch_signals():
-    """From now on SIGINT and SIGTERM only note their number; returns stop_signal(), which says which one came, 0 for none.
+    """From now on SIGINT and SIGTERM only note their number.
 
-    stop_signal() gives every process the same answer, since a signal may reach one of them only, or each at another step.
+    returns stop_signal(), which says which one came, 0 for none. It gives every process the same answer,
+    since a signal may reach one of them only, or each at another step.
     """
-    came = []
+    received = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: came.append(number))
+        signal.signal(number, lambda number, frame: received.append(number))
+
     def stop_signal():
-        if not dist.is_initialized(): return came[0] if came else 0
-        number = torch.tensor(came[0] if came else 0)
+        first = received[0] if received else 0
+        if not dist.is_initialized(): return first
+        number = torch.tensor(first)
         dist.all_reduce(number, dist.ReduceOp.MAX)
         return int(number)
+
     return stop_signal
 
 def print0(*args):
@@ -159,7 +158,7 @@ def print0(*args):
         print(*args, flush=True)
 
 def all_reduce_mean(tensors):
-    """Replace each tensor by its mean over the processes, in one message. All processes must pass the same shapes."""
+    """Replace each tensor by its mean over the processes, in one message. All must pass the same shapes."""
     if not dist.is_initialized() or not tensors: return
     flat = torch.cat([t.detach().reshape(-1) for t in tensors])
     dist.all_reduce(flat)
@@ -175,26 +174,21 @@ def autocast(device, dtype):
     return torch.autocast(device.split(':')[0], dtype=torch.bfloat16)
 
 def peak_flops(device):
-    """Dense bf16 peak of the card in FLOP/s from its data sheet, 0 where it is not known (no MFU is printed then)."""
+    """Dense bf16 peak of the card in FLOP/s by its data sheet, 0 where it is not known."""
     if not device.startswith('cuda'): return 0.0
+    peaks = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'A40': 150e12,
+             'RTX 4090': 165e12, 'RTX 3090': 71e12, 'A6000': 155e12}
     name = torch.cuda.get_device_name(device)
-    table = {
-        'H200': 989e12,
-        'H100': 989e12,
-        'A100': 312e12,
-        'L40S': 362e12,
-        'A40': 150e12,
-        'RTX 4090': 165e12,
-        'RTX 3090': 71e12,
-        'A6000': 155e12,
-    }
-    return next((peak for key, peak in table.items() if key in name), 0.0)
+    return next((peak for card, peak in peaks.items() if card in name), 0.0)
 
-# ---------------------------------------------------------------- weights
+# ---------------------------------------------------------------- weights and checkpoints
 
 @torch.no_grad()
 def update_average(average, model, decay):
-    """Exponential average of weights: average <- decay average + (1 - decay) model. Buffers, the codebook among them, are copied."""
+    """Exponential average of weights: average <- decay average + (1 - decay) model.
+
+    Buffers, the codebook among them, are copied.
+    """
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
     for a, b in zip(average.buffers(), model.buffers()):
         a.copy_(b)
@@ -211,7 +205,7 @@ def save_checkpoint(path, checkpoint):
         raise SystemExit(f'{path}: cannot write the checkpoint ({e}); the previous one is untouched')
 
 def load_checkpoint(path, device='cpu'):
-    """A checkpoint of train_vae.py or train_flow.py as a dict; anything else ends the program with one line."""
+    """A checkpoint of a training script as a dict; anything else ends the program with one line."""
     if not os.path.isfile(path): raise SystemExit(f'{path}: no such checkpoint')
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
@@ -221,34 +215,29 @@ def load_checkpoint(path, device='cpu'):
         raise SystemExit(f'{path}: not a checkpoint of this project (it has no model_args)')
     return checkpoint
 
+def changes(old, new):
+    """The keys of two dicts whose values differ, with both values, as text; '' where all are equal."""
+    keys = [key for key in old | new if old.get(key) != new.get(key)]
+    return '; '.join(f'{key} {old.get(key)!r} there, {new.get(key)!r} here' for key in keys)
+
 def refuse_changes(checkpoint, config, world, free):
-    """SystemExit that shows every setting that differs from the checkpoint's and is not among `free`, names without influence on results.
+    """SystemExit that shows every setting that differs from the checkpoint's.
 
-    batch_size may change if the processes do: what counts is the joined batch.
+    free: names of settings without influence on results, which may differ. batch_size may change if the
+    number of processes does: what counts is the joined batch.
     """
-    def joined(config, world):
-        return {k: world * v if k.startswith('batch_size') else v for k, v in config.items()}
-    there, here = joined(checkpoint['config'], checkpoint['world']), joined(config, world)
-    differ = [
-        f'{k} {there.get(k)!r} there, {here[k]!r} here'
-        for k in here
-        if k not in free and there.get(k) != here[k]
-    ]
-    if differ:
-        raise SystemExit(
-            f'--init_from=resume goes on with one run, but its settings have changed: {"; ".join(differ)}; '
-            'restore them, or add --resume_changed=True to go on regardless'
-        )
+    def of_the_joined_batch(settings, world):
+        joined = {key: settings.get(key) for key in config if key not in free}
+        for key in joined:
+            if key.startswith('batch_size') and key in settings:
+                joined[key] *= world
+        return joined
 
-def check_finite(recent):
-    """SystemExit at the first value that is not finite. recent: [(iteration, names of the values, values (n,), files of the batch)]."""
-    for it, names, values, files in recent:
-        for name, value in zip(names, values.tolist()):
-            if not math.isfinite(value):
-                raise SystemExit(
-                    f'iteration {it}: {name} is {value}; the batch of this process was {", ".join(files)}; '
-                    'ckpt.pt holds the last good state'
-                )
+    old = of_the_joined_batch(checkpoint['config'], checkpoint['world'])
+    new = of_the_joined_batch(config, world)
+    if old != new:
+        raise SystemExit('--init_from=resume goes on with one run, but its settings have changed: '
+                         f'{changes(old, new)}; restore them, or add --resume_changed=True to go on')
 
 # ---------------------------------------------------------------- output folder and log
 
@@ -257,8 +246,7 @@ def make_out_dir(path):
     try:
         os.makedirs(path, exist_ok=True)
         probe = os.path.join(path, f'.probe{os.getpid()}')
-        with open(probe, 'w'):
-            pass
+        open(probe, 'w').close()
         os.remove(probe)
     except OSError as e:
         raise SystemExit(f'{path}: cannot write there ({e.strerror}); choose another --out_dir')
@@ -274,12 +262,6 @@ def markdown_table(head, rows):
     """Lines of a markdown table; rows are lists of what is to be printed, as many as head has columns."""
     return ['| ' + ' | '.join(map(str, line)) + ' |' for line in (head, ['---'] * len(head), *rows)]
 
-def log_json(out_dir, record):
-    """Append one JSON line to out_dir/log.jsonl; numbers that are not finite become null."""
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    with open(os.path.join(out_dir, 'log.jsonl'), 'a') as f:
-        f.write(json.dumps(clean) + '\n')
-
 def read_log(out_dir):
     """Whole lines of out_dir/log.jsonl; a last one that a kill cut short is left out."""
     try:
@@ -288,40 +270,118 @@ def read_log(out_dir):
     except FileNotFoundError:
         return []
 
-def open_log(out_dir, config, wandb_project, it):
-    """Write the settings to out_dir/config.py and return log(record), which appends to log.jsonl and, if a project is named, to wandb.
+class StepLog:
+    """The bookkeeping of a training loop: clocks, counters, the line of a step, the records of log.jsonl.
 
-    A record is a dict of numbers with 'iter'. Lines after iteration `it` are dropped first: those steps will be taken again.
-    Only the first process writes.
+    out_dir gets config.py, the settings, and log.jsonl, a JSON line per record. Records after iteration `it`
+    are dropped first: those steps will be taken again. Only the first process writes. interval: steps between
+    lines. wandb_project: also sends records to wandb if it is not ''.
     """
-    if dist.is_initialized() and dist.get_rank(): return lambda record: None
-    write_text(os.path.join(out_dir, 'config.py'), ''.join(f'{k} = {v!r}\n' for k, v in config.items()))
-    write_text(
-        os.path.join(out_dir, 'log.jsonl'),
-        ''.join(line for line in read_log(out_dir) if json.loads(line)['iter'] <= it),
-    )
-    if wandb_project:
-        try:
-            import wandb
-        except ImportError:
-            raise SystemExit('--wandb_project needs wandb: pip install wandb, or leave it empty')
-        wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=config)
-    def log(record):
-        log_json(out_dir, record)
-        if wandb_project:
-            wandb.log(record, step=record['iter'])
-    return log
+    def __init__(self, out_dir, config, wandb_project, interval, it, device, world):
+        self.out_dir, self.interval, self.device, self.world = out_dir, interval, device, world
+        self.first_it = it + 1
+        self.recent = []  # of steps whose values nobody has looked at: a look waits for the GPU
+        self.writes = not dist.is_initialized() or dist.get_rank() == 0
+        self.wandb = None
+        if self.writes:
+            settings = ''.join(f'{key} = {value!r}\n' for key, value in config.items())
+            write_text(os.path.join(out_dir, 'config.py'), settings)
+            kept = [line for line in read_log(out_dir) if json.loads(line)['iter'] <= it]
+            write_text(os.path.join(out_dir, 'log.jsonl'), ''.join(kept))
+            if wandb_project:
+                self.wandb = start_wandb(wandb_project, out_dir, config)
+        self.restart(it)
+
+    def restart(self, it):
+        """Begin to count after iteration `it`: what a validation takes is the time of no step."""
+        self.counted_from, self.clock = it, time.perf_counter()
+        self.waited = self.flops = 0.0
+        self.counts = {}
+
+    def next_batch(self, batches):
+        """The next batch of an iterator; the time spent waiting for it is counted."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - start
+        return batch
+
+    def count(self, what, n, flops):
+        """Count n volumes, slices or latents of this process, and the FLOP of their training step."""
+        self.counts[what] = self.counts.get(what, 0) + n
+        self.flops += flops
+
+    def note(self, it, values, files):
+        """Remember a step's values {name: scalar tensor}, and the files of its batch, for check()."""
+        self.recent.append((it, list(values), torch.stack(list(values.values())), files))
+
+    def due(self, it):
+        """Whether iteration `it` gets a line: every interval-th, and the first one of this process."""
+        return it % self.interval == 0 or it == self.first_it
+
+    def check(self):
+        """SystemExit at the first noted value that is not finite."""
+        for it, names, values, files in self.recent:
+            for name, value in zip(names, values.tolist()):
+                if not math.isfinite(value):
+                    raise SystemExit(f'iteration {it}: {name} is {value}; the batch of this process was '
+                                     f'{", ".join(files)}; ckpt.pt holds the last good state')
+        self.recent.clear()
+
+    def step(self, it, terms, gradient, lr):
+        """Print and record a step: means over the processes of its terms {name: scalar tensor} and gradient.
+
+        A record has train/<term>, train/grad_norm, lr; ms per step; volumes (or slices, latents) per second
+        of all processes; data_wait, the share of the time spent waiting; on a GPU mfu and peak_gib.
+        """
+        values = torch.stack([*terms.values(), gradient])
+        all_reduce_mean([values])
+        *values, gradient = values.tolist()
+        seconds, steps = time.perf_counter() - self.clock, it - self.counted_from
+        record = {'iter': it, **{f'train/{name}': value for name, value in zip(terms, values)}}
+        record |= {'train/grad_norm': gradient, 'lr': lr, 'ms': 1000 * seconds / steps}
+        record |= {f'{what}_per_s': self.world * n / seconds for what, n in self.counts.items()}
+        record['data_wait'] = self.waited / seconds
+        if peak_flops(self.device):
+            record['mfu'] = self.flops / seconds / peak_flops(self.device)
+        if self.device.startswith('cuda'):
+            record['peak_gib'] = torch.cuda.max_memory_allocated() / 2 ** 30
+        if it % self.interval == 0 or it == 1:  # the first line after a resume is for the screen only
+            self.write(record)
+        line = [f'{name} {value:.4f}' for name, value in zip(terms, values)]
+        line += [f'grad {gradient:.2f}', f'lr {lr:.1e}', f"{record['ms']:.0f} ms"]
+        line += [f"{record[f'{what}_per_s']:.1f} {what}/s" for what in self.counts]
+        line.append(f"wait {record['data_wait']:.0%}")
+        if 'mfu' in record:
+            line.append(f"mfu {record['mfu']:.0%}")
+        if 'peak_gib' in record:
+            line.append(f"{record['peak_gib']:.1f} GiB")
+        print0(f'iter {it}: ' + ' | '.join(line))
+        self.restart(it)
+
+    def write(self, record):
+        """Append a record, a dict of numbers with 'iter', to log.jsonl; what is not finite becomes null."""
+        if not self.writes: return
+        clean = {}
+        for key, value in record.items():
+            clean[key] = None if isinstance(value, float) and not math.isfinite(value) else value
+        with open(os.path.join(self.out_dir, 'log.jsonl'), 'a') as f:
+            f.write(json.dumps(clean) + '\n')
+        if self.wandb:
+            self.wandb.log(record, step=record['iter'])
+
+def start_wandb(project, out_dir, config):
+    try:
+        import wandb
+    except ImportError:
+        raise SystemExit('--wandb_project needs wandb: pip install wandb, or leave it empty')
+    wandb.init(project=project, name=os.path.basename(out_dir), config=config)
+    return wandb
 
 def git_commit():
     """Short commit of the source, with + when it was edited; '' outside a repository."""
     here = os.path.dirname(os.path.abspath(__file__))
+    command = ['git', 'describe', '--always', '--dirty=+', '--exclude=*']
     try:
-        return subprocess.run(
-            ['git', 'describe', '--always', '--dirty=+', '--exclude=*'],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        ).stdout.strip()
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ''

@@ -212,6 +212,7 @@ class PatchDiscriminator(nn.Sequential):
             stages += [conv(width, 2 * width, 4, stride, 1, bias=False), norm(2 * width), nn.LeakyReLU(0.2)]
             width *= 2
         super().__init__(*stages, conv(width, 1, 4, 1, 1))
+        self.dims = dims
         for m in self:
             if isinstance(m, conv):
                 nn.init.normal_(m.weight, 0, 0.02)
@@ -256,3 +257,30 @@ def perceptual_loss(network, x_hat, x, fraction=0.2, generators=None):
         return sum(
             network(a, b).mean() for a, b in random_slices([x_hat.float(), x.float()], fraction, generators)
         )
+
+# ---------------------------------------------------------------- discriminators on volumes and slices
+
+def mean_over_views(term, discriminators, volumes, fraction, generators):
+    """Mean of term(discriminator, *views) over all that discriminators see of volumes, a list of (B, C, D, H, W).
+
+    A 3D discriminator sees the volumes, a 2D one random slices of each plane.
+    """
+    values = []
+    for discriminator in discriminators:
+        views = [volumes] if discriminator.dims == 3 else random_slices(volumes, fraction, generators)
+        values += [term(discriminator, *view) for view in views]
+    return sum(values) / len(values)
+
+def generator_term(discriminators, x_hat, form, fraction, generators):
+    """What the generator pays for x_hat (B, C, D, H, W). form: see adversarial_loss; the rest: see random_slices."""
+    def term(discriminator, fake):
+        return generator_loss(discriminator(fake), form)
+    return mean_over_views(term, discriminators, [x_hat], fraction, generators)
+
+def discriminator_term(discriminators, x_hat, x, form, fraction, generators):
+    """What the discriminators pay for a detached x_hat and the scans x themselves, each (B, C, D, H, W)."""
+    def term(discriminator, fake, real):
+        on_fake = adversarial_loss(discriminator(fake), False, form)
+        on_real = adversarial_loss(discriminator(real), True, form)
+        return (on_fake + on_real) / 2
+    return mean_over_views(term, discriminators, [x_hat, x], fraction, generators)

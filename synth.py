@@ -484,3 +484,18 @@ def render(labels, modalities, generators, noise=0.02, bias=0.08):
         image = image / torch.quantile(image[one > 0][::7], 0.995)
         images.append(torch.where(one > 0, image.clamp(1e-4, 1), 0.0))
     return torch.stack(images)[:, None]
+
+def redraw(batch, modalities, share, seed):
+    """x of a training batch with some volumes drawn anew: images of the same label maps and modalities.
+
+    share: probability of a volume. What is drawn depends on the sample's index and the seed alone.
+    """
+    draws = []
+    for sample_index in batch['sample_index'].tolist():
+        draws.append(torch.Generator().manual_seed((seed << 44) + (1 << 43) + sample_index))
+    rows = [b for b, g in enumerate(draws) if torch.rand((), generator=g).item() < share]
+    if not rows: return batch['x']
+    names = [modalities[m] for m in batch['modality'].tolist()]
+    x = batch['x'].clone()
+    x[rows] = render(batch['labels'][rows].long(), [names[b] for b in rows], [draws[b] for b in rows])
+    return x

@@ -19,6 +19,6 @@ ema_decay = 0.0
 w_ssim = 0.0
 w_kl = 5e-4              # mean over elements; MAISI's own 1e-7 on the sum is 5.5e-3 here
 w_perc = 0.3             # needs --perc_trunk and --perc_lin, or --perceptual=random, or --w_perc=0
-w_gan = 0.1
+w_discriminator = 0.1
 
 w_cov, w_var = 1.0, 1.0  # eq. 6, lambda_DeCo 1

@@ -20,4 +20,4 @@ ema_decay = 0.0
 
 w_ssim = 0.0
 w_perc = 60.0            # needs --perc_trunk and --perc_lin, or --perceptual=random
-w_gan = 1.0
+w_discriminator = 1.0

@@ -22,6 +22,6 @@ lr_decay_iters = 100_000
 w_ssim = 0.0
 w_commit = 0.25
 w_perc = 0.3             # needs --perc_trunk and --perc_lin, or --perceptual=random, or --w_perc=0
-w_gan = 0.1
-gan_dims = (2,)
-gan_start = 10_000
+w_discriminator = 0.1
+discriminator_dims = (2,)
+discriminator_start = 10_000

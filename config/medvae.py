@@ -17,5 +17,5 @@ lr_decay_iters = 100_000
 w_ssim = 0.0
 w_kl = 5e-4
 w_perc = 0.3             # needs --perc_trunk and --perc_lin, or --perceptual=random, or --w_perc=0
-w_gan = 0.1
-gan_dims = (3,)
+w_discriminator = 0.1
+discriminator_dims = (3,)

@@ -19,6 +19,6 @@ w_ssim = 0.0
 w_kl = 1e-6
 kl_reduction = 'sum'
 w_perc = 0.3             # needs --perc_trunk and --perc_lin, or --perceptual=random, or --w_perc=0
-w_gan = 0.1
-gan_dims = (2,)
-gan_start = 10_000
+w_discriminator = 0.1
+discriminator_dims = (2,)
+discriminator_start = 10_000

@@ -99,7 +99,7 @@ def test_grad_accumulation_of_equal_parts_equals_one_batch(tiny_data, tmp_path):
     )
     assert one['iter_num'] == two['iter_num'] == 1
 
-@pytest.mark.parametrize('kind', [[], ['--kind=convvae', '--widths=8,8', '--latent_dim=3', '--w_ssim=0', '--w_kl=1e-3', '--w_sid=1', '--gather=True', '--w_gan=0.1',
+@pytest.mark.parametrize('kind', [[], ['--kind=convvae', '--widths=8,8', '--latent_dim=3', '--w_ssim=0', '--w_kl=1e-3', '--w_sid=1', '--gather=True', '--w_discriminator=0.1',
                                        '--w_perc=0.1', '--perceptual=random', '--patch=32,32,32', '--iters=4', '--augment=True']])
 def test_two_processes_equal_one_on_the_joined_batch(kind, tiny_data, tmp_path):
     """Cross and adversarial losses on, sessions that lack a modality, an uneven validation set, volumes then slices; ConvVAE with GANs."""
@@ -173,22 +173,22 @@ KL = [
 ]
 
 def test_discriminators_learn_nothing_from_the_generators_step_nor_it_from_theirs(tiny_data, tmp_path):
-    args = [*KL, '--gan_dims=3,2', '--max_iters=1', '--ema_decay=0']
+    args = [*KL, '--discriminator_dims=3,2', '--max_iters=1', '--ema_decay=0']
     weak, strong, none, tiny = (
-        train(tiny_data, tmp_path / f'w{w}', *args, f'--w_gan={w}') for w in (0.5, 5.0, 0.0, 1e-30)
+        train(tiny_data, tmp_path / f'w{w}', *args, f'--w_discriminator={w}') for w in (0.5, 5.0, 0.0, 1e-30)
     )
     for k, v in weak['critics'].items():
-        assert torch.equal(v, strong['critics'][k]), k  # a leak would scale with w_gan
+        assert torch.equal(v, strong['critics'][k]), k  # a leak would scale with w_discriminator
     assert not all(torch.equal(v, strong['model'][k]) for k, v in weak['model'].items())
     for k, v in none['model'].items():
-        assert torch.equal(v, tiny['model'][k]), k  # w_gan 1e-30 is too small for a float to notice
+        assert torch.equal(v, tiny['model'][k]), k  # w_discriminator 1e-30 is too small for a float to notice
 
 def test_decoder_fine_tuning_leaves_the_encoder_bit_for_bit(tiny_data, tmp_path):
-    before = train(tiny_data, tmp_path / 'a', *KL, '--max_iters=2', '--w_gan=0.1')
+    before = train(tiny_data, tmp_path / 'a', *KL, '--max_iters=2', '--w_discriminator=0.1')
     args = [
         *KL,
         '--freeze_encoder=True',
-        '--w_gan=1.0',
+        '--w_discriminator=1.0',
         '--w_perc=60.0',
         '--perceptual=random',
         '--max_iters=3',
@@ -200,7 +200,7 @@ def test_decoder_fine_tuning_leaves_the_encoder_bit_for_bit(tiny_data, tmp_path)
         changed = {k.split('.')[0] for k, v in before['ema'].items() if not torch.equal(v, weights[k])}
         assert changed == {'decoder', 'post'}
     # as they start, before any step
-    fresh = train(tiny_data, tmp_path / 'c', *args, '--gan_start=5')['critics']
+    fresh = train(tiny_data, tmp_path / 'c', *args, '--discriminator_start=5')['critics']
     assert not any(torch.equal(v, before['critics'][k]) for k, v in fresh.items() if v.ndim > 1)
     assert 'train/perc_random' in log_of(tmp_path / 'b')[0]
 
@@ -227,8 +227,8 @@ def test_checkpointing_of_convvae_changes_memory_and_nothing_else(tiny_data, tmp
 def test_resume_of_a_gan_run_gives_the_same_bits(tuning, tiny_data, tmp_path):
     """As the whole autoencoder is trained, and as its decoder is fine-tuned."""
     args = [
-        *KL, '--w_gan=0.1', '--w_sid=1.0', '--w_perc=0.1', '--perceptual=random', '--augment=True',
-        '--gan_start=1'
+        *KL, '--w_discriminator=0.1', '--w_sid=1.0', '--w_perc=0.1', '--perceptual=random', '--augment=True',
+        '--discriminator_start=1'
     ]
     if tuning:
         train(tiny_data, tmp_path / 'first', *args, '--max_iters=1')
@@ -240,7 +240,7 @@ def test_resume_of_a_gan_run_gives_the_same_bits(tuning, tiny_data, tmp_path):
     assert a.keys() == b.keys() and [k for k in a if not torch.equal(a[k], b[k])] == []
 
 @pytest.mark.parametrize('args, term', [(['--w_sid=1'], 'sid'), (['--w_cov=1'], 'cov'), (['--w_var=1'], 'var'), (['--bottleneck=vq', '--num_codebooks=2'], 'commit'),
-                                        (['--w_ssim=1'], 'ssim'), (['--w_gan=1', '--gan_dims=2,', '--gan_form=hinge'], 'critic'), (['--kl_reduction=sum'], 'kl')])
+                                        (['--w_ssim=1'], 'ssim'), (['--w_discriminator=1', '--discriminator_dims=2,', '--discriminator_form=hinge'], 'critic'), (['--kl_reduction=sum'], 'kl')])
 def test_every_term_is_logged_and_finite(args, term, tiny_data, tmp_path):
     args = [a for a in KL if '--w_kl' not in a or '--bottleneck=vq' not in args] + args
     train(tiny_data, tmp_path / 'a', *args, '--max_iters=2')
@@ -310,7 +310,7 @@ def test_swapped_film_changes_the_contrast_and_not_the_anatomy(tmp_path):
     (['--modalities=T1w,FLAIR'], ['FLAIR', 'it has T1w, T2w']), (['--widths=16,16,16'], ['widths', 'four']),
     (['--patch=24,48,32'], ['24', 'multiple of 16']), (['--init_from=resume'], ['ckpt.pt', 'no such checkpoint']),
     (['--kind=gan'], ['neuroquant or convvae']), (['--kind=convvae', '--w_perc=1'], ['squeezenet1_1', 'no path given']),
-    (['--kind=convvae', '--bottleneck=vq', '--num_codebooks=3', '--codebooks=split'], ['4 channels', '3 codebooks']), (['--recon=l3'], ['l1 or l2']), (['--quantizer=fsq', '--num_codes=24'], ['fsq', 'power of 2']), (['--kind=convvae', '--dims=2', '--synthesise=0.5'], ['--synthesise', 'dims=2']), (['--kind=convvae', '--dims=2', '--augment=True'], ['--augment', 'dims=2']), (['--freeze_encoder=True'], ['convvae']), (['--w_gan=1'], ['w_gan', 'convvae']),
+    (['--kind=convvae', '--bottleneck=vq', '--num_codebooks=3', '--codebooks=split'], ['4 channels', '3 codebooks']), (['--recon=l3'], ['l1 or l2']), (['--quantizer=fsq', '--num_codes=24'], ['fsq', 'power of 2']), (['--kind=convvae', '--dims=2', '--synthesise=0.5'], ['--synthesise', 'dims=2']), (['--kind=convvae', '--dims=2', '--augment=True'], ['--augment', 'dims=2']), (['--freeze_encoder=True'], ['convvae']), (['--w_discriminator=1'], ['w_discriminator', 'convvae']),
     (['--kind=convvae', '--bottleneck=vq', '--w_kl=1'], ['w_kl', "bottleneck='kl'"]), (['--kind=convvae', '--dims=2', '--patch=16,16,16'], ['patch', 'dims=2']),
     (['--out_dir=/proc/nowhere'], ['/proc/nowhere', 'cannot write']), (['--init_from=pytest.ini'], ['pytest.ini', 'not a readable checkpoint'])])
 def test_bad_settings_end_with_one_line(args, words, tiny_data, tmp_path):

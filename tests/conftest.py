@@ -21,43 +21,69 @@ sys.path.insert(0, ROOT)
 
 import model
 
+step_flops = model.step_flops
+
 @functools.cache
-def counted(kind, fields, shape):
-    cls, config = model.KINDS[kind]
-    return count(cls(config(**dict(fields))), shape)
+def flops_of(kind, fields, shape):
+    network, config = model.KINDS[kind]
+    return step_flops(network(config(**dict(fields))), shape)
 
-# once per network
-count, model.step_flops = model.step_flops, lambda net, shape: counted(
-    model.model_args(net)['kind'], tuple(vars(net.config).items()), tuple(shape)
-)
+def cached_step_flops(network, shape):
+    """model.step_flops, counted once per kind of network in a test process."""
+    fields = tuple(vars(network.config).items())
+    return flops_of(model.model_args(network)['kind'], fields, tuple(shape))
 
-def run(script, *args, **kwargs):
+model.step_flops = cached_step_flops
+
+def run(script, *args):
     """A script of the project as a user runs it; returns the finished process with its text output.
 
-    prepare.py with several workers and calls with settings of their own get a new interpreter. The others run in this one, which
-    saves the seconds that importing torch takes; any exception but SystemExit comes through.
+    prepare.py with several workers gets a new interpreter. The others run in this one, which saves the time to
+    import torch. Any exception but SystemExit comes through.
     """
-    if (script == 'prepare.py' and '--workers=1' not in args) or kwargs:
-        return subprocess.run(
-            [sys.executable, os.path.join(ROOT, script), *map(str, args)],
-            capture_output=True,
-            text=True,
-            cwd=kwargs.pop('cwd', ROOT),
-            **kwargs,
-        )
-    argv, handlers = sys.argv, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    sys.argv, out, code = [script, *map(str, args)], io.StringIO(), 0
+    if script == 'prepare.py' and '--workers=1' not in args:
+        command = [sys.executable, script, *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    before = sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv = [script, *map(str, args)]
+    printed = io.StringIO()
+    code = 0
     try:
-        with contextlib.redirect_stdout(out):
+        with contextlib.redirect_stdout(printed):
             runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
     except SystemExit as e:
         code = e.code
     finally:
-        sys.argv = argv
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
-    said = code if isinstance(code, str) else ''
-    return subprocess.CompletedProcess(script, 1 if said else code or 0, out.getvalue(), said)
+        sys.argv = before
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    message = code if isinstance(code, str) else ''
+    return subprocess.CompletedProcess(script, 1 if message else code or 0, printed.getvalue(), message)
+
+def start(script, *args):
+    """A script in a process of its own, running."""
+    command = [sys.executable, script, *map(str, args)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+def start_two(script, *args, port):
+    """A script in two processes that train together, running."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={port}']
+    environment = os.environ | {'OMP_NUM_THREADS': '1'}
+    return subprocess.Popen([*command, script, *map(str, args)], cwd=ROOT, env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+def play_two(script, *args, port):
+    """Runs a script that has to succeed in two processes that train together."""
+    process = start_two(script, *args, port=port)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+
+def read_until(process, beginning):
+    """Waits for a printed line that begins so."""
+    for line in process.stdout:
+        if line.startswith(beginning):
+            return
 
 def play(script, *args):
     """What a script printed that has to succeed."""
@@ -80,40 +106,35 @@ def refused(process, *words):
     return True
 
 def make_tiny_data(folder):
-    """Twelve sessions of smooth random 32x48x32 volumes, T1w and T2w; session 3 lacks T2w, session 4 lacks T1w. folder: a new one."""
+    """Twelve sessions of smooth random 32x48x32 volumes, T1w and T2w, in a new folder.
+
+    Session 3 lacks T2w and session 4 lacks T1w. Inside the brain T2w is 1 - T1w.
+    """
     folder.mkdir()
     rng = np.random.default_rng(0)
     grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in (32, 48, 32)], indexing='ij'))
+    absent = ((3, 'T2w'), (4, 'T1w'))
     lines = ['subject\tsession\tsplit\tT1w\tT2w\tsex\tage']
     for i in range(12):
         brain = (grid ** 2).sum(0) < 0.7 + 0.2 * rng.random()
         tissue = 0.5 + 0.4 * np.sin(grid.T @ rng.normal(size=3) * 3).T
         names = []
-        for j, image in enumerate((tissue, 1 - tissue)):
-            name = f'sub-{i:02d}_ses-01_{("T1w", "T2w")[j]}.npy'
+        for modality, image in (('T1w', tissue), ('T2w', 1 - tissue)):
+            name = f'sub-{i:02d}_ses-01_{modality}.npy'
             np.save(folder / name, np.where(brain, image, 0).astype(np.float32))
-            names.append('' if (i, j) in ((3, 1), (4, 0)) else name)
-        lines.append(
-            '\t'.join([
-                f'sub-{i:02d}',
-                'ses-01',
-                'train' if i < 8 else 'val' if i < 10 else 'test',
-                *names,
-                'F',
-                '30',
-            ])
-        )
+            names.append('' if (i, modality) in absent else name)
+        split = ['train'] * 8 + ['val'] * 2 + ['test'] * 2
+        lines.append('\t'.join([f'sub-{i:02d}', 'ses-01', split[i], *names, 'F', '30']))
     (folder / 'subjects.tsv').write_text('\n'.join(lines) + '\n')
-    (folder / 'dataset.json').write_text(
-        json.dumps({'shape': [32, 48, 32], 'spacing_mm': 1.0, 'modalities': ['T1w', 'T2w']})
-    )
+    facts = {'shape': [32, 48, 32], 'spacing_mm': 1.0, 'modalities': ['T1w', 'T2w']}
+    (folder / 'dataset.json').write_text(json.dumps(facts))
     return folder
 
 @pytest.fixture
 def tiny_data(tmp_path):
     return make_tiny_data(tmp_path / 'data')
 
-TINY = [
-    '--widths=8,8,8,8', '--anat_dim=8', '--mod_dim=4', '--modality_dim=4', '--num_codes=16', '--batch_size=2',
-    '--batch_size_2d=4', '--res_blocks=1', '--device=cpu', '--warmup_iters=2', '--log_interval=1'
-]
+# a network that trains in a second
+TINY = ['--widths=8,8,8,8', '--anat_dim=8', '--mod_dim=4', '--modality_dim=4', '--num_codes=16',
+        '--batch_size=2', '--batch_size_2d=4', '--res_blocks=1', '--device=cpu', '--warmup_iters=2',
+        '--log_interval=1']

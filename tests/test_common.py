@@ -20,22 +20,30 @@ def test_flags_and_files_override_from_left_to_right(tmp_path):
     assert out == dict(lr=1.0, steps=40, name='001', compile=False, widths=(8, 16))
     assert g['steps'] == 40 and type(g['lr']) is float
 
-@pytest.mark.parametrize('text, value', [('T1w,T2w', ('T1w', 'T2w')), ('T1w', ('T1w',)), ('(1, 2)', (1, 2)), ('', ()), ('4', (4,))])
+@pytest.mark.parametrize('text, value', [
+    ('T1w,T2w', ('T1w', 'T2w')), ('T1w', ('T1w',)), ('(1, 2)', (1, 2)), ('', ()), ('4', (4,))])
 def test_tuples_may_be_written_as_lists(text, value):
     g = settings()
     assert configure(g, [f'--widths={text}'])['widths'] == value
 
 @pytest.mark.parametrize('arg, message', [
-    ('--lrr=1', "unknown key 'lrr', did you mean 'lr'"), ('--lr=fast', "lr must be float like 0.001, got 'fast'"),
-    ('--steps=1.5', 'steps must be int'), ('--compile=1', 'compile must be bool'), ('--lr', 'write --lr=value'),
-    ('--_hidden=1', "unknown key '_hidden'"), ('missing.py', 'missing.py: cannot read')])
+    ('--lrr=1', "unknown key 'lrr', did you mean 'lr'"),
+    ('--lr=fast', "lr must be float like 0.001, got 'fast'"),
+    ('--steps=1.5', 'steps must be int'),
+    ('--compile=1', 'compile must be bool'),
+    ('--lr', 'write --lr=value'),
+    ('--_hidden=1', "unknown key '_hidden'"),
+    ('missing.py', 'missing.py: cannot read')])
 def test_bad_settings_are_refused_in_one_line(arg, message):
     with pytest.raises(SystemExit) as e:
         configure(settings(), [arg])
     assert message in str(e.value) and '\n' not in str(e.value)
 
-@pytest.mark.parametrize('text, message', [('lrr = 1', "unknown key 'lrr'"), ('lr = "x"', 'lr must be float'), ('lr =', 'SyntaxError'),
-                                           ('lr = 1 / 0', 'ZeroDivisionError')])
+@pytest.mark.parametrize('text, message', [
+    ('lrr = 1', "unknown key 'lrr'"),
+    ('lr = "x"', 'lr must be float'),
+    ('lr =', 'SyntaxError'),
+    ('lr = 1 / 0', 'ZeroDivisionError')])
 def test_bad_config_files_are_refused_with_their_name(tmp_path, text, message):
     file = tmp_path / 'bad.py'
     file.write_text(text)
@@ -46,13 +54,20 @@ def test_bad_config_files_are_refused_with_their_name(tmp_path, text, message):
 def test_checkpoints_are_read_without_running_code_and_written_whole(tmp_path):
     path = str(tmp_path / 'ckpt.pt')
     save_checkpoint(path, {'model_args': {'widths': (1, 2)}, 'w': torch.ones(2)})
-    assert load_checkpoint(path)['model_args']['widths'] == (1, 2) and os.listdir(tmp_path) == ['ckpt.pt']
+    assert load_checkpoint(path)['model_args']['widths'] == (1, 2)
+    assert os.listdir(tmp_path) == ['ckpt.pt']
     with pytest.raises(SystemExit, match='cannot write'):
         save_checkpoint(str(tmp_path / 'no' / 'ckpt.pt'), {})
 
-@pytest.mark.parametrize('spoil, message', [(lambda p: os.remove(p), 'no such checkpoint'), (lambda p: os.truncate(p, 300), 'not a readable'),
-                                            (lambda p: torch.save({'a': 1}, p), 'model_args'),
-                                            (lambda p: open(p, 'wb').write(b'cos\nsystem\n(S"true"\ntR.'), 'not a readable')])
+def write_pickle_with_code(path):
+    with open(path, 'wb') as f:
+        f.write(b'cos\nsystem\n(S"true"\ntR.')
+
+@pytest.mark.parametrize('spoil, message', [
+    (os.remove, 'no such checkpoint'),
+    (lambda path: os.truncate(path, 300), 'not a readable'),
+    (lambda path: torch.save({'a': 1}, path), 'model_args'),
+    (write_pickle_with_code, 'not a readable')])
 def test_bad_checkpoints_are_refused_with_their_name(tmp_path, spoil, message):
     path = str(tmp_path / 'ckpt.pt')
     save_checkpoint(path, {'model_args': {}})
@@ -68,26 +83,25 @@ def test_average_follows_weights_and_copies_buffers():
     update_average(a, b, 0.75)
     assert a.weight.tolist() == [1.5] * 3 and a.running_mean.tolist() == [7] * 3
 
-@pytest.mark.parametrize('device, version, cudnn, warned', [('cuda', '2.9.1+cu128', 91002, True), ('cuda:3', '2.9.0', 90800, True), ('cpu', '2.9.1', 0, False),
-                                                            ('cuda', '2.9.1', 91501, False), ('cuda', '2.13.0', 91002, False)])
+@pytest.mark.parametrize('device, version, cudnn, warned', [
+    ('cuda', '2.9.1+cu128', 91002, True),
+    ('cuda:3', '2.9.0', 90800, True),
+    ('cpu', '2.9.1', 0, False),
+    ('cuda', '2.9.1', 91501, False),
+    ('cuda', '2.13.0', 91002, False)])
 def test_slow_versions_are_warned_of(device, version, cudnn, warned, capsys):
     warn_of_slow_convolutions(device, version, cudnn)
     assert ('cuDNN' in capsys.readouterr().out) == warned
 
+def run_code(code):
+    return subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+
 def test_out_of_memory_ends_with_one_line():
-    code = (
-        "import torch, common; common.explain_failures('batch_size=4'); raise torch.OutOfMemoryError('CUDA"
-        " out of memory')"
-    )
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
-    assert (
-        done.returncode == 1
-        and len(done.stderr.strip().splitlines()) == 1
-        and 'lower batch_size=4' in done.stderr
-    )
-    code = "import common; common.explain_failures('x'); raise KeyError('other errors keep their traceback')"
-    assert (
-        'Traceback' in subprocess.run(
-            [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True
-        ).stderr
-    )
+    done = run_code("import torch, common; common.explain_failures('batch_size=4'); "
+                    "raise torch.OutOfMemoryError('CUDA out of memory')")
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1 and 'lower batch_size=4' in done.stderr
+
+def test_other_errors_keep_their_traceback():
+    done = run_code("import common; common.explain_failures('x'); raise KeyError('a fault of ours')")
+    assert 'Traceback' in done.stderr and 'a fault of ours' in done.stderr

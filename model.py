@@ -408,6 +408,20 @@ class NeuroQuant(nn.Module):
         z_anat, z_mod = self.encode(x)
         return torch.cat([self.quantizer.lookup(self.quantizer.nearest_indices(z_anat)), z_mod.float()], 1)
 
+    def analyse(self, x, modality=None):
+        """Everything about x (B,1,D,H,W) from one encoding and one decoding, each entry as its own method gives it.
+
+        returns dict: latent, mean and logvar (posterior), tokens, x_hat (reconstruct), z_q, and z_mod, None without FiLM
+        """
+        z_anat, z_mod = self.encode(x)
+        tokens = self.quantizer.nearest_indices(z_anat)
+        z_q = self.quantizer.lookup(tokens)
+        x_hat = self.decode(z_q, self.film(z_mod, modality))
+        latent = torch.cat([z_q, z_mod.float()], 1)
+        if not self.config.film:
+            z_mod = None
+        return dict(latent=latent, mean=z_anat, logvar=None, tokens=tokens, x_hat=x_hat, z_q=z_q, z_mod=z_mod)
+
     def latent_shape(self, shape):
         """(D,H,W) of a volume -> (anat_dim, d, h, w)."""
         return (self.config.anat_dim, *[n // 16 for n in shape])
@@ -686,18 +700,14 @@ class ConvVAE(nn.Module):
         return x.expand(-1, self.config.in_channels, *x.shape[2:])
 
     def cut(self, volume):
-        """(B, C, *grid) -> (B*n, C, h, w), its slices, if dims is 2; volumes as they are."""
-        return (
-            volume if self.config.dims == 3 else volume.movedim(2 + self.config.slice_axis, 1).flatten(0, 1)
-        )
+        """(B, ..., *grid) -> (B*n, ..., h, w), its slices, if dims is 2; volumes as they are."""
+        if self.config.dims == 3: return volume
+        return volume.movedim(self.config.slice_axis - 3, 1).flatten(0, 1)
 
     def stack(self, slices, batch):
-        """The way back: (batch*n, C, h, w) slices -> (batch, C, *grid)."""
-        return (
-            slices
-            if self.config.dims == 3
-            else slices.unflatten(0, (batch, -1)).movedim(1, 2 + self.config.slice_axis)
-        )
+        """The way back: (batch*n, ..., h, w) slices -> (batch, ..., *grid)."""
+        if self.config.dims == 3: return slices
+        return slices.unflatten(0, (batch, -1)).movedim(1, self.config.slice_axis - 3)
 
     def parts(self, x):
         """Slices a few at a time, so that a volume of them needs no more memory than a training batch."""
@@ -716,8 +726,16 @@ class ConvVAE(nn.Module):
 
     def quantized(self, z):
         """Volume of latents (B,latent_dim,d,h,w) -> the same of codes."""
-        slices = self.cut(z)
-        return self.stack(self.quantizer.lookup(self.quantizer.nearest_indices(slices)), len(z))
+        return self.codes_of(self.tokens_of(z))
+
+    def tokens_of(self, z):
+        """Volume of latents (B,latent_dim,d,h,w) -> indices of the nearest codes, as tokens() gives them."""
+        indices = [self.quantizer.nearest_indices(part) for part in self.parts(self.cut(z))]
+        return self.stack(torch.cat(indices), len(z))
+
+    def codes_of(self, indices):
+        """Indices as tokens() gives them -> volume of codes (B,latent_dim,d,h,w)."""
+        return self.stack(self.quantizer.lookup(self.cut(indices)), len(indices))
 
     def from_latent(self, z, modality=None):
         """A generated latent (B,latent_dim,d,h,w) -> x_hat (B,1,D,H,W) at the padded size; modality is not used."""
@@ -727,17 +745,11 @@ class ConvVAE(nn.Module):
         """Volume (B,1,D,H,W) -> indices (B,*grid), with several codebooks (B,num_codebooks,*grid). ValueError for 'kl'."""
         if self.config.bottleneck == 'kl':
             raise ValueError("an autoencoder with bottleneck='kl' has no tokens")
-        parts = torch.cat(
-            [self.quantizer.nearest_indices(self.encode(part)[0]) for part in self.parts(self.prepare(x))]
-        )
-        if self.config.num_codebooks > 1: return self.stack(parts, len(x))
-        return self.stack(parts[:, None], len(x))[:, 0]
+        return self.tokens_of(self.posterior(x)[0])
 
     def from_tokens(self, indices, modality=None):
         """indices as tokens() gives them -> x_hat (B,1,D,H,W) at the padded size; modality is not used."""
-        slices = self.cut(indices if self.config.num_codebooks > 1 else indices[:, None])
-        z = self.quantizer.lookup(slices if self.config.num_codebooks > 1 else slices[:, 0])
-        return self.decode_volume(self.stack(z, len(indices)))
+        return self.decode_volume(self.codes_of(indices))
 
     def decode_volume(self, z, slab=0):
         """Latent (B,latent_dim,d,h,w) as latent() gives it -> (B,1,D,H,W) at the padded size."""
@@ -748,6 +760,19 @@ class ConvVAE(nn.Module):
         """Volume (B,1,D,H,W) of any size -> x_hat of that size, decoded from mu or the codes, not clamped. slab: see Stack."""
         x_hat = self.decode_volume(self.latent(x, slab=slab), slab)
         return x_hat[:, :, :x.shape[2], :x.shape[3], :x.shape[4]]
+
+    def analyse(self, x, modality=None):
+        """Everything about x (B,1,D,H,W) from one encoding and one decoding, each entry as its own method gives it.
+
+        returns dict: latent, mean and logvar (posterior), tokens (None for 'kl'), x_hat (reconstruct)
+        """
+        mean, logvar = self.posterior(x)
+        tokens, latent = None, mean
+        if self.config.bottleneck == 'vq':
+            tokens = self.tokens_of(mean)
+            latent = self.codes_of(tokens)
+        x_hat = self.decode_volume(latent)[:, :, :x.shape[2], :x.shape[3], :x.shape[4]]
+        return dict(latent=latent, mean=mean, logvar=logvar, tokens=tokens, x_hat=x_hat)
 
     def latent_shape(self, shape):
         """(D,H,W) of a volume -> (latent_dim, d, h, w)."""

@@ -244,6 +244,33 @@ def test_slab_by_slab_equals_the_whole_to_1e_5(config, slab):
         torch.testing.assert_close(parts, whole, atol=1e-5 * whole.abs().max().item(), rtol=1e-5)
         torch.testing.assert_close(model.latent(x, slab=slab), model.latent(x), atol=1e-5, rtol=1e-4)
 
+@pytest.mark.parametrize('config', [{}, dict(layout='sd', dims=2), dict(bottleneck='vq', num_codes=8),
+                                    dict(dims=2, slice_axis=1, bottleneck='vq', num_codes=8, num_codebooks=2)])
+@torch.no_grad()
+def test_analyse_gives_what_each_method_gives_bit_for_bit(config):
+    model, x = make(**config), torch.rand(2, 1, 13, 18, 15)
+    if model.config.bottleneck == 'vq':
+        model.train()(model.prepare(x))
+        model.eval()
+    out = model.analyse(x)
+    mean, logvar = model.posterior(x)
+    assert torch.equal(out['mean'], mean)
+    assert torch.equal(out['latent'], model.latent(x))
+    assert torch.equal(out['x_hat'], model.reconstruct(x))
+    if model.config.bottleneck == 'vq':
+        assert out['logvar'] is None and logvar is None
+        assert torch.equal(out['tokens'], model.tokens(x))
+    else:
+        assert torch.equal(out['logvar'], logvar)
+        assert out['tokens'] is None
+
+def test_analyse_encodes_and_decodes_once():
+    model, calls = make(bottleneck='vq', num_codes=8), []
+    model.encoder.register_forward_hook(lambda *_: calls.append('encoder'))
+    model.decoder.register_forward_hook(lambda *_: calls.append('decoder'))
+    model.analyse(torch.rand(1, 1, 16, 16, 16))
+    assert calls == ['encoder', 'decoder']
+
 def test_encode_refuses_sizes_that_do_not_divide():
     with pytest.raises(ValueError, match='multiple of 4'):
         make().encode(torch.rand(1, 1, 16, 18, 16))

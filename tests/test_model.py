@@ -15,6 +15,15 @@ def tiny(**kwargs):
     torch.manual_seed(0)
     return NeuroQuant(NeuroQuantConfig(**TINY | kwargs))
 
+def trained(**kwargs):
+    """A tiny model in eval mode whose codebook has begun and whose FiLM does something."""
+    model = tiny(**kwargs).train()
+    model(torch.rand(2, 1, 32, 48, 32), torch.tensor([0, 1]))
+    if model.config.film:
+        for mlp in model.film_mlp.mlps:
+            nn.init.normal_(mlp[-1].weight, std=0.1)
+    return model.eval()
+
 def with_random_projection(attention):
     nn.init.normal_(attention.proj.weight, std=0.1)
     nn.init.normal_(attention.proj.bias, std=0.1)
@@ -237,6 +246,30 @@ def test_every_parameter_gets_a_gradient_from_the_whole_objective():
     out = model(torch.rand(2, 1, 32, 32, 32), torch.tensor([0, 1]), torch.tensor([[0, 1], [1, 0]]))
     (out['x_hat'].square().mean() + out['x_cross'].square().mean() + out['commit']).backward()
     assert [k for k, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+@pytest.mark.parametrize('film', [True, False])
+@pytest.mark.parametrize('size', [(32, 48, 32), (32, 1, 48)])
+def test_analyse_gives_what_each_method_gives_bit_for_bit(film, size):
+    model, x = trained(film=film), torch.rand(2, 1, *size)
+    modality = torch.tensor([1, 0])
+    out = model.analyse(x, modality)
+    mean, logvar = model.posterior(x)
+    assert torch.equal(out['mean'], mean) and out['logvar'] is None and logvar is None
+    assert torch.equal(out['latent'], model.latent(x, modality))
+    assert torch.equal(out['tokens'], model.tokens(x))
+    assert torch.equal(out['x_hat'], model.reconstruct(x, modality))
+    assert torch.equal(out['z_q'], model.quantizer.lookup(out['tokens']))
+    if film:
+        assert torch.equal(out['z_mod'], model.encode(x)[1])
+    else:
+        assert out['z_mod'] is None
+
+def test_analyse_encodes_and_decodes_once():
+    model, calls = trained(), []
+    model.encoder.register_forward_hook(lambda *_: calls.append('encoder'))
+    model.decoder.register_forward_hook(lambda *_: calls.append('decoder'))
+    model.analyse(torch.rand(1, 1, 32, 32, 32), 'T1w')
+    assert calls == ['encoder', 'decoder']
 
 def test_a_checkpoint_builds_the_same_model():
     model = tiny().train()

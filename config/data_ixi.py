@@ -1,5 +1,5 @@
-# IXI, for prepare.py: T1w, T2w and PD heads of about 580 adults from brain-development.org, in whatever
-# folders. Give --root, --people (its spreadsheet as .csv) and --skullstrip.
+# IXI, for prepare.py: T1w, T2w and PD heads of about 580 adults from brain-development.org, extracted into
+# whatever folders. Give --root, --people (its spreadsheet as .csv) and --skullstrip.
 source = 'pattern'
 pattern = r'**/{subject:IXI\d+}-*-*-{modality:T1|T2|PD}.nii*'
 out_dir = 'data/ixi'

@@ -223,13 +223,13 @@ def read_scan(session, modality):
     scan = Scan(modality, path, *nifti.read(path))
     if mask:
         brain, affine, _ = nifti.read(mask_file(session, modality))
-        inside = brain > 0
+        brain = brain > 0
     elif skullstrip:
-        brain, affine = strip_skull(scan)
-        inside = brain != 0
+        brain, affine, _ = strip_skull(scan)
+        brain = brain != 0
     else:
         return scan
-    scan.mask = nifti.resample(inside.astype(np.float32), affine, scan.affine, scan.volume.shape) > 0.5
+    scan.mask = nifti.resample(brain.astype(np.float32), affine, scan.affine, scan.volume.shape) > 0.5
     return scan
 
 def mask_file(session, modality):
@@ -246,7 +246,7 @@ def mask_file(session, modality):
     return files.pop()
 
 def strip_skull(scan):
-    """What the command skullstrip leaves of a scan: volume (D,H,W), affine."""
+    """What the command skullstrip leaves of a scan, as nifti.read gives it."""
     with tempfile.TemporaryDirectory() as folder:
         head, brain = os.path.join(folder, 'head.nii.gz'), os.path.join(folder, 'brain.nii.gz')
         nifti.write(head, scan.volume, scan.native)
@@ -255,7 +255,7 @@ def strip_skull(scan):
         if done.returncode or not os.path.exists(brain):
             message = (done.stderr.strip().splitlines() or ['no message'])[-1]
             raise ValueError(f'{scan.path}: --skullstrip ended with {done.returncode} ({message})')
-        return nifti.read(brain)[:2]
+        return nifti.read(brain)
 
 def register_scans(scans, facts):
     """Move the affines of later scans onto the first one; one that fails keeps its affine."""
@@ -429,10 +429,8 @@ def report(facts, rows, notes):
              f'sessions per split: {counted(parts.items())}',
              f"orientations found: {counted(orientations.most_common(8)) or 'phantoms'}",
              f"spacings found (mm): {counted(spacings.most_common(8)) or 'phantoms'}"]
-    for part, count in parts.items():
-        if not count:
-            lines.append(f'warning: no subject in split {part}; give --split, more subjects, '
-                         'or a split column')
+    advice = 'give --split, more subjects, or a split column'
+    lines += [f'warning: no subject in split {part}; {advice}' for part in parts if not parts[part]]
     if cropped:
         lost, session = max(cropped)
         lines.append(f'{len(cropped)} brains did not fit the box; most was lost of {session}: '

@@ -76,14 +76,14 @@ def suspects(rows):
         if len(totals) < 2: continue
         for named in totals:
             for path, x in images[named]:
-                inside, likeness = x > 0, {}
+                inside, r = x > 0, {}  # r: correlation with each modality
                 for m, total in totals.items():
                     others = total - x if m == named else total
-                    likeness[m] = np.corrcoef(x[inside], others[inside])[0, 1]
-                best = max(likeness, key=likeness.get)
-                if likeness[best] > likeness[named] + 0.05:
-                    lines.append(f'{path}: named {named}, looks like {best} (correlation '
-                                 f'{likeness[best]:.2f} against {likeness[named]:.2f})')
+                    r[m] = np.corrcoef(x[inside], others[inside])[0, 1]
+                best = max(r, key=r.get)
+                if r[best] > r[named] + 0.05:
+                    lines.append(f'{path}: named {named}, looks like {best} '
+                                 f'(correlation {r[best]:.2f} against {r[named]:.2f})')
     return lines
 
 def summary(rows):

@@ -134,7 +134,8 @@ def find_sessions():
     if people:
         subjects = {subject for subject, _ in scans_of}
         table = sources.read_people(people, columns, sex_codes, subjects)
-        persons = {subject: persons.get(subject, {}) | person for subject, person in table.items()}
+        for subject, person in table.items():
+            persons[subject] = persons.get(subject, {}) | person
     for m in modalities:
         if not any(m in scans for scans in scans_of.values()):
             raise SystemExit(f'{root}: no scan of modality {m}')

@@ -266,9 +266,12 @@ def conform(volumes, affines, shape, spacing_mm=1.0, resize=False, percentiles=(
                              'are the affines of one space?', k)
     start, lost = ([0, 0, 0], 0.0) if resize else box_start(np.logical_or.reduce(insides), shape)
     scaled = []
-    for scan, inside in zip(scans, insides):
+    for k, (scan, inside) in enumerate(zip(scans, insides)):
         box, mask = crop_pad(scan, start, shape), crop_pad(inside, start, shape)
-        scaled.append(scale_intensity(box, mask, percentiles, percentiles_of, clip))
+        try:
+            scaled.append(scale_intensity(box, mask, percentiles, percentiles_of, clip))
+        except ValueError as e:
+            raise ValueError(str(e), k)
     boxes, low, high = map(list, zip(*scaled))
     return boxes, Placement(affine, grid_shape, start, low, high, float(lost), estimated)
 

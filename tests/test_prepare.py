@@ -250,6 +250,25 @@ def test_modalities_that_do_not_overlap_lose_the_second_one(tmp_path):
     assert 'sub-00_T2w.nii.gz: does not overlap' in prepared('bids', tmp_path / 'b', tmp_path / 'out')
     assert table(tmp_path / 'out')[0]['T2w'] == ''
 
+def test_a_brain_of_one_intensity_is_a_bad_scan(tmp_path):
+    """A mask, say, among the scans: it used to end the run with a traceback."""
+    add(tmp_path, 'b/sub-00/anat/sub-00_T1w.nii.gz')
+    add(tmp_path, 'b/sub-01/anat/sub-01_T1w.nii.gz', (head() > 0).astype(np.float32))
+    printed = prepared('bids', tmp_path / 'b', tmp_path / 'out')
+    assert 'sub-01_T1w.nii.gz: percentiles' in printed and 'nothing to scale' in printed
+    assert [row['subject'] for row in table(tmp_path / 'out')] == ['sub-00']
+
+def test_subjects_that_a_spreadsheet_lacks_keep_what_the_tree_says(tmp_path):
+    lines = ['subject,session,modality,path,sex,age,split']
+    for k in range(2):
+        path = add(tmp_path, f'{k}.nii.gz')
+        lines.append(f'sub-{k},ses-1,T1w,{path},F,30,test')
+    (tmp_path / 'scans.csv').write_text('\n'.join(lines))
+    (tmp_path / 'people.csv').write_text('subject,sex,age\nsub-0,M,31\n')
+    prepared('csv', tmp_path / 'scans.csv', tmp_path / 'out', f'--people={tmp_path}/people.csv')
+    rows = [(row['split'], row['sex'], row['age']) for row in table(tmp_path / 'out')]
+    assert rows == [('test', 'M', '31'), ('test', 'F', '30')]
+
 @pytest.mark.parametrize('args, words', [
     (['--source=bids', '--root=/nowhere'], ['/nowhere', 'no such']),
     (['--source=mri'], ['--source=mri', 'bids']),

@@ -1,5 +1,4 @@
-"""Prepared data as training batches: whole volumes, patches, and slices in any plane, from memory-mapped .npy
-files.
+"""Prepared data as training batches: whole volumes, patches, and slices in any plane.
 
 A batch is a function of (seed, rank, step) alone. So a resumed run goes on with the very next batch, and N
 processes together see the batch that one process would see. Array axes are (D, H, W) = (left-right,
@@ -25,8 +24,7 @@ from scipy.spatial.transform import Rotation
 BOX = ('shape', 'spacing_mm', 'resize', 'percentiles', 'percentiles_of', 'clip')
 
 def read_folder(folder):
-    """subjects.tsv of one prepared folder as a list of dicts, each with 'folder' added, and dataset.json as a
-    dict.
+    """The rows of subjects.tsv of one prepared folder as dicts, with 'folder' added; and dataset.json.
 
     SystemExit with one line if the folder is not prepared data or a subject is in two splits.
     """
@@ -50,8 +48,7 @@ def read_folder(folder):
     return rows, dataset
 
 def read_index(data_dir, modalities, split=None):
-    """Rows of subjects.tsv of one split (None: all) that hold at least one of the modalities, and
-    dataset.json as a dict.
+    """Rows of subjects.tsv of one split (None: all) with at least one of the modalities; and dataset.json.
 
     data_dir: a folder, or several with commas between, made with the same settings. A row is a session: a
     dict of the columns, with file names under the modalities ('' where missing), and 'folder'. SystemExit
@@ -116,8 +113,7 @@ def refuse_other_data(old, data_dir, path):
 header_lock = Lock()
 
 def open_npy(path):
-    """Memory map of a .npy file. OSError, EOFError or ValueError if the file is missing, empty, cut short or
-    no array."""
+    """Memory map of a .npy file. OSError, EOFError or ValueError if it is missing, cut short or no array."""
     with header_lock:  # Python's parser of the header fails now and then when several threads are at it
         return np.load(path, mmap_mode='r')
 
@@ -152,8 +148,7 @@ def box_at(start, size):
     return tuple(slice(s, s + n) for s, n in zip(start, size))
 
 def augmented(volume, start, size, rng):
-    """A random variant of the patch of `size` at `start` of a stored (D,H,W) volume: float32 in [0, 1],
-    background 0.
+    """A random variant of the patch of `size` at `start` of a stored (D,H,W) volume, float32 in [0, 1].
 
     A left-right flip has probability 0.5, everything else 0.3. Rotation within 6 degrees about each axis and
     zoom 0.9 to 1.1 go about the volume's centre, in one linear interpolation. The bias field is exp of a
@@ -184,9 +179,9 @@ def augmented(volume, start, size, rng):
 # ---------------------------------------------------------------- sessions and their batches
 
 class Sessions:
-    """The sessions of one split, as batches. modalities: those wanted, in the model's order; a session may
-    lack some.
+    """The sessions of one split, as batches.
 
+    modalities: those wanted, in the model's order; a session may lack some.
     data_dir, split: as read_index. temperature: 1 draws every session, or scan, equally often; above 1, data
     sets (and modalities, of scans) with few are drawn more often, with probability ~ size^(1/temperature).
     seed, rank, world: of the run and of this process; only batches depend on them. shape: (D,H,W) of every
@@ -224,8 +219,7 @@ class Sessions:
         return os.path.join(self.rows[i]['folder'], self.file(i, m))
 
     def stored(self, i, m):
-        """Memory-mapped (D,H,W) array of session i, modality index m. SystemExit with one line if it is not
-        usable."""
+        """Memory-mapped (D,H,W) array of session i, modality index m; SystemExit if it is not usable."""
         path = self.path(i, m)
         try:
             array = open_npy(path)
@@ -249,8 +243,7 @@ class Sessions:
             raise SystemExit(f"{path}: no label map of {row['subject']} to draw images from ({e})")
 
     def verify(self, count=8):
-        """SystemExit if a volume is missing, or one of `count` random ones is unreadable or not what
-        checksums.json says."""
+        """SystemExit if a volume is missing, or one of `count` random ones is spoilt (checksums.json)."""
         names, checksums = {}, {}
         for folder in {row['folder'] for row in self.rows}:
             names[folder] = set(os.listdir(folder))
@@ -269,8 +262,7 @@ class Sessions:
                                  'delete it and run prepare.py again')
 
     def choose(self, groups, position):
-        """The element at a position of the run: of shuffled epochs of everything, or of a group drawn by its
-        size."""
+        """The element at a position of the run: of shuffled epochs, or of a group drawn by its size."""
         if self.temperature == 1:
             return draw(sum(map(len, groups.values())), position, self.seed)
         rng = random(self.seed, 13, position)
@@ -284,8 +276,7 @@ class Sessions:
         return tuple(min(p, n) for p, n in zip(patch or self.shape, self.shape))
 
     def session_batch(self, step, batch_size, patch=(), labels=False):
-        """Batch of sessions, every modality that each has, whole or as patches at one random place per
-        session.
+        """Batch of sessions, every modality that each has, whole or as patches at one random position.
 
         batch_size: sessions per process. labels: also labels (B,1,D,H,W) int16, the sessions' label maps.
         returns a batch as above with, besides, session (B,) int64, row of the index; pairs (P,2) int64, every
@@ -361,8 +352,7 @@ class Sessions:
         return as_batch(x, modality, sample_index, files)
 
     def brain_slices(self, axis, position, min_brain, count):
-        """Session, modality index and up to `count` random slices across `axis` of the volume at a position
-        of the run."""
+        """Session, modality index and up to `count` random slices across `axis`, at a position of the run."""
         rng, scan = random(self.seed, 3, position), self.choose(self.scan_groups, position)
         for _ in range(100):
             i, m = self.scans[scan]
@@ -397,8 +387,7 @@ def as_batch(x, modality, sample_index, files, maps=()):
 # ---------------------------------------------------------------- loading ahead
 
 def prefetch(make_batch, steps, device, threads=4):
-    """Yield make_batch(step) for each step, with its tensors on `device`, prepared by threads while the model
-    computes.
+    """Yield make_batch(step) for each step, on `device`, prepared by threads while the model computes.
 
     A batch depends on its step alone, so threads change nothing but time: on a network disk, or augmenting,
     one is too slow. 'sample_index' stays on the CPU: it seeds generators, and asking a device for it would

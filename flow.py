@@ -1,5 +1,6 @@
-"""Flow matching: the straight path from noise to data, its loss, and the samplers. Time runs from 0 = noise to 1 = data.
+"""Flow matching: the straight path from noise to data, its loss, and the samplers.
 
+Time runs from 0 = noise to 1 = data.
 psi_t = (1-t) x0 + t x1, u = x1 - x0 (DeCo eq. 2; Lipman et al. 2023, arXiv:2210.02747).
 """
 import torch
@@ -10,7 +11,10 @@ def interpolate(x0, x1, t):
     return (1 - t) * x0 + t * x1
 
 def flow_matching_loss(v, x1, x0, t, cond=None, norm='l2'):
-    """Mean over all elements of |v(psi_t, t, cond) - (x1 - x0)|^2, DeCo eq. 2; norm='l1': of the absolute value (its code)."""
+    """Mean over all elements of |v(psi_t, t, cond) - (x1 - x0)|^2, DeCo eq. 2.
+
+    norm: 'l2', or 'l1' for the absolute value, as in its released code.
+    """
     error = v(interpolate(x0, x1, t), t, cond).float() - (x1 - x0).float()
     if norm == 'l2': return error.square().mean()
     if norm == 'l1': return error.abs().mean()
@@ -19,19 +23,21 @@ def flow_matching_loss(v, x1, x0, t, cond=None, norm='l2'):
 # ---------------------------------------------------------------- time
 
 def shift_time(t, shift):
-    """t -> t / (t + shift (1 - t)): for shift > 1 more of the time near noise, as larger latents need (Esser et al. 2024).
+    """t -> t / (t + shift (1 - t)): for shift > 1 more of the time is near noise (Esser et al. 2024).
 
-    In the noise level s = 1 - t it is MAISI's s' = shift s / (1 + (shift - 1) s), there with shift = (d h w / 32^3)^(1/3).
+    Larger latents need that. In the noise level s = 1 - t it is MAISI's s' = shift s / (1 + (shift - 1) s),
+    there with shift = (d h w / 32^3)^(1/3).
     """
     return t / (t + shift * (1 - t))
 
 def draw_times(n, how='uniform', shift=1.0, device='cpu', generator=None):
-    """(n,) times to train at, float32: 'uniform', or 'logit_normal', the sigmoid of a standard normal; then shifted."""
+    """(n,) shifted times to train at, float32; how: 'uniform', or 'logit_normal', sigmoids of normals."""
     if how == 'uniform':
         t = torch.rand(n, device=device, generator=generator)
     elif how == 'logit_normal':
         t = torch.sigmoid(torch.randn(n, device=device, generator=generator))
-    else: raise ValueError(f"times '{how}': uniform or logit_normal")
+    else:
+        raise ValueError(f"times '{how}': uniform or logit_normal")
     return shift_time(t, shift)
 
 def time_grid(steps, shift=1.0):
@@ -43,9 +49,11 @@ def time_grid(steps, shift=1.0):
 
 @torch.no_grad()
 def sample(v, noise, steps=30, method='euler', cond=None, shift=1.0, guidance=1.0):
-    """Follow dx/dt = v(x, t, cond) from noise (B, ...) at t=0 to t=1, in float32. v is called steps times, by 'heun' 2 steps times.
+    """Follow dx/dt = v(x, t, cond) from noise (B, ...) at t=0 to t=1, in float32 -> (B, ...).
 
-    guidance g: v without conditions + g (v with - v without), which doubles the calls; 1 is plain conditional sampling.
+    method: 'euler' calls v once a step, 'heun' twice.
+    guidance g: v without conditions + g (v with - v without), which doubles the calls. 1 is plain conditional
+    sampling.
     """
     if method not in ('euler', 'heun'): raise ValueError(f"method '{method}': euler or heun")
     def velocity(x, t):
@@ -54,7 +62,8 @@ def sample(v, noise, steps=30, method='euler', cond=None, shift=1.0, guidance=1.
         if cond is None or guidance == 1.0: return with_cond
         without = v(x, t, None).float()
         return without + guidance * (with_cond - without)
-    grid, x = time_grid(steps, shift).tolist(), noise.float()
+    x = noise.float()
+    grid = time_grid(steps, shift).tolist()
     for t, next_t in zip(grid, grid[1:]):
         slope = velocity(x, t)
         if method == 'heun':

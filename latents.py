@@ -1,4 +1,4 @@
-"""Latents of a trained autoencoder as training data of a flow: encoded once, kept on disk, read as batches."""
+"""The latents of a trained autoencoder: written once per scan, read as batches, with their conditions."""
 import json
 import os
 
@@ -121,9 +121,10 @@ class Latents:
         return encode_conditions(values, self.conditions, self.modalities)
 
     def batch(self, step, batch_size, p_drop=0.0):
-        """Latents for training, as a dict: mean (B,C,d,h,w), sd likewise if the autoencoder has a posterior,
-        cond, sample_index (B,) int64, the sample's number in the run, and files.
+        """Latents for training, as a dict.
 
+        mean (B,C,d,h,w), sd likewise if the autoencoder has a posterior, cond, files, and sample_index (B,)
+        int64, the sample's number in the run.
         batch_size: latents per process. p_drop: probability that a latent comes without its conditions.
         """
         sample_index = (step * self.world + self.rank) * batch_size + np.arange(batch_size)

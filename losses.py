@@ -18,7 +18,8 @@ def gaussian_window(size, sigma, device):
 def window_mean(x, weights):
     """Weighted mean in a sliding window along every spatial axis of x (B, C, *grid), valid region only.
 
-    Each axis is a product with a banded matrix (n - size + 1, n): on these sizes faster than a convolution of one channel.
+    Each axis is a product with a banded matrix (n - size + 1, n). On these sizes that is faster than a
+    convolution of one channel.
     """
     size = len(weights)
     for axis in range(2, x.ndim):
@@ -31,36 +32,49 @@ def window_mean(x, weights):
     return x
 
 def ssim_terms(x, y, data_range=1.0, window='gaussian', size=11, sigma=1.5):
-    """Luminance and contrast-structure (Wang et al. 2004) wherever the window fits, each (B, C, *valid grid); SSIM is their product.
+    """Luminance and contrast-structure (Wang et al. 2004); SSIM is their product.
 
-    x, y: (B, C, H, W), (B, C, D, H, W), or 5-D with one axis of length 1, which is then a slice. K1 0.01, K2 0.03.
-    window 'gaussian': population covariance, equal to scikit-image with gaussian_weights=True, use_sample_covariance=False
-    (its window is 11 wide at sigma 1.5). 'uniform': sample covariance, scikit-image's default (size 7 there).
+    x, y: (B, C, H, W) or (B, C, D, H, W); an axis of length 1 of the latter makes it a slice.
+    returns each term (B, C, *valid grid), wherever the window fits. K1 is 0.01, K2 0.03.
+    window: 'gaussian' with the population's covariance, as scikit-image with gaussian_weights=True and
+    use_sample_covariance=False, which is 11 wide at sigma 1.5; or 'uniform' with the sample's covariance,
+    scikit-image's default, there 7 wide.
     Raises ValueError if the shapes differ or an axis is shorter than the window.
     """
     if x.shape != y.shape:
         raise ValueError(f'ssim of {tuple(x.shape)} and {tuple(y.shape)}: shapes differ')
     if x.ndim == 5 and 1 in x.shape[2:]:
         axis = 2 + list(x.shape[2:]).index(1)
-        x, y = x.squeeze(axis), y.squeeze(axis)
+        x = x.squeeze(axis)
+        y = y.squeeze(axis)
     if min(x.shape[2:]) < size:
         raise ValueError(f'ssim window {size} does not fit in {tuple(x.shape[2:])}')
     if window == 'gaussian':
-        weights, unbias = gaussian_window(size, sigma, x.device), 1.0
+        weights = gaussian_window(size, sigma, x.device)
+        unbias = 1.0
     elif window == 'uniform':
+        weights = torch.full((size,), 1 / size, device=x.device)
         n = size ** (x.ndim - 2)
-        weights, unbias = torch.full((size,), 1 / size, device=x.device), n / (n - 1)
-    else: raise ValueError(f"ssim window '{window}': gaussian or uniform")
+        unbias = n / (n - 1)
+    else:
+        raise ValueError(f"ssim window '{window}': gaussian or uniform")
     # float32: variances are differences of near-equal numbers
     with torch.autocast(x.device.type, enabled=False):
-        x, y, C = x.float(), y.float(), x.shape[1]
-        mx, my, xx, yy, xy = window_mean(torch.cat([x, y, x * x, y * y, x * y], 1), weights).split(C, 1)
-        vx, vy, cov = unbias * (xx - mx * mx), unbias * (yy - my * my), unbias * (xy - mx * my)
-        c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-        return (2 * mx * my + c1) / (mx * mx + my * my + c1), (2 * cov + c2) / (vx + vy + c2)
+        x = x.float()
+        y = y.float()
+        moments = window_mean(torch.cat([x, y, x * x, y * y, x * y], 1), weights)
+        mx, my, xx, yy, xy = moments.chunk(5, 1)
+        vx = unbias * (xx - mx * mx)
+        vy = unbias * (yy - my * my)
+        cov = unbias * (xy - mx * my)
+        c1 = (0.01 * data_range) ** 2
+        c2 = (0.03 * data_range) ** 2
+        luminance = (2 * mx * my + c1) / (mx * mx + my * my + c1)
+        contrast = (2 * cov + c2) / (vx + vy + c2)
+        return luminance, contrast
 
 def ssim_map(x, y, **kwargs):
-    """Structural similarity at every place where the window fits -> (B, C, *valid grid). Arguments: see ssim_terms."""
+    """Structural similarity wherever the window fits -> (B, C, *valid grid). Arguments: see ssim_terms."""
     luminance, contrast = ssim_terms(x, y, **kwargs)
     return luminance * contrast
 
@@ -69,39 +83,48 @@ def ssim(x, y, data_range=1.0, window='gaussian', size=11, sigma=1.5):
     return ssim_map(x, y, data_range=data_range, window=window, size=size, sigma=sigma).flatten(1).mean(1)
 
 def ms_ssim(x, y, data_range=1.0, size=11, sigma=1.5):
-    """Multi-scale SSIM (Wang et al. 2003) -> (B,): contrast at every scale, luminance at the last, weighted powers multiplied.
+    """Multi-scale SSIM (Wang et al. 2003) -> (B,).
 
-    Scales are halved by 2-wide means, as many of the five as the window fits into; their weights then add to 1. Negative terms
-    count as 0.
+    It is a product of weighted powers: of the contrast at every scale and of the luminance at the last. A
+    scale is the mean of 2 voxels a side of the one before. Of the five, those count into which the window
+    fits; their weights are scaled to add to 1. Negative terms count as 0.
     """
+    shortest = min(n for n in x.shape[2:] if n > 1)
     weights = [0.0448, 0.2856, 0.3001, 0.2363, 0.1333]
-    levels = sum(min(n for n in x.shape[2:] if n > 1) // 2 ** k >= size for k in range(5))
-    if not levels: raise ValueError(f'ssim window {size} does not fit in {tuple(x.shape[2:])}')
+    weights = [weight for level, weight in enumerate(weights) if shortest // 2 ** level >= size]
+    if not weights: raise ValueError(f'ssim window {size} does not fit in {tuple(x.shape[2:])}')
     result = 1.0
-    for level, weight in enumerate(weights[:levels]):
+    for level, weight in enumerate(weights):
         luminance, contrast = ssim_terms(x, y, data_range=data_range, size=size, sigma=sigma)
-        term = contrast if level < levels - 1 else luminance * contrast
-        result = result * term.flatten(1).mean(1).clamp(min=0) ** (weight / sum(weights[:levels]))
-        if x.ndim == 4:
-            x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
-        else:
-            x, y = (F.avg_pool3d(t, [min(2, n) for n in t.shape[2:]]) for t in (x, y))
+        term = contrast if level < len(weights) - 1 else luminance * contrast
+        result = result * term.flatten(1).mean(1).clamp(min=0) ** (weight / sum(weights))
+        x = half_size(x)
+        y = half_size(y)
     return result
+
+def half_size(x):
+    """Mean over 2 pixels or voxels a side; an axis of length 1 stays."""
+    if x.ndim == 4: return F.avg_pool2d(x, 2)
+    return F.avg_pool3d(x, [min(2, n) for n in x.shape[2:]])
 
 def reconstruction_loss(x_hat, x, ssim_weight, norm='l1'):
     """Mean error + ssim_weight (1 - SSIM), NeuroQuant eq. 12; SSIM is 3D on volumes and 2D on slices.
 
-    norm: 'l1', absolute (the papers), or 'l2', squared. Mean over batch and voxels. The SSIM window is Gaussian, 7 wide, sigma 1.5
-    (open in the paper; its released code's choice).
+    norm: 'l1', absolute (the papers), or 'l2', squared; mean over batch and voxels. The SSIM window is
+    Gaussian, 7 wide, sigma 1.5: the paper leaves it open, its released code has this one.
     """
-    if norm not in ('l1', 'l2'): raise ValueError(f"reconstruction norm '{norm}': l1 or l2")
-    loss = (F.l1_loss if norm == 'l1' else F.mse_loss)(x_hat.float(), x.float())
+    if norm == 'l1':
+        loss = F.l1_loss(x_hat.float(), x.float())
+    elif norm == 'l2':
+        loss = F.mse_loss(x_hat.float(), x.float())
+    else:
+        raise ValueError(f"reconstruction norm '{norm}': l1 or l2")
     if ssim_weight > 0:
         loss = loss + ssim_weight * (1 - ssim(x_hat, x, size=7).mean())
     return loss
 
 def psnr(x_hat, x, data_range=1.0, mask=None):
-    """Peak signal-to-noise ratio in dB per sample -> (B,), float32. mask: bool like x; only its voxels count."""
+    """Peak signal-to-noise ratio in dB per sample -> (B,), float32. mask: bool like x; its voxels count."""
     error = (x_hat.float() - x.float()).square().flatten(1)
     if mask is None:
         mse = error.mean(1)
@@ -126,9 +149,10 @@ def grad_reverse(x, alpha):
     return GradReverse.apply(x, alpha)
 
 class ModalityClassifier(nn.Module):
-    """Guesses the modality from the anatomy latent, D_m of NeuroQuant eq. 15. z (B, C, d, h, w) -> logits (B, modalities).
+    """Guesses the modality from the anatomy latent, D_m of NeuroQuant eq. 15.
 
-    Global: 1x1x1 convolution, group norm, SiLU, mean over the grid, two-layer perceptron.
+    z (B, C, d, h, w) -> logits (B, modalities). 1x1x1 convolution, group norm, SiLU, mean over the grid,
+    two-layer perceptron.
     """
     def __init__(self, channels, num_modalities, hidden=128):
         super().__init__()
@@ -141,50 +165,64 @@ class ModalityClassifier(nn.Module):
 # ---------------------------------------------------------------- the latent of a KL autoencoder
 
 def kl_loss(mu, logvar, reduction='mean'):
-    """KL(N(mu, exp(logvar)) || N(0, 1)) of DeCo eq. 1: 0.5 (mu^2 + exp(logvar) - 1 - logvar), mu and logvar (B, C, *grid).
+    """KL(N(mu, exp(logvar)) || N(0, 1)) of DeCo eq. 1: 0.5 (mu^2 + exp(logvar) - 1 - logvar).
 
-    'mean' over every element; 'sum' over channels and grid, then mean over the batch (MAISI's: times C*grid larger).
+    mu, logvar: (B, C, *grid).
+    reduction: 'mean' over every element; or 'sum' over channels and grid, then mean over the batch, which is
+    MAISI's and larger by C * grid.
     """
-    mu, logvar = mu.float(), logvar.float()
+    mu = mu.float()
+    logvar = logvar.float()
     kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar)
     if reduction == 'mean': return kl.mean()
     if reduction == 'sum': return kl.flatten(1).sum(1).mean()
     raise ValueError(f"kl reduction '{reduction}': mean or sum")
 
 def channel_covariance(z, gather=False):
-    """Unbiased covariance (C, C) of channels over batch and grid, float32. z (N, C) or (B, C, *grid), at least two positions.
+    """Unbiased covariance (C, C) of channels over batch and grid, float32.
 
-    gather: over the positions of every process; the gradients are then those of one process with the joined batch, once they
-    are averaged over processes.
+    z: (N, C) or (B, C, *grid), at least two positions.
+    gather: over the positions of every process. Once the gradients are averaged over processes, they are
+    those of one process with the joined batch.
     """
+    gather = gather and dist.is_initialized()
     with torch.autocast(z.device.type, enabled=False):
-        z = z.float() if z.ndim == 2 else z.float().movedim(1, -1).flatten(0, -2)
-        if gather and dist.is_initialized():
-            add_up, n = dist_nn.all_reduce, len(z) * dist.get_world_size()  # equal patches everywhere
-        else:
-            add_up, n = (lambda t: t), len(z)
+        z = z.float()
+        if z.ndim > 2:
+            z = z.movedim(1, -1).flatten(0, -2)  # (N, C)
+        n = len(z) * (dist.get_world_size() if gather else 1)  # equal patches everywhere
         if n < 2: raise ValueError(f'a covariance of {n} position')
-        z = z - add_up(z.sum(0)) / n
-        return add_up(z.T @ z) / (n - 1)
+        total = z.sum(0)
+        if gather:
+            total = dist_nn.all_reduce(total)
+        z = z - total / n
+        products = z.T @ z
+        if gather:
+            products = dist_nn.all_reduce(products)
+        return products / (n - 1)
 
 def off_diagonal_square(m):
     """sum over i != j of m_ij^2, divided by C^2 (DeCo eq. 3 and 4 count the diagonal in the denominator)."""
     return (m - torch.diag(m.diagonal())).square().sum() / m.numel()
 
 def sid_loss(z, gather=False):
-    """Scale-invariant decorrelation, DeCo eq. 3: squared Pearson correlations of channel pairs. A constant channel counts 0."""
+    """Scale-invariant decorrelation, DeCo eq. 3: squared Pearson correlations of channel pairs.
+
+    A constant channel counts 0.
+    """
     cov = channel_covariance(z, gather)
     rsd = cov.diagonal().clamp(min=1e-12).rsqrt()
     return off_diagonal_square(cov * rsd * rsd[:, None])
 
 def cov_loss(z, gather=False):
-    """DeCo eq. 4: squared covariances of channel pairs. Shrinking every channel lowers it too; see var_loss."""
+    """DeCo eq. 4: squared covariances of channel pairs. Shrinking all channels lowers it: see var_loss."""
     return off_diagonal_square(channel_covariance(z, gather))
 
 def var_loss(z, gamma=1.0, form='hinge_std', gather=False):
-    """Anchor of the channels' variances. 'hinge_std': mean of max(0, gamma - sd)^2, DeCo eq. 5, 0 once every sd >= gamma.
+    """Anchor of the channels' variances, DeCo eq. 5.
 
-    'two_sided_var': mean of (variance - gamma^2)^2, the form of the released code at gamma 1.
+    form 'hinge_std': mean of max(0, gamma - sd)^2, which is 0 once every sd is gamma or more.
+    form 'two_sided_var': mean of (variance - gamma^2)^2, the form of the released code at gamma 1.
     """
     var = channel_covariance(z, gather).diagonal()
     if form == 'hinge_std':
@@ -199,14 +237,16 @@ def vad_loss(z, gamma=1.0, form='hinge_std', gather=False):
 # ---------------------------------------------------------------- adversary
 
 class PatchDiscriminator(nn.Sequential):
-    """PatchGAN (Isola et al. 2017): x (B, c_in, *grid) -> logits (B, 1, *smaller grid), one per overlapping patch.
+    """PatchGAN (Isola et al. 2017): x (B, c_in, *grid) -> logits (B, 1, *smaller grid), one per patch.
 
-    dims 2 or 3. channels 32 and layers 3 give 692,769 or 2,770,977 parameters: strides 2, 2, 2, 1, 1, kernel 4, instance norm.
-    Each axis needs at least 24 pixels for layers=3. Weights start as N(0, 0.02).
+    dims: 2 or 3; with 32 channels and 3 layers 692,769 or 2,770,977 parameters. Patches overlap. Kernels are
+    4 wide, strides 2, 2, 2, 1, 1, with instance norm. Each axis needs at least 24 pixels for layers=3.
+    Weights start as N(0, 0.02).
     """
     def __init__(self, dims=3, channels=32, layers=3, in_channels=1):
         conv, norm = (nn.Conv2d, nn.InstanceNorm2d) if dims == 2 else (nn.Conv3d, nn.InstanceNorm3d)
-        stages, width = [conv(in_channels, channels, 4, 2, 1), nn.LeakyReLU(0.2)], channels
+        stages = [conv(in_channels, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
+        width = channels
         for layer in range(layers):
             stride = 2 if layer < layers - 1 else 1
             stages += [conv(width, 2 * width, 4, stride, 1, bias=False), norm(2 * width), nn.LeakyReLU(0.2)]
@@ -220,49 +260,56 @@ class PatchDiscriminator(nn.Sequential):
                     nn.init.zeros_(m.bias)
 
 def adversarial_loss(logits, real, form='least_squares'):
-    """What a discriminator pays for logits of real or generated samples. 'least_squares': (logits - real)^2; 'hinge'."""
+    """What a discriminator pays for logits of real or of generated samples.
+
+    form: 'least_squares', mean of (logits - real)^2 with real 1 or 0; or 'hinge'.
+    """
     logits = logits.float()
     if form == 'least_squares': return (logits - float(real)).square().mean()
     if form == 'hinge': return F.relu(1 - logits if real else 1 + logits).mean()
     raise ValueError(f"adversarial form '{form}': least_squares or hinge")
 
 def generator_loss(logits, form='least_squares'):
-    """What the generator pays for its samples' logits: distance from 'real', or minus their mean for the hinge."""
+    """What the generator pays for its samples' logits: distance from 'real'; for 'hinge' minus their mean."""
     return -logits.float().mean() if form == 'hinge' else adversarial_loss(logits, True, form)
 
 # ---------------------------------------------------------------- slices of volumes
 
 def random_slices(volumes, fraction, generators=None):
-    """Random slices of several volumes at the same places, for losses that are 2D: "2.5D".
+    """Random slices of several volumes at the same positions, for losses that are 2D: "2.5D".
 
-    volumes: list of (B, C, D, H, W). returns for each of the three planes a list (one per volume) of (n, C, h, w), where n is
-    fraction of the plane's slices, at least 1, of each sample. generators: one CPU torch.Generator per sample; None: torch's own.
-    A batch of slices (one axis of length 1) gives itself, for its plane only.
+    volumes: list of (B, C, D, H, W). Slices (one axis of length 1) give themselves, for their plane alone.
+    returns for each of the three planes a list, one per volume, of (n, C, h, w). From each sample comes that
+    fraction of the plane's slices, at least one.
+    generators: one CPU torch.Generator per sample; None: torch's own.
     """
     ones = [axis for axis in (2, 3, 4) if volumes[0].shape[axis] == 1]
-    if ones: return [[v.squeeze(ones[0]) for v in volumes]]
-    planes, B = [], len(volumes[0])
+    if ones: return [[volume.squeeze(ones[0]) for volume in volumes]]
+    planes = []
     for axis in (2, 3, 4):
         n = volumes[0].shape[axis]
-        chosen = torch.cat([
-            b * n + torch.randperm(n, generator=g)[: max(1, int(fraction * n))]
-            for b, g in enumerate(generators or [None] * B)
-        ])
-        planes.append([v.movedim(axis, 1).flatten(0, 1)[chosen.to(v.device)] for v in volumes])
+        take = max(1, int(fraction * n))
+        chosen = []
+        for b, generator in enumerate(generators or [None] * len(volumes[0])):
+            chosen.append(b * n + torch.randperm(n, generator=generator)[:take])
+        chosen = torch.cat(chosen).to(volumes[0].device)
+        planes.append([volume.movedim(axis, 1).flatten(0, 1)[chosen] for volume in volumes])
     return planes
 
 def perceptual_loss(network, x_hat, x, fraction=0.2, generators=None):
-    """Sum over planes of network(x_hat slice, x slice) -> (n,) averaged over slices; each pair of slices from one place."""
+    """Sum over planes of network(slices of x_hat, the same of x) -> (n,), averaged over slices."""
+    loss = 0.0
     with torch.autocast(x.device.type, enabled=False):  # float32: normalised features, small differences
-        return sum(
-            network(a, b).mean() for a, b in random_slices([x_hat.float(), x.float()], fraction, generators)
-        )
+        for slices_hat, slices in random_slices([x_hat.float(), x.float()], fraction, generators):
+            loss = loss + network(slices_hat, slices).mean()
+    return loss
 
 # ---------------------------------------------------------------- discriminators on volumes and slices
 
 def mean_over_views(term, discriminators, volumes, fraction, generators):
-    """Mean of term(discriminator, *views) over all that discriminators see of volumes, a list of (B, C, D, H, W).
+    """Mean of term(discriminator, *views) over all that the discriminators see of volumes.
 
+    volumes: list of (B, C, D, H, W).
     A 3D discriminator sees the volumes, a 2D one random slices of each plane.
     """
     values = []
@@ -272,7 +319,7 @@ def mean_over_views(term, discriminators, volumes, fraction, generators):
     return sum(values) / len(values)
 
 def generator_term(discriminators, x_hat, form, fraction, generators):
-    """What the generator pays for x_hat (B, C, D, H, W). form: see adversarial_loss; the rest: see random_slices."""
+    """What the generator pays for x_hat (B, C, D, H, W); see adversarial_loss and random_slices."""
     def term(discriminator, fake):
         return generator_loss(discriminator(fake), form)
     return mean_over_views(term, discriminators, [x_hat], fraction, generators)

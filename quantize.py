@@ -1,4 +1,4 @@
-"""Vector quantisation with an exponential-moving-average codebook: the discrete half of NeuroQuant; and its control without a codebook."""
+"""Vector quantisation with a codebook that follows by moving average, and its control without a codebook."""
 import math
 
 import torch
@@ -24,26 +24,31 @@ def gather_over_ranks(x):
     return torch.cat([p[:n] for p, n in zip(parts, sizes)])
 
 def perplexity(counts):
-    """exp(entropy) of the use of K codes, counts (K,): K when uniform, 1 when one code is left. A 0-d tensor."""
+    """exp(entropy) of the use of K codes, counts (K,): K when uniform, 1 when one code is left."""
     p = counts / counts.sum().clamp(min=1e-5)
     return torch.exp(-torch.xlogy(p, p).sum())
 
 class VectorQuantizer(nn.Module):
-    """Nearest-code quantiser, van den Oord et al. 2017, codebook by EMA (their appendix A.1); NeuroQuant eq. 5-7.
+    """Nearest-code quantiser with a codebook by EMA (van den Oord et al. 2017, A.1); NeuroQuant eq. 5-7.
 
-    num_codes K, dim C. decay: of the EMA. eps: Laplace smoothing of the code counts.
-    revive: a code used less than this fraction of the mean use is replaced by a random encoder vector of the batch. A new
-    codebook is all dead, so the first batches fill it with encoder vectors: data-driven start and revival are one rule.
-    Any number of processes has the codebook of one process on the joined batch, if all draw from equally seeded generators.
+    num_codes K, dim C. decay: of the EMA. eps: Laplace smoothing of the code counts. revive: a code used less
+    than this fraction of the mean use is replaced by a random encoder vector of the batch. A new codebook is
+    all dead, so the first batches fill it: data-driven start and revival are one rule. Any number of
+    processes has the codebook of one process on the joined batch, if all draw from equally seeded generators.
 
-    Buffers: codebook (K, C); cluster_size (K,), EMA of how many vectors chose each code; embed_sum (K, C), of their sum.
-    Departs: eq. 7's codebook term has no gradient to give here, since the EMA does its work; only commitment is returned.
+    Buffers: codebook (K, C); cluster_size (K,), EMA of how many vectors chose each code; embed_sum (K, C),
+    EMA of their sum. Departs: the EMA does the work of eq. 7's codebook term, so that only commitment is
+    returned.
     """
     def __init__(self, num_codes, dim, decay=0.99, eps=1e-5, revive=0.1):
         super().__init__()
         if num_codes < 2 or dim < 1:
             raise ValueError(f'a codebook needs at least 2 codes of 1 channel, got {num_codes} x {dim}')
-        self.num_codes, self.dim, self.decay, self.eps, self.revive = num_codes, dim, decay, eps, revive
+        self.num_codes = num_codes
+        self.dim = dim
+        self.decay = decay
+        self.eps = eps
+        self.revive = revive
         self.register_buffer('codebook', torch.zeros(num_codes, dim))
         self.register_buffer('cluster_size', torch.zeros(num_codes))
         self.register_buffer('embed_sum', torch.zeros(num_codes, dim))
@@ -53,8 +58,10 @@ class VectorQuantizer(nn.Module):
 
         returns z_q (B, C, *grid) float32, straight-through: its gradient reaches z unchanged
                 indices (B, *grid) int64 in [0, K)
-                commit: mean squared distance to the chosen code per latent element, unweighted; gradient to z alone
-        The codebook is written only in training mode with update=True. Raises ValueError for another channel count.
+                commit: mean squared distance to the chosen code per latent element, unweighted; gradient to z
+                alone
+        The codebook is written only in training mode with update=True. Raises ValueError for another channel
+        count.
         """
         if z.shape[1] != self.dim:
             raise ValueError(f'quantiser has codes of {self.dim} channels, z has {z.shape[1]}')
@@ -80,7 +87,7 @@ class VectorQuantizer(nn.Module):
     def nearest(self, flat):
         """(N, C) -> (N,) index of the code at the smallest Euclidean distance, NeuroQuant eq. 6."""
         # |z|^2 is the same for every code
-        distance = self.codebook.square().sum(1) - 2 * flat @ self.codebook.T
+        distance = self.codebook.square().sum(1) - 2 * flat @ self.codebook.T  # (N, K)
         return distance.argmin(1)
 
     def lookup(self, indices):
@@ -89,7 +96,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def revive_dead(self, flat):
-        """Give each dead code a vector of the joined batch, no vector twice, at the mean use, so that it lives a while."""
+        """Give each dead code a vector of the joined batch, no vector twice. It starts at the mean use."""
         flat = gather_over_ranks(flat)
         dead = self.cluster_size <= self.revive * self.cluster_size.mean()
         order = torch.randperm(len(flat), device=flat.device)[:self.num_codes]
@@ -103,7 +110,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def update_codes(self, flat, indices):
-        """One EMA step of counts and sums over every process; a code moves to the smoothed mean of its vectors."""
+        """One EMA step over every process: each code moves to the smoothed mean of its vectors."""
         new = flat.new_zeros(self.num_codes, self.dim + 1)
         new.index_add_(0, indices, F.pad(flat, (0, 1), value=1.0))  # the last column counts
         new = sum_over_ranks(new)
@@ -112,18 +119,18 @@ class VectorQuantizer(nn.Module):
         total = self.cluster_size.sum()
         smoothed = (self.cluster_size + self.eps) / (total + self.num_codes * self.eps) * total
         alive = self.cluster_size > self.eps  # a code not yet started stays where it is
-        self.codebook.copy_(
-            torch.where(alive[:, None], self.embed_sum / smoothed[:, None].clamp(min=self.eps), self.codebook)
-        )
+        means = self.embed_sum / smoothed[:, None].clamp(min=self.eps)
+        self.codebook.copy_(torch.where(alive[:, None], means, self.codebook))
 
     def perplexity(self):
         return perplexity(self.cluster_size)
 
 class FiniteScalarQuantizer(nn.Module):
-    """A few channels, each rounded to one of a few levels, Mentzer et al. 2023: no codebook that could collapse. The EMA codebook's control.
+    """A few channels, each rounded to one of a few levels, Mentzer et al. 2023: the codebook's control.
 
-    num_codes K: a power of 2 from 4 on, as channels of 8 levels and at most two of 4. dim C: linear maps lead to those channels and back.
-    Buffer cluster_size (K,): EMA of how many vectors had each code, for perplexity() alone.
+    It has no codebook that could collapse. num_codes K: a power of 2 from 4 on, as channels of 8 levels and
+    at most two of 4. dim C: linear maps lead to those channels and back. Buffer cluster_size (K,): EMA of how
+    many vectors had each code, for perplexity() alone.
     """
     def __init__(self, num_codes, dim, decay=0.99):
         super().__init__()
@@ -132,16 +139,18 @@ class FiniteScalarQuantizer(nn.Module):
             raise ValueError(f"quantizer='fsq' needs a power of 2 of codes, at least 4, not {num_codes}")
         fours = -bits % 3
         levels = [8] * ((bits - 2 * fours) // 3) + [4] * fours
-        self.num_codes, self.dim, self.decay = num_codes, dim, decay
-        self.down, self.up = nn.Linear(dim, len(levels)), nn.Linear(len(levels), dim)
+        digits = [math.prod(levels[:i]) for i in range(len(levels))]  # what a level of each adds to the index
+        self.num_codes = num_codes
+        self.dim = dim
+        self.decay = decay
+        self.down = nn.Linear(dim, len(levels))
+        self.up = nn.Linear(len(levels), dim)
         self.register_buffer('levels', torch.tensor(levels), persistent=False)
-        self.register_buffer(
-            'place', torch.tensor([math.prod(levels[:i]) for i in range(len(levels))]), persistent=False
-        )
+        self.register_buffer('digits', torch.tensor(digits), persistent=False)
         self.register_buffer('cluster_size', torch.zeros(num_codes))
 
     def forward(self, z, update=True):
-        """z (B, C, *grid) -> z_q (B, C, *grid) float32, indices (B, *grid) int64, and 0 for a commitment that nothing needs."""
+        """z (B, C, *grid) -> z_q (B, C, *grid) float32, indices (B, *grid) int64, and a commitment of 0."""
         if z.shape[1] != self.dim:
             raise ValueError(f'quantiser takes {self.dim} channels, z has {z.shape[1]}')
         with torch.autocast(z.device.type, enabled=False):
@@ -150,20 +159,18 @@ class FiniteScalarQuantizer(nn.Module):
             indices = self.index(rounded.detach())
             if self.training and update:
                 self.count(indices)
-            return (
-                self.up(2 * rounded / self.levels).movedim(-1, 1),
-                indices,
-                z.new_zeros((), dtype=torch.float32),
-            )
+            z_q = self.up(2 * rounded / self.levels).movedim(-1, 1)
+            return z_q, indices, torch.zeros((), device=z.device)
 
     def bound(self, z):
-        """z (B, C, *grid) -> (B, *grid, channels), a channel of L levels within (-L/2 - 1/2, L/2 - 1/2); 0 stays 0."""
+        """z (B, C, *grid) -> (B, *grid, channels), of L levels within (-L/2 - 1/2, L/2 - 1/2); 0 stays 0."""
         reach = (self.levels - 1) / 2 * 1.001  # a little beyond, so that the outer levels can be reached
-        return torch.tanh(self.down(z.float().movedim(1, -1)) + torch.atanh(0.5 / reach)) * reach - 0.5
+        channels = self.down(z.float().movedim(1, -1))
+        return torch.tanh(channels + torch.atanh(0.5 / reach)) * reach - 0.5
 
     def index(self, rounded):
-        """Whole numbers (B, *grid, channels) -> (B, *grid) int64: a channel is a digit, the first one the lowest."""
-        return ((rounded.round().long() + self.levels // 2) * self.place).sum(-1)
+        """Whole numbers (B, *grid, channels) -> (B, *grid) int64: channels are digits, lowest first."""
+        return ((rounded.round().long() + self.levels // 2) * self.digits).sum(-1)
 
     def nearest_indices(self, z):
         """z (B, C, *grid) -> indices (B, *grid); nothing is written."""
@@ -173,24 +180,23 @@ class FiniteScalarQuantizer(nn.Module):
     def lookup(self, indices):
         """indices (B, *grid) -> z_q (B, C, *grid)."""
         with torch.autocast(indices.device.type, enabled=False):
-            digits = indices[..., None] // self.place % self.levels
-            return self.up(2 * (digits - self.levels // 2) / self.levels).movedim(-1, 1)
+            rounded = indices[..., None] // self.digits % self.levels - self.levels // 2
+            return self.up(2 * rounded / self.levels).movedim(-1, 1)
 
     @torch.no_grad()
     def count(self, indices):
         """One EMA step of the counts, over every process."""
-        flat = indices.flatten()
-        new = torch.zeros_like(self.cluster_size).index_add_(
-            0, flat, torch.ones_like(flat, dtype=torch.float32)
-        )
+        new = torch.zeros_like(self.cluster_size)
+        new.index_add_(0, indices.flatten(), torch.ones_like(indices.flatten(), dtype=torch.float32))
         self.cluster_size.lerp_(sum_over_ranks(new), 1 - self.decay)
 
     def perplexity(self):
         return perplexity(self.cluster_size)
 
 class MultiQuantizer(nn.Module):
-    """Several codebooks per position, each a VectorQuantizer of num_codes codes; indices are (B, num_codebooks, *grid).
+    """Several codebooks per position, each a VectorQuantizer of num_codes codes.
 
+    Indices are (B, num_codebooks, *grid).
     'residual': each codes what the ones before left over (Zeghidour et al. 2021); their codes are added.
     'split': each codes its equal part of the channels; their codes are concatenated.
     """
@@ -201,29 +207,37 @@ class MultiQuantizer(nn.Module):
         self.residual = codebooks == 'residual'
         if not self.residual and dim % num_codebooks:
             raise ValueError(f'{dim} channels do not split into {num_codebooks} codebooks')
-        self.num_codes, self.num_codebooks = num_codes, num_codebooks
-        part = dim if self.residual else dim // num_codebooks
-        self.parts = nn.ModuleList(
-            VectorQuantizer(num_codes, part, decay, revive=revive) for _ in range(num_codebooks)
-        )
+        self.num_codes = num_codes
+        self.num_codebooks = num_codebooks
+        channels = dim if self.residual else dim // num_codebooks
+        self.parts = nn.ModuleList()
+        for _ in range(num_codebooks):
+            self.parts.append(VectorQuantizer(num_codes, channels, decay, revive=revive))
 
     def forward(self, z, update=True):
         """As VectorQuantizer's; commit is the mean over the codebooks."""
-        z, rest, found = z.float(), z.float(), []
-        for part, own in zip(self.parts, z.chunk(self.num_codebooks, 1)):
-            found.append(part(rest if self.residual else own, update))
+        z = z.float()
+        rest = z
+        indices = []
+        commit = 0.0
+        for part, channels in zip(self.parts, z.chunk(self.num_codebooks, 1)):
+            _, chosen, distance = part(rest if self.residual else channels, update)
+            indices.append(chosen)
+            commit = commit + distance
             if self.residual:
-                rest = rest - part.lookup(found[-1][1])
-        indices = torch.stack([f[1] for f in found], 1)
-        return z + (self.lookup(indices) - z).detach(), indices, sum(f[2] for f in found) / self.num_codebooks
+                rest = rest - part.lookup(chosen)
+        indices = torch.stack(indices, 1)
+        z_q = z + (self.lookup(indices) - z).detach()
+        return z_q, indices, commit / self.num_codebooks
 
     def nearest_indices(self, z):
-        rest, found = z.float(), []
-        for part, own in zip(self.parts, z.float().chunk(self.num_codebooks, 1)):
-            found.append(part.nearest_indices(rest if self.residual else own))
+        rest = z.float()
+        indices = []
+        for part, channels in zip(self.parts, rest.chunk(self.num_codebooks, 1)):
+            indices.append(part.nearest_indices(rest if self.residual else channels))
             if self.residual:
-                rest = rest - part.lookup(found[-1])
-        return torch.stack(found, 1)
+                rest = rest - part.lookup(indices[-1])
+        return torch.stack(indices, 1)
 
     def lookup(self, indices):
         """indices (B, num_codebooks, *grid) -> z_q (B, C, *grid)."""
@@ -234,9 +248,8 @@ class MultiQuantizer(nn.Module):
         """Mean over the codebooks."""
         return sum(part.perplexity() for part in self.parts) / self.num_codebooks
 
-def make_quantizer(
-    num_codes, dim, decay=0.99, revive=0.1, num_codebooks=1, codebooks='residual', quantizer='ema'
-):
+def make_quantizer(num_codes, dim, decay=0.99, revive=0.1, num_codebooks=1, codebooks='residual',
+                   quantizer='ema'):
     """One VectorQuantizer, a MultiQuantizer of several, or for 'fsq' a FiniteScalarQuantizer."""
     if quantizer not in ('ema', 'fsq'): raise ValueError(f"quantizer='{quantizer}': ema or fsq")
     if quantizer == 'fsq':

@@ -1,4 +1,4 @@
-"""Train a flow on the latents of a trained autoencoder (train_vae.py); then sample.py --mode=generate draws brains.
+"""Train a flow on the latents of an autoencoder of train_vae.py; sample.py --mode=generate draws brains then.
 
     python train_flow.py config/demo_flow.py                               # phantoms, after config/demo_kl.py
     python train_flow.py config/flow.py --vae=out/decovae_vad/ckpt.pt      # DeCo-VAE's flow on one GPU
@@ -16,9 +16,9 @@ import sys
 import torch
 import torch.distributed as dist
 
-from common import (StepLog, all_reduce_mean, autocast, catch_signals, configure, explain_failures, git_commit,
-                    load_checkpoint, make_out_dir, print0, refuse_changes, save_checkpoint, start_processes,
-                    stop_processes, update_average)
+from common import (StepLog, all_reduce_mean, autocast, catch_signals, configure, explain_failures,
+                    git_commit, load_checkpoint, make_out_dir, print0, refuse_changes, save_checkpoint,
+                    start_processes, stop_processes, update_average)
 from data import fingerprint, prefetch, refuse_other_data
 from flow import draw_times, flow_matching_loss, sample
 from judge.figures import views
@@ -161,7 +161,7 @@ def save(name):
         'best_val': best_val, 'git_commit': git_commit()})
 
 def make_model():
-    """The U-Net of the settings, with the training set's statistics; SystemExit with one line if there is none."""
+    """The U-Net of the settings, with the training set's statistics; SystemExit if there is none."""
     try:
         made = FlowUNet(FlowUNetConfig(
             in_channels=train_set.shape[0], widths=widths, res_blocks=res_blocks, attention=attention,
@@ -278,7 +278,7 @@ if __name__ == '__main__':
         it += 1
 
         terms = {'loss': loss.detach()}
-        log.count('latents', batch_size, 3 * flops * batch_size)  # a backward pass counts as two forward passes
+        log.count('latents', batch_size, 3 * flops * batch_size)  # a backward pass costs two forward ones
         log.note(it, terms | {'gradient': gradient}, batch['files'])
         stopped_by = stop_signal()
         validates = it % eval_interval == 0 or it == stop or stopped_by

@@ -38,8 +38,8 @@ model.step_flops = cached_step_flops
 def run(script, *args):
     """A script of the project as a user runs it; returns the finished process with its text output.
 
-    prepare.py with several workers gets a new interpreter. The others run in this one, which saves the time to
-    import torch. Any exception but SystemExit comes through.
+    prepare.py with several workers gets a new interpreter. The others run in this one: importing torch takes
+    seconds. Any exception but SystemExit comes through.
     """
     if script == 'prepare.py' and '--workers=1' not in args:
         command = [sys.executable, script, *map(str, args)]

@@ -22,11 +22,9 @@ def pair(shape, seed=0):
     (dict(), dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)),
     (dict(window='uniform', size=7), dict())])
 def test_ssim_equals_scikit_image(shape, ours, theirs):
-    structural_similarity = pytest.importorskip(
-        'skimage.metrics', reason='scikit-image is the reference'
-    ).structural_similarity
+    metrics = pytest.importorskip('skimage.metrics', reason='scikit-image is the reference')
     x, y = pair(shape)
-    expected = structural_similarity(x, y, data_range=1.0, **theirs)
+    expected = metrics.structural_similarity(x, y, data_range=1.0, **theirs)
     got = ssim(torch.tensor(x)[None, None], torch.tensor(y)[None, None], **ours)
     assert got.item() == pytest.approx(expected, abs=1e-5)
 
@@ -69,15 +67,17 @@ def test_psnr_equals_its_closed_form_whole_and_masked():
 
 def test_reversed_gradient_is_exactly_minus_alpha_times_the_plain_one():
     torch.manual_seed(0)
-    classifier, z = ModalityClassifier(16, 3), torch.randn(4, 16, 2, 3, 2, requires_grad=True)
+    classifier = ModalityClassifier(16, 3)
+    z = torch.randn(4, 16, 2, 3, 2, requires_grad=True)
     target = torch.tensor([0, 1, 2, 1])
     def gradients(z_in):
         loss = torch.nn.functional.cross_entropy(classifier(z_in), target)
         return torch.autograd.grad(loss, [z, *classifier.parameters()])
-    plain, reversed_ = gradients(z), gradients(grad_reverse(z, 0.25))
-    assert torch.equal(reversed_[0], -0.25 * plain[0])
+    of_z, *of_weights = gradients(z)
+    reversed_of_z, *reversed_of_weights = gradients(grad_reverse(z, 0.25))
+    assert torch.equal(reversed_of_z, -0.25 * of_z)
     # the classifier learns at full weight
-    assert all(torch.equal(a, b) for a, b in zip(plain[1:], reversed_[1:]))
+    assert all(torch.equal(a, b) for a, b in zip(of_weights, reversed_of_weights))
 
 @pytest.mark.parametrize('shape', [(1, 1, 48, 56, 50), (2, 1, 200, 180)])
 def test_ms_ssim_equals_monais(shape):
@@ -94,35 +94,34 @@ def test_ms_ssim_equals_monais(shape):
 def rows(z):
     return np.moveaxis(z.double().numpy(), 1, -1).reshape(-1, z.shape[1])
 
+def channels(*values):
+    """One value per channel of a (B, C, d, h, w) latent."""
+    return torch.tensor(values).view(1, -1, 1, 1, 1)
+
 @pytest.fixture
 def latent():
     """(2,4,3,4,5) with correlated channels of unequal means and spreads."""
     z = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 4, 3, 4, 5))).float()
-    return (
-        z
-        + torch.tensor([0.0, 2, -1, 5]).view(1, 4, 1, 1, 1)
-        + 0.8 * z[:, [1, 0, 0, 2]] * torch.tensor([1.0, 3, 0.2, 1]).view(1, 4, 1, 1, 1)
-    )
+    return z + channels(0.0, 2, -1, 5) + 0.8 * z[:, [1, 0, 0, 2]] * channels(1.0, 3, 0.2, 1)
 
 def test_latent_losses_equal_their_formulas(latent):
     z = rows(latent)
-    sigma, off = np.cov(z.T), ~np.eye(4, dtype=bool)
+    sigma = np.cov(z.T)
+    off = ~np.eye(4, dtype=bool)
     assert cov_loss(latent).item() == pytest.approx((sigma[off] ** 2).sum() / 16, rel=1e-4)
     assert sid_loss(latent).item() == pytest.approx((np.corrcoef(z.T)[off] ** 2).sum() / 16, rel=1e-4)
     for gamma in (1.0, 2.5):
         hinge = (np.maximum(0, gamma - np.sqrt(np.diag(sigma))) ** 2).mean()
         assert var_loss(latent, gamma).item() == pytest.approx(hinge, rel=1e-4, abs=1e-7)
-        assert var_loss(latent, gamma, 'two_sided_var').item() == pytest.approx(
-            ((np.diag(sigma) - gamma**2) ** 2).mean(), rel=1e-4
-        )
+        two_sided = ((np.diag(sigma) - gamma ** 2) ** 2).mean()
+        assert var_loss(latent, gamma, 'two_sided_var').item() == pytest.approx(two_sided, rel=1e-4)
         assert vad_loss(latent, gamma).item() == pytest.approx((sigma[off] ** 2).sum() / 16 + hinge, rel=1e-4)
     # (N, C) is the same
     torch.testing.assert_close(sid_loss(latent), sid_loss(latent.movedim(1, -1).reshape(-1, 4)))
 
 def test_invariances_of_the_latent_losses(latent):
-    scale, shift = torch.tensor([0.1, 3, 20, 1]).view(1, 4, 1, 1, 1), torch.tensor([1.0, -5, 0, 9]).view(
-        1, 4, 1, 1, 1
-    )
+    scale = channels(0.1, 3, 20, 1)
+    shift = channels(1.0, -5, 0, 9)
     torch.testing.assert_close(sid_loss(scale * latent + shift), sid_loss(latent), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(cov_loss(latent + shift), cov_loss(latent), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(cov_loss(2 * latent), 16 * cov_loss(latent), rtol=1e-3, atol=1e-5)
@@ -140,7 +139,8 @@ def test_latent_losses_have_finite_gradients_even_for_dead_channels():
     assert z.grad.isfinite().all() and z.grad.abs().sum() > 0
 
 def test_kl_equals_torchs_and_its_reductions_differ_by_the_number_of_elements():
-    mu, logvar = torch.randn(3, 4, 2, 3, 2), torch.randn(3, 4, 2, 3, 2)
+    mu = torch.randn(3, 4, 2, 3, 2)
+    logvar = torch.randn(3, 4, 2, 3, 2)
     normal = torch.distributions.Normal
     want = torch.distributions.kl_divergence(normal(mu, torch.exp(0.5 * logvar)), normal(0.0, 1.0))
     torch.testing.assert_close(kl_loss(mu, logvar), want.mean())
@@ -156,10 +156,8 @@ def test_discriminator_equals_monais(dims, parameters):
     ours = PatchDiscriminator(dims)
     assert sum(p.numel() for p in ours.parameters()) == parameters
     monai = pytest.importorskip('monai.networks.nets')
-    theirs = monai.PatchDiscriminator(
-        spatial_dims=dims, channels=32, in_channels=1, out_channels=1, num_layers_d=3, norm='INSTANCE',
-        bias=False, kernel_size=4, padding=1
-    )
+    theirs = monai.PatchDiscriminator(spatial_dims=dims, channels=32, in_channels=1, out_channels=1,
+                                      num_layers_d=3, norm='INSTANCE', bias=False, kernel_size=4, padding=1)
     theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values())))
     x = torch.rand(2, 1, *[32] * dims)
     torch.testing.assert_close(ours(x), theirs(x)[-1], atol=1e-5, rtol=1e-5)
@@ -170,31 +168,45 @@ def test_adversarial_losses_equal_their_formulas_and_meet_in_the_middle():
     assert adversarial_loss(logits, False).item() == pytest.approx((4 + 0.25 + 1 + 9) / 4)
     assert adversarial_loss(logits, True, 'hinge').item() == pytest.approx((3 + 0.5 + 0 + 0) / 4)
     assert adversarial_loss(logits, False, 'hinge').item() == pytest.approx((0 + 1.5 + 2 + 4) / 4)
-    assert generator_loss(logits) == adversarial_loss(logits, True) and generator_loss(
-        logits, 'hinge'
-    ).item() == pytest.approx(-2.5 / 4)
+    assert generator_loss(logits) == adversarial_loss(logits, True)
+    assert generator_loss(logits, 'hinge').item() == pytest.approx(-2.5 / 4)
     with pytest.raises(ValueError):
         adversarial_loss(logits, True, 'wasserstein')
 
 # ---------------------------------------------------------------- slices of volumes
 
-def test_random_slices_are_slices_of_every_plane_at_the_same_places():
+def test_random_slices_are_slices_of_every_plane():
     x = torch.arange(2 * 3 * 4 * 5).float().view(2, 1, 3, 4, 5)
-    planes = random_slices([x, 10 * x], 0.5, [torch.Generator().manual_seed(k) for k in (0, 1)])
-    assert [tuple(a.shape) for a, _ in planes] == [(2, 1, 4, 5), (4, 1, 3, 5), (4, 1, 3, 4)]
-    # a sample's slices do not depend on its batch
+    planes = random_slices([x], 0.5)
+    assert [tuple(slices.shape) for slices, in planes] == [(2, 1, 4, 5), (4, 1, 3, 5), (4, 1, 3, 4)]
+    for axis, (slices,) in enumerate(planes):
+        every = x.movedim(2 + axis, 1).flatten(0, 1)
+        for image in slices:
+            assert (every == image).flatten(1).all(1).any()
+        assert len(slices.unique(dim=0)) == len(slices)
+
+def test_random_slices_of_several_volumes_are_at_the_same_positions():
+    x = torch.rand(2, 1, 3, 4, 5)
+    for slices, same_slices in random_slices([x, 10 * x], 0.5):
+        assert torch.equal(same_slices, 10 * slices)
+
+def test_random_slices_of_a_sample_do_not_depend_on_its_batch():
+    x = torch.rand(2, 1, 3, 4, 5)
+    both = random_slices([x], 0.5, [torch.Generator().manual_seed(k) for k in (0, 1)])
     alone = random_slices([x[1:]], 0.5, [torch.Generator().manual_seed(1)])
-    assert all(torch.equal(a[len(a) // 2:], b) for (a, _), (b,) in zip(planes, alone))
-    for axis, (a, b) in enumerate(planes):
-        assert torch.equal(b, 10 * a)
-        slices = x.movedim(2 + axis, 1).flatten(0, 1)
-        assert all((slices == s).flatten(1).all(1).any() for s in a) and len(a.unique(dim=0)) == len(a)
-    # a batch of slices is its own plane
-    assert [a.shape for a, in random_slices([x[:, :, :1]], 0.5)] == [(2, 1, 4, 5)]
+    for (slices,), (own,) in zip(both, alone):
+        assert torch.equal(slices[len(slices) // 2:], own)
+
+def test_random_slices_of_slices_are_themselves():
+    x = torch.rand(2, 1, 1, 4, 5)
+    (slices,), = random_slices([x], 0.5)
+    assert torch.equal(slices, x[:, :, 0])
 
 def test_perceptual_loss_sums_the_planes():
-    x, y = torch.rand(1, 1, 3, 4, 5), torch.rand(1, 1, 3, 4, 5)
-    l1 = lambda a, b: (a - b).abs().flatten(1).mean(1)
+    x = torch.rand(1, 1, 3, 4, 5)
+    y = torch.rand(1, 1, 3, 4, 5)
+    def l1(a, b):
+        return (a - b).abs().flatten(1).mean(1)
     torch.testing.assert_close(perceptual_loss(l1, x, y, 1.0), 3 * (x - y).abs().mean())
 
 # ---------------------------------------------------------------- statistics of several processes
@@ -210,10 +222,7 @@ def one_of_two(rank, folder, z):
     dist.destroy_process_group()
 
 def test_gathered_statistics_are_those_of_the_joined_batch_and_so_are_the_gradients(tmp_path):
-    z = (
-        torch.randn(4, 3, 2, 3, 2) * torch.tensor([0.3, 1, 0.5]).view(1, 3, 1, 1, 1)
-        + torch.randn(4, 1, 2, 3, 2)
-    ).detach()
+    z = torch.randn(4, 3, 2, 3, 2) * channels(0.3, 1, 0.5) + torch.randn(4, 1, 2, 3, 2)
     mp.spawn(one_of_two, (str(tmp_path), z), nprocs=2)
     parts = [torch.load(tmp_path / f'rank{r}.pt', weights_only=True) for r in (0, 1)]
     whole = z.clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""The quantiser against a slow numpy version, its gradients, its start and revival, and two processes against one."""
+"""The quantiser against a slow numpy version; its gradients, start and revival; two processes."""
 import os
 
 import numpy as np
@@ -19,14 +19,17 @@ def started(num_codes=8, dim=4, **kwargs):
 
 def numpy_step(z, codebook, size, total, decay, eps):
     """One EMA step, van den Oord et al. 2017 appendix A.1, with loops."""
-    K, counts, sums = len(codebook), np.zeros(len(codebook)), np.zeros_like(codebook)
+    K = len(codebook)
+    counts = np.zeros(K)
+    sums = np.zeros_like(codebook)
     chosen = []
     for v in z:
         k = int(np.argmin([((v - c) ** 2).sum() for c in codebook]))
         counts[k] += 1
         sums[k] += v
         chosen.append(k)
-    size, total = decay * size + (1 - decay) * counts, decay * total + (1 - decay) * sums
+    size = decay * size + (1 - decay) * counts
+    total = decay * total + (1 - decay) * sums
     smoothed = (size + eps) / (size.sum() + K * eps) * size.sum()
     return chosen, size, total, total / smoothed[:, None]
 
@@ -149,9 +152,8 @@ def test_two_processes_have_the_codebook_of_one(tmp_path):
 @pytest.mark.parametrize('codebooks', ['residual', 'split'])
 def test_several_codebooks_round_trip_and_pass_the_gradient_straight_through(codebooks):
     torch.manual_seed(0)
-    q, z = make_quantizer(8, 6, num_codebooks=3, codebooks=codebooks).train(), torch.randn(
-        4, 6, 3, 3, 3, requires_grad=True
-    )
+    q = make_quantizer(8, 6, num_codebooks=3, codebooks=codebooks).train()
+    z = torch.randn(4, 6, 3, 3, 3, requires_grad=True)
     for _ in range(3):
         q(z.detach())
     q.eval()
@@ -163,21 +165,30 @@ def test_several_codebooks_round_trip_and_pass_the_gradient_straight_through(cod
     torch.testing.assert_close(z.grad, torch.full_like(z, 3.0))
     assert commit > 0 and 1 <= q.perplexity() <= 8
 
-def test_residual_codebooks_code_what_is_left_and_split_ones_their_channels():
+def trained_on(z, codebooks):
+    """A quantiser of two codebooks after twenty steps on z."""
     torch.manual_seed(0)
-    z = torch.randn(64, 4, 2, 2, 2)
-    residual, split = (
-        make_quantizer(8, 4, num_codebooks=2, codebooks=k).train() for k in ('residual', 'split')
-    )
+    q = make_quantizer(8, 4, num_codebooks=2, codebooks=codebooks).train()
     for _ in range(20):
-        residual(z), split(z)
-    residual.eval(), split.eval()
-    first = residual.parts[0].lookup(residual.parts[0].nearest_indices(z))
-    left = residual.parts[1].lookup(residual.parts[1].nearest_indices(z - first))
-    torch.testing.assert_close(residual.lookup(residual.nearest_indices(z)), first + left)
-    assert (z - first - left).square().mean() < 0.8 * (z - first).square().mean()
-    low = split.parts[0].lookup(split.parts[0].nearest_indices(z[:, :2]))
-    torch.testing.assert_close(split.lookup(split.nearest_indices(z))[:, :2], low)
+        q(z)
+    return q.eval()
+
+def coded(q, z):
+    return q.lookup(q.nearest_indices(z))
+
+def test_residual_codebooks_code_what_is_left():
+    z = torch.randn(64, 4, 2, 2, 2)
+    q = trained_on(z, 'residual')
+    first = coded(q.parts[0], z)
+    second = coded(q.parts[1], z - first)
+    torch.testing.assert_close(coded(q, z), first + second)
+    assert (z - first - second).square().mean() < 0.8 * (z - first).square().mean()
+
+def test_split_codebooks_code_their_channels():
+    z = torch.randn(64, 4, 2, 2, 2)
+    q = trained_on(z, 'split')
+    torch.testing.assert_close(coded(q, z)[:, :2], coded(q.parts[0], z[:, :2]))
+    torch.testing.assert_close(coded(q, z)[:, 2:], coded(q.parts[1], z[:, 2:]))
 
 def test_one_codebook_is_the_plain_quantiser():
     assert type(make_quantizer(8, 4)) is VectorQuantizer
@@ -189,43 +200,48 @@ def test_one_codebook_is_the_plain_quantiser():
 
 def test_finite_scalars_are_the_papers_formula_and_every_code_can_be_had():
     torch.manual_seed(0)
-    q, z = make_quantizer(256, 3, quantizer='fsq').eval(), 1.5 * torch.randn(4, 3, 16, 15, 14)
+    q = make_quantizer(256, 3, quantizer='fsq').eval()
+    z = 1.5 * torch.randn(4, 3, 16, 15, 14)
     levels = np.array([8, 8, 4])
     assert q.levels.tolist() == levels.tolist()
-    torch.nn.init.eye_(q.down.weight), torch.nn.init.zeros_(q.down.bias)
+    torch.nn.init.eye_(q.down.weight)
+    torch.nn.init.zeros_(q.down.bias)
     z_q, indices, commit = q(z)
     reach = (levels - 1) * 1.001 / 2  # Mentzer et al. 2023, the levels all even
     rounded = np.round(np.tanh(z.movedim(1, -1).numpy() + np.arctanh(0.5 / reach)) * reach - 0.5)
-    assert (
-        np.array_equal(indices, ((rounded + levels // 2) * [1, 8, 64]).sum(-1))
-        and len(indices.unique()) == 256
-    )
-    torch.testing.assert_close(
-        z_q, q.up(torch.tensor(rounded / (levels / 2), dtype=torch.float32)).movedim(-1, 1)
-    )
-    assert torch.equal(indices, q.nearest_indices(z)) and commit == 0
+    assert np.array_equal(indices, ((rounded + levels // 2) * [1, 8, 64]).sum(-1))
+    assert len(indices.unique()) == 256 and commit == 0
+    scaled = torch.tensor(rounded / (levels / 2), dtype=torch.float32)
+    torch.testing.assert_close(z_q, q.up(scaled).movedim(-1, 1))
+    assert torch.equal(indices, q.nearest_indices(z))
     torch.testing.assert_close(q.lookup(indices), z_q)
-    assert [make_quantizer(2**b, 3, quantizer='fsq').levels.prod().item() for b in range(2, 17)] == [
-        2**b for b in range(2, 17)
-    ]
+
+@pytest.mark.parametrize('bits', range(2, 17))
+def test_finite_scalars_have_as_many_codes_as_asked(bits):
+    assert make_quantizer(2 ** bits, 3, quantizer='fsq').levels.prod() == 2 ** bits
 
 def test_the_gradient_of_finite_scalars_passes_the_rounding_alone():
     torch.manual_seed(0)
-    q, z = make_quantizer(64, 5, quantizer='fsq'), torch.randn(2, 5, 3, 3, 3, requires_grad=True)
+    q = make_quantizer(64, 5, quantizer='fsq')
+    z = torch.randn(2, 5, 3, 3, 3, requires_grad=True)
     weight = torch.randn(2, 5, 3, 3, 3)
     through = torch.autograd.grad((q(z)[0] * weight).sum(), z)[0]
     smooth = q.up(2 * q.bound(z) / q.levels).movedim(-1, 1)
     torch.testing.assert_close(through, torch.autograd.grad((smooth * weight).sum(), z)[0])
 
 def test_finite_scalars_count_codes_in_training_alone():
-    q, z = make_quantizer(16, 2, decay=0.5, quantizer='fsq'), 3 * torch.randn(64, 2, 2, 2, 2)
-    q.eval()(z), q.train()(z, update=False)
+    q = make_quantizer(16, 2, decay=0.5, quantizer='fsq')
+    z = 3 * torch.randn(64, 2, 2, 2, 2)
+    q.eval()(z)
+    q.train()(z, update=False)
     assert q.cluster_size.sum() == 0
     indices = q(z)[1]
     counts = torch.bincount(indices.flatten(), minlength=16)
     torch.testing.assert_close(q.cluster_size, counts / 2)
     p = counts[counts > 0] / counts.sum()
     torch.testing.assert_close(q.perplexity(), torch.exp(-(p * p.log()).sum()))
+
+def test_settings_that_make_no_finite_scalars_are_refused():
     for bad in (dict(num_codes=24), dict(num_codes=2), dict(num_codes=16, num_codebooks=2)):
         with pytest.raises(ValueError, match='fsq'):
             make_quantizer(**{'dim': 2, 'quantizer': 'fsq'} | bad)

@@ -1,8 +1,7 @@
-"""train_flow.py and sample.py --mode=generate as a user runs them, on the latents of small autoencoders of a few steps."""
+"""train_flow.py and sample.py --mode=generate as a user runs them, on the latents of small autoencoders."""
 import json
 import os
-import subprocess
-import sys
+from itertools import combinations
 
 import nibabel as nib
 import numpy as np
@@ -10,21 +9,20 @@ import pytest
 import torch
 
 from common import load_checkpoint
-from conftest import ROOT, TINY, play, refuses
+from conftest import TINY, make_tiny_data, play, play_two, refuses
 from latents import Latents, encode_conditions, nearest
 from losses import ms_ssim
 from model import encoder_hash, from_checkpoint
+from test_train import assert_same_tensors, log_of, training_lines
 
-FLOW = [
-    '--widths=8,16', '--res_blocks=1', '--attention=False,True', '--head_width=8', '--batch_size=2',
-    '--iters=4', '--log_interval=1', '--device=cpu'
-]
-KL = [
-    *TINY, '--kind=convvae', '--widths=16,16', '--latent_dim=3', '--w_ssim=0', '--w_kl=1e-3', '--iters=2',
-    '--eval_sessions=1'
-]
+MODALITIES = ('T1w', 'T2w')
+FLOW = ['--widths=8,16', '--res_blocks=1', '--attention=False,True', '--head_width=8', '--batch_size=2',
+        '--iters=4', '--log_interval=1', '--device=cpu']
+KL = [*TINY, '--kind=convvae', '--widths=16,16', '--latent_dim=3', '--w_ssim=0', '--w_kl=1e-3', '--iters=2',
+      '--eval_sessions=1']
 
 def train_vae(data, out, *args):
+    """Path of the checkpoint of a small autoencoder; args instead of those of a KL autoencoder."""
     play('train_vae.py', *(args or KL), f'--data_dir={data}', f'--out_dir={out}')
     return f'{out}/ckpt.pt'
 
@@ -32,164 +30,95 @@ def train_flow(vae, out, *args):
     play('train_flow.py', *FLOW, f'--vae={vae}', f'--out_dir={out}', *args)
     return load_checkpoint(f'{out}/ckpt.pt')
 
+def drawing(flow, out):
+    return ['sample.py', '--mode=generate', f'--ckpt={flow}/ckpt.pt', f'--output={out}', '--device=cpu']
+
 def generate(flow, out, *args):
-    play(
-        'sample.py',
-        '--mode=generate',
-        f'--ckpt={flow}/ckpt.pt',
-        f'--output={out}',
-        '--steps=3',
-        '--device=cpu',
-        *args,
-    )
+    """The latents of generated volumes."""
+    play(*drawing(flow, out), '--steps=3', *args)
     return np.load(f'{out}/latents.npy')
 
-def log_of(out):
-    return [
-        {k: v for k, v in json.loads(line).items() if k.startswith(('iter', 'train', 'val', 'lr'))}
-        for line in open(f'{out}/log.jsonl')
-    ]
+def image(path):
+    return nib.load(path).get_fdata(dtype=np.float32)
 
-def test_a_resumed_flow_has_the_same_bits_and_its_latents_are_written_once(tiny_data, tmp_path):
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """A folder with data, a KL autoencoder in vae/ and a flow on its latents in flow/; not to be changed."""
+    folder = tmp_path_factory.mktemp('run')
+    make_tiny_data(folder / 'data')
+    train_flow(train_vae(folder / 'data', folder / 'vae'), folder / 'flow')
+    return folder
+
+def load_model(path):
+    return from_checkpoint(load_checkpoint(path))
+
+# ---------------------------------------------------------------- latents
+
+def test_latents_are_written_once_and_an_interrupted_write_is_mended(tiny_data, tmp_path):
     vae = train_vae(tiny_data, tmp_path / 'vae')
-    whole = train_flow(vae, tmp_path / 'a')
-    folder = tmp_path / 'vae' / 'latents_data'
-    written = {p: p.stat().st_mtime_ns for p in folder.glob('*.npy')}
-    assert len(written) == 22 and all(
-        np.load(p).shape == (2, 3, 16, 24, 16) and np.load(p).dtype == np.float16 for p in written
-    )
+    train_flow(vae, tmp_path / 'a', '--max_iters=1')
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / 'vae' / 'latents_data').glob('*.npy')}
+    assert len(written) == 22
+    for path in written:
+        latent = np.load(path)
+        assert latent.shape == (2, 3, 16, 24, 16) and latent.dtype == np.float16
     victim = next(iter(written))
-    victim.write_bytes(victim.read_bytes()[:100])  # an interrupted write
-    train_flow(vae, tmp_path / 'b', '--max_iters=2')
-    parts = train_flow(vae, tmp_path / 'b', '--init_from=resume')
-    assert {p for p in written if p.stat().st_mtime_ns != written[p]} == {victim}
-    for name in ('model', 'ema'):
-        for k, v in whole[name].items():
-            assert torch.equal(v, parts[name][k]), k
-    train_lines = [[line for line in log_of(tmp_path / r) if 'lr' in line] for r in 'ab']
-    assert train_lines[0] == train_lines[1]
-    bins = [k for line in log_of(tmp_path / 'a') for k in line if k.startswith('val/loss_t')]
-    assert len(bins) == 10
+    victim.write_bytes(victim.read_bytes()[:100])
+    train_flow(vae, tmp_path / 'b', '--max_iters=1')
+    assert {path for path in written if path.stat().st_mtime_ns != written[path]} == {victim}
 
-def test_latents_are_the_posterior_and_their_statistics_those_of_fresh_draws(tiny_data, tmp_path):
-    vae = train_vae(tiny_data, tmp_path / 'vae')
-    checkpoint = train_flow(vae, tmp_path / 'a', '--normalise=channel')
-    model = from_checkpoint(load_checkpoint(vae))
-    train = Latents(tmp_path / 'vae' / 'latents_data', tiny_data, ('T1w', 'T2w'), 'train', ())
-    assert train.n == 14
-    draws = []
-    for k in range(train.n):
-        row, m = train.scans[k]
-        x = torch.tensor(np.load(tiny_data / row[('T1w', 'T2w')[m]]))[None, None]
+def posterior_and_stored(run):
+    """For each scan of the training set: the posterior, and what was stored of it."""
+    model = load_model(run / 'vae' / 'ckpt.pt')
+    train_set = Latents(run / 'vae' / 'latents_data', run / 'data', MODALITIES, 'train', ())
+    assert train_set.n == 14
+    for k in range(train_set.n):
+        row, m = train_set.scans[k]
+        x = torch.tensor(np.load(run / 'data' / row[MODALITIES[m]]))[None, None]
         with torch.no_grad():
-            mu, logvar = model.posterior(x)
-        mean, log = train.load(k)
-        np.testing.assert_allclose(mean, mu[0], atol=2e-3), np.testing.assert_allclose(
-            log, logvar[0], atol=2e-2
-        )
-        draws.append(mu + torch.exp(0.5 * logvar) * torch.randn_like(mu))
+            posterior = model.posterior(x)
+        yield posterior, train_set.load(k)
+
+def test_latents_are_the_posterior(run):
+    for (mean, logvar), (stored_mean, stored_logvar) in posterior_and_stored(run):
+        np.testing.assert_allclose(stored_mean, mean[0], atol=2e-3)
+        np.testing.assert_allclose(stored_logvar, logvar[0], atol=2e-2)
+
+def test_the_flow_knows_mean_and_sd_of_draws_from_the_posterior(run, tmp_path):
+    checkpoint = train_flow(run / 'vae' / 'ckpt.pt', tmp_path / 'a', '--normalise=channel')
+    draws = []
+    for (mean, logvar), _ in posterior_and_stored(run):
+        draws.append(mean + torch.exp(0.5 * logvar) * torch.randn_like(mean))
     draws = torch.cat(draws)
-    torch.testing.assert_close(
-        checkpoint['model']['latent_mean'], draws.mean((0, 2, 3, 4)), atol=0.02, rtol=0.02
-    )
-    torch.testing.assert_close(
-        checkpoint['model']['latent_sd'], draws.std((0, 2, 3, 4)), atol=0.02, rtol=0.02
-    )
+    axes = (0, 2, 3, 4)
+    weights = checkpoint['model']
+    torch.testing.assert_close(weights['latent_mean'], draws.mean(axes), atol=0.02, rtol=0.02)
+    torch.testing.assert_close(weights['latent_sd'], draws.std(axes), atol=0.02, rtol=0.02)
     flow = from_checkpoint(checkpoint)
     torch.testing.assert_close(flow.denormalise(flow.normalise(draws)), draws, atol=1e-5, rtol=1e-5)
-    assert flow.normalise(draws).var((0, 2, 3, 4)).sub(1).abs().max() < 0.05
-    first, second = (train.batch(2, 0, 0, 1, s)['mean'] for s in (0, 0))
-    assert torch.equal(first, second) and not torch.equal(first, train.batch(2, 0, 0, 1, 1)['mean'])
+    assert flow.normalise(draws).var(axes).sub(1).abs().max() < 0.05
 
-def test_generated_volumes_depend_on_seed_and_place_alone_and_decoders_share_their_latents(
-    tiny_data, tmp_path
-):
-    vae = train_vae(tiny_data, tmp_path / 'vae')
-    train_flow(vae, tmp_path / 'flow')
-    two, three = generate(tmp_path / 'flow', tmp_path / 'two', '--n=2'), generate(
-        tmp_path / 'flow', tmp_path / 'three', '--n=3'
-    )
-    assert np.array_equal(two, three[:2]) and not np.array_equal(three[0], three[1])
-    assert not np.array_equal(two, generate(tmp_path / 'flow', tmp_path / 'other', '--n=2', '--seed=1'))
-    assert not np.array_equal(two, generate(tmp_path / 'flow', tmp_path / 'heun', '--n=2', '--method=heun'))
-    tuned = train_vae(
-        tiny_data, tmp_path / 'dft', *KL, '--freeze_encoder=True', f'--init_from={vae}', '--lr=0.1'
-    )
-    assert np.array_equal(two, generate(tmp_path / 'flow', tmp_path / 'tuned', '--n=2', f'--vae={tuned}'))
-    files = sorted(p.name for p in (tmp_path / 'two').iterdir())
-    assert files == ['latents.npy', 'montage.png', 'nearest.md', 'sample_000.nii.gz', 'sample_001.nii.gz']
-    a, b = nib.load(tmp_path / 'two' / 'sample_000.nii.gz'), nib.load(
-        tmp_path / 'tuned' / 'sample_000.nii.gz'
-    )
-    assert (
-        a.shape == (32, 48, 32)
-        and nib.aff2axcodes(a.affine) == ('R', 'A', 'S')
-        and not np.array_equal(a.get_fdata(), b.get_fdata())
-    )
-    np.testing.assert_allclose((a.affine @ [15.5, 23.5, 15.5, 1])[:3], 0, atol=1e-6)
-    model = from_checkpoint(load_checkpoint(vae))
-    with torch.no_grad():
-        want = model.from_latent(torch.from_numpy(two[:1])).clamp(0, 1)[0, 0]
-    np.testing.assert_allclose(a.get_fdata(), want, atol=1e-5)
-    other = train_vae(tiny_data, tmp_path / 'other_vae', *KL, '--seed=3')
-    assert 'same encoder' in refuses(
-        'sample.py',
-        '--mode=generate',
-        f'--ckpt={tmp_path}/flow/ckpt.pt',
-        f'--output={tmp_path}/x',
-        f'--vae={other}',
-        '--device=cpu',
-    )
-
-def test_neuroquant_gives_every_modality_of_each_new_brain(tiny_data, tmp_path):
-    vae = train_vae(tiny_data, tmp_path / 'nq', *TINY, '--iters_3d=2', '--joint=none')
-    train_flow(vae, tmp_path / 'flow', '--conditions=modality,sex,age', '--p_drop=0.5')
-    z = generate(
-        tmp_path / 'flow', tmp_path / 'out', '--n=1', '--target=T2w', '--sex=F', '--age=40', '--guidance=2'
-    )
-    assert sorted(p.name for p in (tmp_path / 'out').glob('*.nii.gz')) == [
-        'sample_000_T1w.nii.gz',
-        'sample_000_T2w.nii.gz',
-    ]
-    model = from_checkpoint(load_checkpoint(vae))
-    for m in ('T1w', 'T2w'):
-        with torch.no_grad():
-            want = model.from_latent(torch.from_numpy(z), m).clamp(0, 1)[0, 0]
-        np.testing.assert_allclose(
-            nib.load(tmp_path / 'out' / f'sample_000_{m}.nii.gz').get_fdata(), want, atol=1e-5
-        )
-    assert 'F or M' in refuses(
-        'sample.py',
-        '--mode=generate',
-        f'--ckpt={tmp_path}/flow/ckpt.pt',
-        f'--output={tmp_path}/x',
-        '--sex=x',
-        '--device=cpu',
-    )
-    assert 'knows T1w, T2w' in refuses(
-        'sample.py',
-        '--mode=generate',
-        f'--ckpt={tmp_path}/flow/ckpt.pt',
-        f'--output={tmp_path}/x',
-        '--target=CT',
-        '--device=cpu',
-    )
+def test_a_batch_of_latents_is_a_function_of_the_step(run):
+    train_set = Latents(run / 'vae' / 'latents_data', run / 'data', MODALITIES, 'train', ())
+    first = train_set.batch(0, 2)['mean']
+    assert torch.equal(first, train_set.batch(0, 2)['mean'])
+    assert not torch.equal(first, train_set.batch(1, 2)['mean'])
 
 def test_conditions_are_encoded_and_dropped():
     values = [{'modality': 'T2w', 'sex': 'F', 'age': 40.0}, {'modality': 'T1w', 'sex': None, 'age': None}, {}]
-    cond = encode_conditions(values, ('modality', 'sex', 'age'), ('T1w', 'T2w'))
+    cond = encode_conditions(values, ('modality', 'sex', 'age'), MODALITIES)
     assert cond['classes'].tolist() == [[1, 0], [0, 2], [2, 2]]
     torch.testing.assert_close(cond['vectors'][0], torch.tensor([[0.4, 1.0], [0.0, 0.0], [0.0, 0.0]]))
     assert encode_conditions(values, (), ('T1w',)) is None
 
 def test_nearest_finds_a_memorised_one_at_distance_0():
-    rng = np.random.default_rng(0)
-    library = rng.normal(size=(5, 4, 3))
-    found = nearest([library[3], library[1] + 0.1], enumerate(library))
-    assert found[0] == (3, 0.0) and found[1][0] == 1 and found[1][1] == pytest.approx(0.1)
+    library = np.random.default_rng(0).normal(size=(5, 4, 3))
+    memorised, close = nearest([library[3], library[1] + 0.1], enumerate(library))
+    assert memorised == (3, 0.0)
+    assert close[0] == 1 and close[1] == pytest.approx(0.1)
 
-def test_encoder_hash_names_the_encoder_alone(tiny_data, tmp_path):
-    model = from_checkpoint(load_checkpoint(train_vae(tiny_data, tmp_path / 'vae')))
+def test_encoder_hash_names_the_encoder_alone(run):
+    model = load_model(run / 'vae' / 'ckpt.pt')
     name = encoder_hash(model)
     torch.nn.init.ones_(model.decoder.blocks[0].conv.weight)
     assert encoder_hash(model) == name
@@ -197,120 +126,160 @@ def test_encoder_hash_names_the_encoder_alone(tiny_data, tmp_path):
         model.mu_head.weight[0] += 1e-3
     assert encoder_hash(model) != name
 
-def test_bad_input_ends_with_one_line(tiny_data, tmp_path):
-    vae = train_vae(tiny_data, tmp_path / 'vae')
-    train_flow(vae, tmp_path / 'flow', '--max_iters=1')
-    def flow(*args):
-        return refuses('train_flow.py', *FLOW, f'--vae={vae}', f'--out_dir={tmp_path}/x', *args)
-    def draw(*args):
-        return refuses(
-            'sample.py',
-            '--mode=generate',
-            f'--ckpt={tmp_path}/flow/ckpt.pt',
-            f'--output={tmp_path}/y',
-            '--device=cpu',
-            *args,
-        )
-    assert 'not an autoencoder' in flow(f'--vae={tmp_path}/flow/ckpt.pt')
-    other = train_vae(tiny_data, tmp_path / 'other', *KL, '--seed=1')
-    assert 'latents of another autoencoder' in flow(
-        f'--vae={other}', f'--latents_dir={tmp_path}/vae/latents_data'
-    )
-    assert 'no such checkpoint' in flow('--vae=/nowhere.pt') and '/nowhere/data' in flow(
-        '--data_dir=/nowhere/data'
-    )
-    assert 'only modality, sex and age' in flow('--conditions=weight,') and 'uniform or logit_normal' in flow(
-        '--times=cosine'
-    )
-    table = tiny_data / 'subjects.tsv'
-    table.write_text(table.read_text().replace('\tF\t30', '\t\t'))
-    assert 'no scan with a known age' in flow('--conditions=age,')
-    assert 'another network' in refuses(
-        'train_flow.py',
-        *FLOW,
-        f'--vae={vae}',
-        f'--out_dir={tmp_path}/flow',
-        '--init_from=resume',
-        '--widths=16,16',
-    )
-    assert 'at least 1' in draw('--steps=0') and 'trained with conditions none' in draw('--sex=F')
-    assert 'wants a flow' in refuses(
-        'sample.py', '--mode=generate', f'--ckpt={vae}', f'--output={tmp_path}/y', '--device=cpu'
-    )
-    assert 'wants an autoencoder' in refuses(
-        'sample.py',
-        '--mode=reconstruct',
-        f'--ckpt={tmp_path}/flow/ckpt.pt',
-        '--input=a.nii',
-        f'--output={tmp_path}/y.nii',
-        '--device=cpu',
-    )
-    assert 'a flow' in refuses(
-        'evaluate.py', f'--ckpt={tmp_path}/flow/ckpt.pt', f'--data_dir={tiny_data}', '--device=cpu'
-    )
+# ---------------------------------------------------------------- training
 
-def test_evaluate_prints_frechet_distances_of_reconstructed_and_generated_slices(tiny_data, tmp_path):
-    vae = train_vae(tiny_data, tmp_path / 'vae')
-    train_flow(vae, tmp_path / 'flow')
-    generate(tmp_path / 'flow', tmp_path / 'new', '--n=3')
-    args = [
-        f'--ckpt={vae}',
-        f'--data_dir={tiny_data}',
-        '--split=train',
-        '--device=cpu',
-        '--reference_sessions=0',
-    ]
-    printed = play(
-        'evaluate.py', *args, '--max_sessions=4', '--features=random', f'--generated={tmp_path}/new'
-    )
-    assert 'RANDOM features' in printed and 'gFID - rFID' in printed
-    table = json.loads((tmp_path / 'vae' / 'table.json').read_text())
-    rows = table['frechet']
-    assert [r['row'] for r in rows] == ['floor: real against real', 'vae rFID', 'vae gFID'] * 2
-    found = {(r['row'], r['modality']): r for r in rows}
-    assert found['vae rFID', 'T1w']['mean'] > found['floor: real against real', 'T1w']['mean'] > 0
-    assert found['vae gFID', 'T2w']['slices']['axial'] == [3 * 32, 3 * 32]
-    real, new = (r for r in table['diversity'] if r['modality'] == 'T1w')
-    volumes = [
-        torch.from_numpy(nib.load(tmp_path / 'new' / f'sample_{k:03d}.nii.gz').get_fdata(dtype=np.float32))[
-            None, None
-        ]
-        for k in range(3)
-    ]
-    assert new['ms_ssim'] == pytest.approx(
-        np.mean([ms_ssim(volumes[a], volumes[b]).item() for a, b in ((0, 1), (0, 2), (1, 2))]), abs=1e-4
-    )
-    assert (real['row'], real['volumes'], real['pairs']) == ('real', 4, 6) and os.path.getsize(
-        tmp_path / 'vae' / 'samples.png'
-    ) > 10000
-    play('evaluate.py', *args, '--features=random', '--max_sessions=1', '--fid_slices=central')
-    rows = json.loads((tmp_path / 'vae' / 'table.json').read_text())['frechet']
-    assert {
-        (r['row'], 'more slices than features' in r['reason'], 'no volumes' in r['reason']) for r in rows
-    } == {('vae rFID', True, False), ('floor: real against real', False, True)}
-    printed = play('evaluate.py', *args, '--max_sessions=1', '--features=/nowhere.pth')
-    # one line, and the other rows are there
-    assert 'RadImageNet-ResNet50_notop.pth' in printed and '| vae | 2x |' in printed
+def test_a_resumed_flow_has_the_same_bits(run, tmp_path):
+    vae = run / 'vae' / 'ckpt.pt'
+    train_flow(vae, tmp_path / 'b', '--max_iters=2')
+    parts = train_flow(vae, tmp_path / 'b', '--init_from=resume')
+    assert_same_tensors(load_checkpoint(run / 'flow' / 'ckpt.pt'), parts)
+    assert training_lines(run / 'flow') == training_lines(tmp_path / 'b')
 
-def test_two_processes_train_the_flow_of_one(tiny_data, tmp_path):
-    vae = train_vae(tiny_data, tmp_path / 'vae')
+def test_validation_logs_the_loss_at_ten_times(run):
+    bins = [key for line in log_of(run / 'flow') for key in line if key.startswith('val/loss_t')]
+    assert len(bins) == 10
+
+def test_two_processes_train_the_flow_of_one(run, tmp_path):
+    vae = run / 'vae' / 'ckpt.pt'
     conditioned = ['--conditions=modality,sex,age', '--p_drop=0.5', '--eval_scans=3']
     one = train_flow(vae, tmp_path / 'one', *conditioned)
-    args = [*FLOW, f'--vae={vae}', *conditioned, f'--out_dir={tmp_path}/two', '--batch_size=1']
-    done = subprocess.run(
-        [
-            sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29513',
-            'train_flow.py', *args
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {'OMP_NUM_THREADS': '1'},
-    )
-    assert done.returncode == 0, done.stderr
+    play_two('train_flow.py', *FLOW, f'--vae={vae}', *conditioned, f'--out_dir={tmp_path}/two',
+             '--batch_size=1', port=29513)
     two = load_checkpoint(tmp_path / 'two' / 'ckpt.pt')
     for a, b in zip(log_of(tmp_path / 'one'), log_of(tmp_path / 'two')):
-        for k in a:
-            assert a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-5), k
-    for k, v in one['model'].items():
-        torch.testing.assert_close(two['model'][k], v, rtol=1e-3, atol=1e-4)
+        for key in a:
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
+    for key, value in one['model'].items():
+        torch.testing.assert_close(two['model'][key], value, rtol=1e-3, atol=1e-4)
+
+# ---------------------------------------------------------------- generating
+
+def test_a_generated_latent_depends_on_its_seed_and_number_alone(run, tmp_path):
+    two = generate(run / 'flow', tmp_path / 'two', '--n=2')
+    three = generate(run / 'flow', tmp_path / 'three', '--n=3')
+    assert np.array_equal(two, three[:2]) and not np.array_equal(three[0], three[1])
+    assert not np.array_equal(two, generate(run / 'flow', tmp_path / 'seed', '--n=2', '--seed=1'))
+    assert not np.array_equal(two, generate(run / 'flow', tmp_path / 'heun', '--n=2', '--method=heun'))
+
+def test_generated_volumes_are_what_the_decoder_makes_of_the_latents(run, tmp_path):
+    z = generate(run / 'flow', tmp_path / 'out', '--n=2')
+    files = sorted(path.name for path in (tmp_path / 'out').iterdir())
+    assert files == ['latents.npy', 'montage.png', 'nearest.md', 'sample_000.nii.gz', 'sample_001.nii.gz']
+    with torch.no_grad():
+        want = load_model(run / 'vae' / 'ckpt.pt').from_latent(torch.from_numpy(z)).clamp(0, 1)
+    for k in range(2):
+        np.testing.assert_allclose(image(tmp_path / 'out' / f'sample_00{k}.nii.gz'), want[k, 0], atol=1e-5)
+
+def test_generated_volumes_lie_around_the_origin_in_ras(run, tmp_path):
+    generate(run / 'flow', tmp_path / 'out', '--n=1')
+    scan = nib.load(tmp_path / 'out' / 'sample_000.nii.gz')
+    assert scan.shape == (32, 48, 32) and nib.aff2axcodes(scan.affine) == ('R', 'A', 'S')
+    np.testing.assert_allclose((scan.affine @ [15.5, 23.5, 15.5, 1])[:3], 0, atol=1e-6)
+
+def test_a_fine_tuned_decoder_draws_the_same_latents_another_way(run, tmp_path):
+    z = generate(run / 'flow', tmp_path / 'out', '--n=1')
+    tuned = train_vae(run / 'data', tmp_path / 'tuned_vae', *KL, '--freeze_encoder=True',
+                      f"--init_from={run / 'vae' / 'ckpt.pt'}", '--lr=0.1')
+    assert np.array_equal(z, generate(run / 'flow', tmp_path / 'tuned', '--n=1', f'--vae={tuned}'))
+    volumes = [image(tmp_path / folder / 'sample_000.nii.gz') for folder in ('out', 'tuned')]
+    assert not np.array_equal(*volumes)
+
+def test_another_encoder_is_refused(run, tmp_path):
+    other = train_vae(run / 'data', tmp_path / 'other_vae', *KL, '--seed=3')
+    assert 'same encoder' in refuses(*drawing(run / 'flow', tmp_path / 'x'), f'--vae={other}')
+    other_latents = [f'--vae={other}', f"--latents_dir={run / 'vae' / 'latents_data'}"]
+    line = refuses('train_flow.py', *FLOW, *other_latents, f'--out_dir={tmp_path}/x')
+    assert 'latents of another autoencoder' in line
+
+def test_neuroquant_gives_every_modality_of_each_new_brain(tiny_data, tmp_path):
+    vae = train_vae(tiny_data, tmp_path / 'nq', *TINY, '--iters_3d=2', '--joint=none')
+    train_flow(vae, tmp_path / 'flow', '--conditions=modality,sex,age', '--p_drop=0.5')
+    wanted = ['--target=T2w', '--sex=F', '--age=40', '--guidance=2']
+    z = generate(tmp_path / 'flow', tmp_path / 'out', '--n=1', *wanted)
+    files = sorted(path.name for path in (tmp_path / 'out').glob('*.nii.gz'))
+    assert files == ['sample_000_T1w.nii.gz', 'sample_000_T2w.nii.gz']
+    model = load_model(vae)
+    for m in MODALITIES:
+        with torch.no_grad():
+            want = model.from_latent(torch.from_numpy(z), m).clamp(0, 1)[0, 0]
+        np.testing.assert_allclose(image(tmp_path / 'out' / f'sample_000_{m}.nii.gz'), want, atol=1e-5)
+    for args, words in ((['--sex=x'], 'F or M'), (['--target=CT'], 'knows T1w, T2w')):
+        assert words in refuses(*drawing(tmp_path / 'flow', tmp_path / 'x'), *args)
+
+# ---------------------------------------------------------------- refusals
+
+@pytest.mark.parametrize('args, words', [
+    (['--vae=RUN/flow/ckpt.pt'], 'not an autoencoder'),
+    (['--vae=/nowhere.pt'], 'no such checkpoint'),
+    (['--data_dir=/nowhere/data'], '/nowhere/data'),
+    (['--conditions=weight,'], 'only modality, sex and age'),
+    (['--times=cosine'], 'uniform or logit_normal'),
+    (['--out_dir=RUN/flow', '--init_from=resume', '--widths=16,16'], 'another network')])
+def test_bad_settings_of_training_end_with_one_line(args, words, run, tmp_path):
+    args = [arg.replace('RUN', str(run)) for arg in args]
+    line = refuses('train_flow.py', *FLOW, f'--vae={run}/vae/ckpt.pt', f'--out_dir={tmp_path}/x', *args)
+    assert words in line
+
+def test_a_condition_that_no_scan_has_is_refused(tiny_data, tmp_path):
+    vae = train_vae(tiny_data, tmp_path / 'vae')
+    table = tiny_data / 'subjects.tsv'
+    table.write_text(table.read_text().replace('\tF\t30', '\t\t'))
+    line = refuses('train_flow.py', *FLOW, f'--vae={vae}', f'--out_dir={tmp_path}/x', '--conditions=age,')
+    assert 'no scan with a known age' in line
+
+@pytest.mark.parametrize('args, words', [
+    (['--steps=0'], 'at least 1'),
+    (['--sex=F'], 'trained with conditions none'),
+    (['--ckpt=RUN/vae/ckpt.pt'], 'wants a flow'),
+    (['--mode=reconstruct', '--input=a.nii'], 'wants an autoencoder')])
+def test_bad_settings_of_generating_end_with_one_line(args, words, run, tmp_path):
+    args = [arg.replace('RUN', str(run)) for arg in args]
+    assert words in refuses(*drawing(run / 'flow', tmp_path / 'x.nii'), *args)
+
+def test_a_flow_is_not_evaluated(run, tmp_path):
+    args = [f'--ckpt={run}/flow/ckpt.pt', f'--data_dir={run}/data', f'--out_dir={tmp_path}', '--device=cpu']
+    assert 'a flow' in refuses('evaluate.py', *args)
+
+# ---------------------------------------------------------------- evaluate.py on generated volumes
+
+@pytest.fixture(scope='module')
+def generated(run):
+    """Folder of three generated volumes."""
+    generate(run / 'flow', run / 'new', '--n=3')
+    return run / 'new'
+
+def evaluation(run, out, *args):
+    """What evaluate.py prints, and its table.json."""
+    printed = play('evaluate.py', f'--ckpt={run}/vae/ckpt.pt', f'--data_dir={run}/data', f'--out_dir={out}',
+                   '--split=train', '--device=cpu', '--reference_sessions=0', *args)
+    return printed, json.loads((out / 'table.json').read_text())
+
+def test_frechet_distances_of_reconstructed_and_generated_slices(run, generated, tmp_path):
+    args = ['--max_sessions=4', '--features=random', f'--generated={generated}']
+    printed, table = evaluation(run, tmp_path, *args)
+    assert 'RANDOM features' in printed and 'gFID - rFID' in printed
+    names = [row['row'] for row in table['frechet']]
+    assert names == ['floor: real against real', 'vae rFID', 'vae gFID'] * 2
+    rows = {(row['row'], row['modality']): row for row in table['frechet']}
+    assert rows['vae rFID', 'T1w']['mean'] > rows['floor: real against real', 'T1w']['mean'] > 0
+    assert rows['vae gFID', 'T2w']['slices']['axial'] == [3 * 32, 3 * 32]
+
+def test_diversity_is_ms_ssim_between_pairs(run, generated, tmp_path):
+    _, table = evaluation(run, tmp_path, '--max_sessions=4', f'--generated={generated}')
+    real, new = (row for row in table['diversity'] if row['modality'] == 'T1w')
+    assert (real['row'], real['volumes'], real['pairs']) == ('real', 4, 6)
+    volumes = [torch.from_numpy(image(path))[None, None] for path in sorted(generated.glob('*.nii.gz'))]
+    want = [ms_ssim(a, b).item() for a, b in combinations(volumes, 2)]
+    assert new['ms_ssim'] == pytest.approx(np.mean(want), abs=1e-4)
+    assert os.path.getsize(tmp_path / 'samples.png') > 10000
+
+def test_frechet_rows_that_cannot_be_computed_say_why(run, tmp_path):
+    _, table = evaluation(run, tmp_path, '--features=random', '--max_sessions=1', '--fid_slices=central')
+    reasons = {row['row']: row['reason'] for row in table['frechet']}
+    assert reasons.keys() == {'vae rFID', 'floor: real against real'}
+    assert 'more slices than features' in reasons['vae rFID']
+    assert 'no volumes' in reasons['floor: real against real']
+
+def test_missing_weights_cost_one_line_and_no_other_row(run, tmp_path):
+    printed, _ = evaluation(run, tmp_path, '--max_sessions=1', '--features=/nowhere.pth')
+    assert 'RadImageNet-ResNet50_notop.pth' in printed and '| vae | 2x |' in printed

@@ -20,8 +20,9 @@ from data import Sessions
 from judge import figures
 from judge.anatomy import add_anatomy, anatomy_rows, volume_boxes
 from judge.metrics import (
-    add_cross_modal, add_latent, channel_cosine, code_rows, cross_rows, dice, effective_rank, explained_variance,
-    fidelity, frechet_distance, latent_geometry, load_or_reason, region_volumes_mm3, summarise_scores)
+    add_cross_modal, add_latent, channel_cosine, code_rows, cross_rows, dice, effective_rank,
+    explained_variance, fidelity, frechet_distance, latent_geometry, load_or_reason, region_volumes_mm3,
+    summarise_scores)
 from judge.probe import Latent, embed_latents, linear_probe, probe_rows
 from judge.references import reference_rows
 from judge.report import DEFINITIONS, SHOWN, paper_table, report

@@ -43,9 +43,9 @@ def compare_labels(labels, truth, voxel_mm):
         'mm3_truth': region_volumes_mm3(truth, MERGED, voxel_mm)}
 
 def add_anatomy(run, scan, x_hat, segment, column):
-    """Add a reconstruction (D,H,W) to run.anatomy: what compare_labels says, or the reason why that failed.
+    """Add what compare_labels says of a reconstruction (D,H,W) to run.anatomy, or why it cannot.
 
-    After a reason nothing more of that modality is segmented. column: of given label maps; '' for the
+    After such a reason nothing of that modality is segmented. column: of given label maps; '' for the
     segmenter's of the scan.
     """
     results, voxel_mm = run.anatomy[scan.modality], run.sessions.voxel_mm
@@ -59,8 +59,7 @@ def add_anatomy(run, scan, x_hat, segment, column):
         results.append({'reason': str(e)})
 
 def anatomy_rows(runs, seed, reason=''):
-    """Mean Dice of every run and modality, and the scans it is made of: list of dicts, with a reason where
-    one failed. reason: why there is no segmenter."""
+    """Mean Dice of each run and modality, and its scans; or a reason. reason: why there is no segmenter."""
     if reason: return [{'row': 'Dice', 'modality': '', 'reason': reason}]
     rows = []
     for run in runs:
@@ -82,9 +81,9 @@ def volume_boxes(rows, structures):
         truth, others = {}, []
         for row in rows:
             if 'reason' in row: continue
-            true_volumes = [scan['mm3_truth'][name] / 1000 for scan in row['scans']]
-            truth.setdefault(f"{row['modality']}\nground truth", true_volumes)
-            others.append((f"{row['modality']}\n{row['row']}", [scan['mm3'][name] / 1000 for scan in row['scans']]))
+            modality, scans = row['modality'], row['scans']
+            truth.setdefault(f'{modality}\nground truth', [scan['mm3_truth'][name] / 1000 for scan in scans])
+            others.append((f"{modality}\n{row['row']}", [scan['mm3'][name] / 1000 for scan in scans]))
         if others:
             panels[name] = [*truth.items(), *others]
     return panels

@@ -1,7 +1,4 @@
-"""Metrics: what the tables of evaluate.py are made of, as functions of arrays.
-
-Each says its unit, its range and its definition.
-"""
+"""Metrics as functions of arrays. Each says its unit, its range and its definition."""
 import numpy as np
 import torch
 
@@ -26,23 +23,22 @@ def load_or_reason(load, setting, *args):
 # ---------------------------------------------------------------- fidelity
 
 def fidelity(x_hat, x, lpips=None):
-    """Scores of one reconstruction as a dict; x_hat, x: (1,1,D,H,W), both clipped to [0,1].
+    """Scores of a reconstruction as a dict; x_hat, x: (1,1,D,H,W), both clipped to [0,1].
 
-    lpips: a pretrained.LPIPS network. With one there are also 'lpips_sum', the mean over all slices summed
-    over the three planes; 'lpips_mean', a third of it; and 'lpips_brain', the sum with the prediction's
-    background removed. ValueError if x has no brain, no voxel above 0.
+    lpips: a pretrained.LPIPS. It adds 'lpips_sum', over the three planes of the mean over all slices,
+    'lpips_mean', a third of it, and 'lpips_brain', the sum with the prediction's background removed.
+    ValueError if x has no brain, no voxel above 0.
     """
     x_hat, x = x_hat.float().clamp(0, 1), x.clamp(0, 1)
     brain = x > 0
     if not brain.any(): raise ValueError('an empty mask: no voxel of the scan is above 0')
     similarity = ssim_map(x_hat, x)
     valid = [slice((n - k) // 2, (n - k) // 2 + k) for n, k in zip(x.shape[2:], similarity.shape[2:])]
-    brain_centres = brain[:, :, *valid]
     scores = {
         'psnr_whole': psnr(x_hat, x).item(),
         'ssim_whole': 100 * similarity.mean().item(),
         'psnr_brain': psnr(x_hat, x, mask=brain).item(),
-        'ssim_brain': 100 * similarity[brain_centres].mean().item(),
+        'ssim_brain': 100 * similarity[brain[:, :, *valid]].mean().item(),
         'ssim_uniform_whole': 100 * ssim(x_hat, x, window='uniform', size=7).item()}
     if lpips:
         total = perceptual_loss(lpips, x_hat, x, 1.0).item()
@@ -52,10 +48,9 @@ def fidelity(x_hat, x, lpips=None):
     return scores
 
 def summarise(values, subjects, draws=2000, seed=0):
-    """Mean and sd over subjects of a value per session, the number of both, and ci95.
+    """Mean, sd and n over subjects of a value per session; a subject's sessions are averaged first.
 
-    subjects: the sessions' subjects. The sessions of a subject are averaged first. ci95 is the 95 % interval
-    of the mean by bootstrap of subjects.
+    subjects: those of the sessions. ci95: the 95 % interval of the mean, by bootstrap of subjects.
     """
     values, subjects = np.asarray(values), np.asarray(subjects)
     means = np.array([values[subjects == subject].mean() for subject in np.unique(subjects)])
@@ -77,10 +72,8 @@ def summarise_scores(scored, seed):
     return summaries
 
 def add_cross_modal(run, scans, outputs, lpips):
-    """Score every ordered pair of a session's scans: anatomy of the source, style of the target.
-
-    The style is that of the target scan ('own', NeuroQuant eq. 13) or the running mean of its modality.
-    """
+    """Score every ordered pair of a session's scans: anatomy of the source, style of the target scan ('own',
+    NeuroQuant eq. 13) or of its modality ('mean')."""
     films = [run.model.film(out['z_mod'], scan.modality) for scan, out in zip(scans, outputs)]
     for source, out in zip(scans, outputs):
         for target, own_film in zip(scans, films):
@@ -92,7 +85,6 @@ def add_cross_modal(run, scans, outputs, lpips):
                 run.cross[key].append((target.row['subject'], scores))
 
 def cross_rows(cross, seed):
-    """What add_cross_modal gathered, as a list of dicts."""
     rows = []
     for (source, target, style), scored in cross.items():
         scores = summarise_scores(scored, seed)
@@ -102,17 +94,16 @@ def cross_rows(cross, seed):
 # ---------------------------------------------------------------- the latent
 
 def moments(z):
-    """z (N,C) or (B,C,d,h,w) -> float64 (C+1,C+1): sums of products of the channels and of a constant 1."""
+    """z (N,C) or (B,C,d,h,w) -> (C+1,C+1) float64, sums of products of the channels and a constant 1."""
     rows = z if z.ndim == 2 else z.movedim(1, -1).flatten(0, -2)
     rows = torch.nn.functional.pad(rows.double(), (0, 1), value=1.0)
     return rows.T @ rows
 
 def mean_of(m):
-    """(C,) mean out of moments()."""
     return m[-1, :-1] / m[-1, -1]
 
 def covariance(m):
-    """(C,C) unbiased covariance out of moments()."""
+    """(C,C) unbiased covariance of the channels out of their moments."""
     n, mean = m[-1, -1], mean_of(m)
     return (m[:-1, :-1] - n * torch.outer(mean, mean)) / (n - 1)
 
@@ -130,10 +121,10 @@ def rank_of(shares):
     return torch.exp(-torch.xlogy(shares, shares).sum()).item()
 
 def channel_cosine(z, centred=True):
-    """Absolute cosine between channels over all positions, DeCo table 1 and fig. 2.
+    """z (N,C) or (B,C,d,h,w) -> (C,C) absolute cosine of channels over positions, DeCo table 1 and fig. 2.
 
-    z (N,C) or (B,C,d,h,w) -> (C,C). centred=True subtracts each channel's mean first: the absolute Pearson
-    correlation. Without it, the means of channels count as similarity, and no covariance knows of them.
+    centred=True subtracts each channel's mean first: the absolute Pearson correlation. Without it the means
+    of channels count as similarity, of which no covariance says anything.
     """
     return cosine_of(moments(z), centred)
 
@@ -142,17 +133,12 @@ def effective_rank(z):
     return rank_of(explained_variance(z))
 
 def explained_variance(z):
-    """Shares of the variance along the principal axes of the channels, descending, DeCo fig. 3.
-
-    z (N,C) or (B,C,d,h,w) -> (C,).
-    """
+    """z (N,C) or (B,C,d,h,w) -> (C,) shares of variance along principal axes, descending, DeCo fig. 3."""
     return variance_shares(moments(z))
 
 def latent_geometry(m, sigma):
-    """Summary of the moments m of a set's latents; every number comes from one covariance.
-
-    sigma: mean posterior sd, or None. The matrices are left out above 16 channels.
-    """
+    """Summary of the moments m of latents; every number comes from one covariance. sigma: mean posterior sd,
+    or None. Above 16 channels there are no matrices."""
     shares, C = variance_shares(m), len(m) - 1
     raw, centred = cosine_of(m, False), cosine_of(m, True)
     pairs = ~torch.eye(C, dtype=bool)
@@ -168,7 +154,7 @@ def latent_geometry(m, sigma):
         'posterior_sigma': sigma}
 
 def add_latent(run, modality, out):
-    """Add what model.analyse() says of a scan to the run's moments, posterior sds and use of codes."""
+    """Add what model.analyse() says of a scan to the run's moments, sigmas and codes."""
     run.moments = run.moments + moments(out['latent'])
     if out['logvar'] is not None:
         run.sigmas.append(torch.exp(0.5 * out['logvar'].float()).mean().item())
@@ -186,8 +172,7 @@ def code_rows(codes, modalities):
     return {name: code_use(histograms) for name, histograms in counts.items()}
 
 def code_use(counts):
-    """counts: histograms of code use (codebooks, K) -> used, the codes used at least once, and perplexity,
-    both means over the codebooks, and tokens, the sum of all."""
+    """Histograms (codebooks, K) -> how many codes were used, and perplexity, means over codebooks; tokens."""
     shares = [c[c > 0] / c.sum() for c in counts]
     return {
         'used': float(np.mean([len(p) for p in shares])),
@@ -195,10 +180,7 @@ def code_use(counts):
         'tokens': int(counts.sum())}
 
 def tsne(points, perplexity=30.0, seed=0):
-    """t-SNE (van der Maaten & Hinton 2008) of points (N,C) in the plane -> (N,2) by scikit-learn.
-
-    None, with one line, where that is not installed.
-    """
+    """t-SNE (van der Maaten & Hinton 2008), (N,C) -> (N,2); None, with one line, without scikit-learn."""
     try:
         from sklearn.manifold import TSNE
     except ImportError:
@@ -206,13 +188,8 @@ def tsne(points, perplexity=30.0, seed=0):
     perplexity = min(perplexity, (len(points) - 1) / 3)
     return TSNE(perplexity=perplexity, random_state=seed).fit_transform(np.asarray(points))
 
-# ---------------------------------------------------------------- distance between two Gaussians
-
 def frechet_parts(mu1, cov1, mu2, cov2):
-    """The two parts of the Frechet distance, in float64.
-
-    They are |mu1 - mu2|^2 of the means and tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)) of the covariances.
-    """
+    """The parts of the Frechet distance: |mu1 - mu2|^2 and tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), float64."""
     mu1, cov1, mu2, cov2 = (torch.as_tensor(t, dtype=torch.float64) for t in (mu1, cov1, mu2, cov2))
     values, vectors = torch.linalg.eigh(cov1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -238,10 +215,7 @@ def dice(a, b, labels):
     return result
 
 def region_volumes_mm3(seg, labels, spacing_mm):
-    """Label map (D,H,W) -> {label: volume in mm3}. spacing_mm: one number or three.
-
-    labels: numbers, or {name: numbers to add up}.
-    """
+    """Label map -> {label: mm3}. labels: numbers, or {name: numbers to add up}. spacing_mm: one or three."""
     voxel = float(np.prod(np.broadcast_to(spacing_mm, 3)))
     merged = labels if isinstance(labels, dict) else {label: (label,) for label in labels}
     return {name: voxel * int(np.isin(seg, parts).sum()) for name, parts in merged.items()}

@@ -1,5 +1,4 @@
-"""What does a latent know of a subject? Two classes told apart from frozen features, cross-validated by subject.
-"""
+"""What does a latent know of a subject? Two classes told apart from frozen features, cross-validated."""
 import math
 from itertools import combinations
 
@@ -27,7 +26,7 @@ def cross_validate(fit, y, groups, folds=5, seed=0):
 
     fit(train, test, positive): rows to learn from, rows to score, (N,) bool -> scores of test, above 0 for
     positive. y: (N,) two values, the later one in order is positive. groups: (N,), such as subjects.
-    returns dict: accuracy, balanced_accuracy and auc, per row; subject_accuracy, by the mean score of a group,
+    returns dict: accuracy, balanced_accuracy and auc of rows; subject_accuracy, by the mean score of a group,
     None where groups hold both classes; n; n_groups; ci95 of accuracy, by bootstrap of groups. ValueError
     with one class, or fewer groups of a class than folds.
     """
@@ -81,8 +80,7 @@ def linear_probe(z, y, groups, folds=5, ridge=0.1, seed=0):
     """Can a linear function of frozen features tell two classes apart?
 
     z (N, features), or (N, C, d, h, w), flattened. Features are standardised, and the ridge-logistic
-    regression fitted, on the training folds alone; with more features than rows, in the span of the rows,
-    which is the same. y, groups, returns, errors: see cross_validate.
+    regression fitted, on the training folds alone. y, groups, returns, errors: see cross_validate.
     """
     z = np.asarray(z, np.float64)
     z = z.reshape(len(z), math.prod(z.shape[1:]))  # of no rows too, which cross_validate refuses
@@ -90,7 +88,7 @@ def linear_probe(z, y, groups, folds=5, ridge=0.1, seed=0):
     def fit(train, test, positive):
         mean, sd = z[train].mean(0), z[train].std(0)
         x, new = ((z[rows] - mean) / np.where(sd > 1e-12, sd, 1) for rows in (train, test))
-        if x.shape[1] > len(x):
+        if x.shape[1] > len(x):  # the span of the rows gives the same
             _, _, axes = np.linalg.svd(x, full_matrices=False)
             x, new = x @ axes.T, new @ axes.T
         weights = logistic(x, positive[train].astype(float), ridge)
@@ -105,7 +103,7 @@ def conv_norm(c_in, c_out, size, stride=1):
     return nn.Sequential(conv, nn.BatchNorm3d(c_out))
 
 class SEBottleneck(nn.Module):
-    """1x1x1 (strided), 3x3x3, 1x1x1 to 4 c channels, squeeze and excitation (Hu et al. 2018), plus a shortcut."""
+    """1x1x1 (strided), 3x3x3, 1x1x1 to 4 c channels, squeeze and excitation (Hu et al. 2018), a shortcut."""
     def __init__(self, c_in, c, stride):
         super().__init__()
         wide = 4 * c
@@ -121,9 +119,9 @@ class SEBottleneck(nn.Module):
         return F.relu(h + self.shortcut(x))
 
 class SEResNet(nn.Module):
-    """SEResNet-152 in 3D, as MONAI's, the classifier of NeuroQuant 4.1: x (B, in_channels, D, H, W) -> (B, outputs).
+    """SEResNet-152 in 3D, as MONAI's and in NeuroQuant 4.1: x (B, in_channels, D, H, W) -> (B, outputs).
 
-    small: a stem without strides, for latents of 9x12x9, which five halvings would reduce to a point.
+    small: no strides in the stem, for latents of 9x12x9, which five halvings would reduce to a point.
     """
     def __init__(self, in_channels=1, outputs=1, blocks=(3, 8, 36, 3), small=False, dropout=0.0):
         super().__init__()
@@ -192,8 +190,7 @@ def network_probe(load, y, groups, device='cpu', epochs=30, batch_size=8, lr=1e-
 # ---------------------------------------------------------------- the latents of runs
 
 class Latent:
-    """What a run says of a scan: latent and mean as model.analyse() has them, but (C,d,h,w) float32, and brain,
-    (d h w,) bool, the positions inside it."""
+    """A run's latent and mean of a scan, each (C,d,h,w) float32, and which positions are inside the brain."""
     def __init__(self, scan, out):
         self.row, self.modality = scan.row, scan.modality
         self.latent, self.mean = (out[key][0].float().cpu() for key in ('latent', 'mean'))
@@ -203,8 +200,8 @@ class Latent:
 def probe_rows(runs, column, networks, epochs, device, dtype, seed):
     """What the latents of each run tell: list of dicts, with a reason where a probe cannot be made.
 
-    column: of the index, with the classes; z_anat is also asked for the modality. networks: what SEResNet-152
-    is trained on besides, 'latent', 'volume' (the scans, once per modality) or both.
+    column: of the index; z_anat is also asked for the modality. networks: what SEResNet-152 is trained on
+    besides, 'latent', 'volume' (the scans, once per modality) or both.
     """
     rows = []
     for run in runs:
@@ -219,9 +216,10 @@ def probe_rows(runs, column, networks, epochs, device, dtype, seed):
                                 row=run.name, probe='linear', seen=seen, target=target))
 
         def network(name, seen, load, keep):
-            rows.append(attempt(lambda: network_probe(lambda row: load(keep[row]), value[keep], subject[keep],
-                                                      device, epochs, seed=seed, dtype=dtype),
-                                row=name, probe='SEResNet-152', seen=seen, target=column))
+            def measure():
+                return network_probe(lambda row: load(keep[row]), value[keep], subject[keep], device, epochs,
+                                     seed=seed, dtype=dtype)
+            rows.append(attempt(measure, row=name, probe='SEResNet-152', seen=seen, target=column))
 
         for name in run.modalities:
             keep = np.flatnonzero((modality == name) & ~np.isin(value, ('', 'n/a', 'nan')))

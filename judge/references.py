@@ -9,14 +9,11 @@ from tqdm import tqdm
 
 from judge.metrics import fidelity, summarise_scores
 
-# ---------------------------------------------------------------- a codec
-
 def dct_codec(x, bits):
     """x (D,H,W) after a transform codec that spends at most `bits`.
 
-    The codec has a DCT of the whole volume, a quantiser with a dead zone and an entropy coder per frequency
-    band. Each band costs the entropy of its own histogram and the brain mask is free: a real codec of this
-    kind needs more bits.
+    It is a DCT of the whole volume, a quantiser with a dead zone, and per frequency band the entropy of its
+    own histogram. The brain mask is free. A real codec of this kind needs more bits.
     """
     c = fft.dctn(x, norm='ortho')
     squares = [(np.arange(n) / n) ** 2 for n in x.shape]
@@ -49,8 +46,6 @@ def ideal_bits(counts, totals):
     """Bits of symbols that occur `counts` times among `totals`."""
     return (counts * np.log2(np.maximum(totals, 1) / np.maximum(counts, 1))).sum()
 
-# ---------------------------------------------------------------- the training set
-
 def sessions_with(sessions, m, n):
     """Which of the first n sessions of a data.Sessions have modality index m."""
     return [i for i in range(n) if m in sessions.present(i)]
@@ -64,8 +59,7 @@ def training_mean(train, m):
 class NearestScan:
     """Finds the training volume of modality index m with the smallest mean squared error to a volume.
 
-    If a volume is larger than about 48 voxels a side, means of blocks are compared, so that those of the
-    whole training set fit in memory.
+    Above about 48 voxels a side, means of blocks are compared: those of the training set fit in memory.
     """
     def __init__(self, train, m):
         self.train, self.m = train, m
@@ -82,10 +76,8 @@ class NearestScan:
         errors = (self.library - self.small(volume)).square().mean(1)
         return self.train.volume(self.chosen[int(errors.argmin())], self.m)
 
-# ---------------------------------------------------------------- their rows
-
 def reference_rows(test, train, n, rates, lpips, device, seed):
-    """The fidelity of every reference on the first n sessions, as rows of table.json.
+    """Fidelity of every reference on the first n sessions, as rows of table.json.
 
     test, train: data.Sessions of the same modalities. rates: bits, one row of the codec for each.
     """

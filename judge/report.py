@@ -218,46 +218,46 @@ FIDELITY = {
 PLANES = ('axial', 'coronal', 'sagittal')
 GENERATION = {f'gFID {plane}': ('gFID', plane, 'T1w', 1) for plane in (*PLANES, 'mean')}
 
-# rows: {label: (run, with decoder fine-tuning, the paper's numbers)}
+# rows: {label: (run, the paper's numbers)}; a run with a fine-tuned decoder is named so
 DECO = {  # table 4
-    'L_VAE (MAISI-VAE)': ('maisi', False, (32.80, 0.971, 0.027, 6.426, 6.566, 7.808, 5.424, 6.599)),
-    'SID': ('decovae_sid', False, (33.47, 0.980, 0.024, 6.240, 6.380, 7.719, 4.983, 6.361)),
-    'VAD': ('decovae_vad', False, (33.17, 0.978, 0.025, 6.251, 6.270, 7.651, 4.886, 6.269)),
-    'L_VAE + DFT': ('maisi_dft', True, (32.99, 0.969, 0.025, 6.243, 6.577, 7.850, 5.356, 6.594)),
-    'SID + DFT': ('decovae_sid_dft', True, (33.77, 0.981, 0.022, 5.822, 6.102, 7.498, 4.431, 6.010)),
-    'VAD + DFT': ('decovae_vad_dft', True, (33.64, 0.979, 0.023, 5.946, 6.014, 7.485, 4.413, 5.971))}
-COV_DFT = ('decovae_cov_dft', True, (33.77, 0.963, 0.024, 6.015, 6.334, 7.644, 4.789, 6.256))
+    'L_VAE (MAISI-VAE)': ('maisi', (32.80, 0.971, 0.027, 6.426, 6.566, 7.808, 5.424, 6.599)),
+    'SID': ('decovae_sid', (33.47, 0.980, 0.024, 6.240, 6.380, 7.719, 4.983, 6.361)),
+    'VAD': ('decovae_vad', (33.17, 0.978, 0.025, 6.251, 6.270, 7.651, 4.886, 6.269)),
+    'L_VAE + DFT': ('maisi_dft', (32.99, 0.969, 0.025, 6.243, 6.577, 7.850, 5.356, 6.594)),
+    'SID + DFT': ('decovae_sid_dft', (33.77, 0.981, 0.022, 5.822, 6.102, 7.498, 4.431, 6.010)),
+    'VAD + DFT': ('decovae_vad_dft', (33.64, 0.979, 0.023, 5.946, 6.014, 7.485, 4.413, 5.971))}
+COV_DFT = ('decovae_cov_dft', (33.77, 0.963, 0.024, 6.015, 6.334, 7.644, 4.789, 6.256))
 LIKE_WITH_LIKE = 'like with like: the paper prints L_VAE without fine-tuning against SID and VAD with it'
 
 TABLES = {  # name: title, columns, rows
     'neuroquant1': (
         'NeuroQuant table 1, NCANDA; Acc: sex from the latents by SEResNet-152 (--probe=sex '
         '--probe_networks=latent)', NEUROQUANT, {
-            'VQGAN': ('vqgan', False, (26.09, 90.77, 76.23, 90.08, 25.57, 88.28, 66.25, 89.80)),
-            'SD-VAE': ('sdvae', False, (27.48, 92.72, 77.14, 92.51, 26.16, 90.87, 67.34, 90.37)),
-            'MediTok': ('meditok', False, (28.03, 94.11, 77.78, 93.88, 27.34, 93.08, 67.55, 92.53)),
-            'MedVAE': ('medvae', False, (28.26, 94.38, 78.12, 94.83, 27.59, 92.51, 67.87, 92.31)),
-            'NeuroQuant': ('neuroquant', False, (28.89, 95.27, 79.09, 95.25, 28.12, 93.57, 68.36, 93.45)),
-            'w/o joint training': (
-                'neuroquant_3d_only', False, (28.51, 94.89, 78.57, 94.83, 28.03, 93.67, 67.95, 93.03))}),
+            'VQGAN': ('vqgan', (26.09, 90.77, 76.23, 90.08, 25.57, 88.28, 66.25, 89.80)),
+            'SD-VAE': ('sdvae', (27.48, 92.72, 77.14, 92.51, 26.16, 90.87, 67.34, 90.37)),
+            'MediTok': ('meditok', (28.03, 94.11, 77.78, 93.88, 27.34, 93.08, 67.55, 92.53)),
+            'MedVAE': ('medvae', (28.26, 94.38, 78.12, 94.83, 27.59, 92.51, 67.87, 92.31)),
+            'NeuroQuant': ('neuroquant', (28.89, 95.27, 79.09, 95.25, 28.12, 93.57, 68.36, 93.45)),
+            'w/o joint training': ('neuroquant_3d_only', (
+                28.51, 94.89, 78.57, 94.83, 28.03, 93.67, 67.95, 93.03))}),
     'neuroquant2': (
         'NeuroQuant table 2, NCANDA; Acc as in table 1', ABLATION, {
-            'Base': ('ablation_base', False, (27.56, 92.18, 77.38, 26.43, 91.24, 67.51)),
-            '+ FMA': ('ablation_fma', False, (28.17, 94.37, 78.22, 27.39, 92.08, 67.85)),
-            '+ M-FiLM': ('ablation_film', False, (28.52, 94.84, 78.39, 27.83, 92.49, 68.01)),
-            '+ L_cross': ('ablation_cross', False, (28.63, 95.01, 78.45, 27.94, 92.76, 68.06)),
-            '+ L_adv (full)': ('neuroquant', False, (28.89, 95.27, 79.09, 28.12, 93.57, 68.36))}),
+            'Base': ('ablation_base', (27.56, 92.18, 77.38, 26.43, 91.24, 67.51)),
+            '+ FMA': ('ablation_fma', (28.17, 94.37, 78.22, 27.39, 92.08, 67.85)),
+            '+ M-FiLM': ('ablation_film', (28.52, 94.84, 78.39, 27.83, 92.49, 68.01)),
+            '+ L_cross': ('ablation_cross', (28.63, 95.01, 78.45, 27.94, 92.76, 68.06)),
+            '+ L_adv (full)': ('neuroquant', (28.89, 95.27, 79.09, 28.12, 93.57, 68.36))}),
     'deco1': (
         'DeCo-VAE table 1; cosine with channel means, as the printed numbers must have them', GEOMETRY, {
-            'L_VAE (MAISI-VAE)': ('maisi', False, (0.2292, 3.22)),
-            'SID': ('decovae_sid', False, (0.1148, 3.37)),
-            'VAD': ('decovae_vad', False, (0.0971, 3.97))}),
+            'L_VAE (MAISI-VAE)': ('maisi', (0.2292, 3.22)),
+            'SID': ('decovae_sid', (0.1148, 3.37)),
+            'VAD': ('decovae_vad', (0.0971, 3.97))}),
     'deco2': (
         f'DeCo-VAE table 2, {LIKE_WITH_LIKE}', FIDELITY,
-        {label: (run, tuned, paper[:4]) for label, (run, tuned, paper) in DECO.items()}),
+        {label: (run, paper[:4]) for label, (run, paper) in DECO.items()}),
     'deco3': (
         f'DeCo-VAE table 3, {LIKE_WITH_LIKE}', GENERATION,
-        {label: (run, tuned, paper[4:]) for label, (run, tuned, paper) in DECO.items()}),
+        {label: (run, paper[4:]) for label, (run, paper) in DECO.items()}),
     'deco4': ('DeCo-VAE table 4', FIDELITY | GENERATION, DECO),
     'deco5': (
         'DeCo-VAE table 5; all its rows have fine-tuning', FIDELITY | GENERATION, {
@@ -316,9 +316,10 @@ def paper_table(name, runs):
     title, columns, rows = TABLES[name]
     ours = collect(runs)
     lines = []
-    for label, (run, tuned, paper) in rows.items():
+    for label, (run, paper) in rows.items():
         facts = ours.get(run, {})
-        if facts and (facts['dft'] == 'yes') != tuned:
+        tuned = 'yes' if run.endswith('_dft') else 'no'
+        if facts and facts['dft'] != tuned:
             raise SystemExit(f"{runs}/{run}: fine-tuned: {facts['dft']}, the row '{label}' is not the same; "
                              'rename the run')
         cells = []
@@ -326,7 +327,7 @@ def paper_table(name, runs):
             value = facts.get((kind, key, modality))
             measured = '' if value is None else f'{factor * value:.4g} '
             cells.append(f'{measured}({printed:g})')
-        lines.append([label, run, 'yes' if tuned else 'no', *cells, facts.get('source', '')])
+        lines.append([label, run, tuned, *cells, facts.get('source', '')])
     head = ['row', 'run', 'DFT', *columns, 'measured on']
     title += f'. Ours, from {runs}, with the paper in brackets.'
     return '\n'.join([title, '', *markdown_table(head, lines)]) + '\n'

@@ -10,7 +10,7 @@ from data import Sessions
 
 def key_of(row):
     """What a session is known by. A number will not do: runs of other modalities count other sessions."""
-    return row['folder'], row['subject'], row['session']
+    return row['folder'], row['subject'], row.get('session')
 
 @dataclass
 class Run:

@@ -20,7 +20,7 @@ PLANES = ('sagittal', 'coronal', 'axial')  # across axes 0, 1, 2
 # ---------------------------------------------------------------- slice features
 
 def load_extractor(features, as_released, device):
-    """A name for the tables, and a function of slices (n,1,h,w) in [0,1] -> (n,F).
+    """Its name for the tables, and a function of slices (n,1,h,w) in [0,1] -> (n,F).
 
     features: 'random', or the path of RadImageNet's weights. as_released: see load_radimagenet.
     """
@@ -35,6 +35,7 @@ def slice_features(volume, extractor, rule='all', batch=64):
 
     rule: 'all' slices, empty ones too, or the 'central' 40 % of each plane.
     """
+    if rule not in ('all', 'central'): raise ValueError(f"slices '{rule}': all or central")
     features = {}
     for axis, plane in enumerate(PLANES):
         slices = volume.clamp(0, 1).movedim(2 + axis, 1).flatten(0, 1)
@@ -67,9 +68,8 @@ def feature_moments(volumes, extractor, rule='all', batch=64):
     return total
 
 def slice_frechet(a, b):
-    """Frechet distance of two sets, each {plane: moments}.
+    """Frechet distance of two sets, each {plane: moments}: per plane, their mean, its two parts, and slices.
 
-    returns dict: the distance in each plane, their mean, its mean_part and covariance_part, and the slices.
     ValueError if a plane has no more slices than features: its covariance would be singular and the distance
     biased beyond use.
     """
@@ -90,15 +90,11 @@ def slice_frechet(a, b):
         'covariance_part': sum(covariances for _, covariances in parts.values()) / 3,
         'slices': {plane: (int(a[plane][-1, -1]), int(b[plane][-1, -1])) for plane in PLANES}}
 
-def frechet_to(real, volumes, extractor, rule):
-    return slice_frechet(real, feature_moments(volumes, extractor, rule))
-
 def frechet_rows(runs, extractor, rule, device, reason=''):
-    """rFID and gFID of every run and the floor, per modality: list of dicts, with a reason where one fails.
+    """Rows of the floor, and of each run's rFID and gFID, per modality; with a reason where one fails.
 
-    run.features holds the moments of four sets: 'real' and 'rebuilt', the scans and their reconstructions,
-    and 'even' and 'odd', the scans of every other subject, whose distance is the floor. reason: why there is
-    no extractor.
+    run.features: {(set, modality): {plane: moments}} of the sets 'real', 'rebuilt', the reconstructions, and
+    'even' and 'odd', every other subject's scans, whose distance is the floor. reason: of no extractor.
     """
     if reason: return [{'row': 'rFID, gFID', 'modality': '', 'reason': reason}]
     rows = []
@@ -111,26 +107,24 @@ def frechet_rows(runs, extractor, rule, device, reason=''):
             rows.append(attempt(slice_frechet, real, rebuilt, row=f'{run.name} rFID', modality=modality))
             if run.generated:
                 drawn = read_generated(run.generated, modality, device)
-                rows.append(attempt(frechet_to, real, drawn, extractor, rule,
+                rows.append(attempt(lambda: slice_frechet(real, feature_moments(drawn, extractor, rule)),
                                     row=f'{run.name} gFID', modality=modality))
     return rows
 
 # ---------------------------------------------------------------- generated sets
 
-def generated_files(folder, modality):
-    """The volumes of sample.py in a folder, and whether their names tell the modality."""
-    named = sorted(glob.glob(os.path.join(folder, f'sample_*_{modality}.nii.gz')))
-    return named or sorted(glob.glob(os.path.join(folder, 'sample_???.nii.gz'))), bool(named)
+def generated_files(folder, name):
+    return sorted(glob.glob(os.path.join(folder, f'sample_{name}.nii.gz')))
 
 def read_generated(folder, modality, device='cpu'):
     """Yield the volumes of sample.py in a folder; those of one modality where the files name one."""
-    paths, _ = generated_files(folder, modality)
+    paths = generated_files(folder, f'*_{modality}') or generated_files(folder, '???')
     if not paths: raise ValueError(f'{folder}: no sample_*.nii.gz of {modality}')
     for path in paths:
         yield torch.from_numpy(nifti.read(path)[0])[None, None].to(device)
 
 def read_real(run, m, device):
-    """Yield one scan of modality index m per subject."""
+    """Yield the first scan of modality index m of each subject."""
     first_scans = {}
     for i in reversed(range(run.n)):
         if m in run.sessions.present(i):
@@ -170,7 +164,7 @@ def sample_views(runs, shown=4):
     blocks = []
     for run in runs:
         if not run.generated: continue
-        named = [modality for modality in run.modalities if generated_files(run.generated, modality)[1]]
+        named = [modality for modality in run.modalities if generated_files(run.generated, f'*_{modality}')]
         for modality in named or run.modalities[:1]:
             try:
                 volumes = list(islice(read_generated(run.generated, modality), shown))

@@ -85,7 +85,7 @@ def load_runs(paths, checkpoints):
         model = from_checkpoint(checkpoint).to(device)
         if not hasattr(model, 'analyse'):
             raise SystemExit(f'{path}: a flow, not an autoencoder')
-        if slab > 0:
+        if slab:
             try:
                 model = slabwise(model, slab)
             except ValueError as e:
@@ -129,7 +129,9 @@ def judge_session(run, scans, is_pictured):
     outputs = []
     with autocast(device, dtype):
         for scan in scans:
-            out = run.model.analyse(scan.x, scan.modality)
+            x = scan.x.cpu() if slab else scan.x  # slabs travel to the card one by one
+            out = run.model.analyse(x, scan.modality)
+            out['x_hat'] = out['x_hat'].to(device)
             outputs.append(out)
             scores = fidelity(out['x_hat'], scan.x, lpips_net)
             run.scores[scan.modality].append((scan.row['subject'], scores))

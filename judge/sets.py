@@ -1,6 +1,6 @@
 """What is measured on sets of volumes: Frechet distances of slice features, and how alike the volumes are.
 
-Volumes are (1,1,D,H,W) in [0,1]. `runs` are the Run objects of evaluate.py.
+Volumes are (1,1,D,H,W) in [0,1]. runs: a list of runs.Run.
 """
 import glob
 import os
@@ -20,7 +20,7 @@ PLANES = ('sagittal', 'coronal', 'axial')  # across axes 0, 1, 2
 # ---------------------------------------------------------------- slice features
 
 def load_extractor(features, as_released, device):
-    """Its name for the tables, and a function of slices (n,1,h,w) in [0,1] -> (n,F).
+    """The features' name for the tables, and a function of slices (n,1,h,w) in [0,1] -> (n,F).
 
     features: 'random', or the path of RadImageNet's weights. as_released: see load_radimagenet.
     """

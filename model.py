@@ -456,7 +456,7 @@ class ConvVAEConfig(QuantizerConfig):
 CONV = {2: nn.Conv2d, 3: Conv3d}  # by dims
 
 class ConvLayer(nn.Module):
-    """3-wide convolution. up 'nearest' or 'linear' doubles first. down halves, padded at the far ends alone."""
+    """3-wide convolution. up 'nearest' or 'linear' doubles first. down halves, padded at the far end."""
     def __init__(self, dims, c_in, c_out, up='', down=False):
         super().__init__()
         if up == 'linear':

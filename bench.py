@@ -672,9 +672,7 @@ if __name__ == '__main__':
     if not big:
         dtype, compile = 'float32', False
     side, latent_side = size or (96 if big else 48), 32 if big else 16
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
-        torch.backends.cudnn.benchmark
-    ) = True
+    torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     if only:
         what, _, who = only.partition(' ')

@@ -61,6 +61,14 @@ def test_the_shares_of_processes_weigh_scans_and_pairs_as_one_process_would(tiny
             counts = np.array([len(part[items]) for part in parts])
             assert [part[share] for part in parts] == pytest.approx(world * counts / counts.sum())
 
+def test_the_shares_of_micro_steps_weigh_scans_as_one_batch_would(tiny_data):
+    sessions = sessions_of(tiny_data)
+    for first in (0, 2, 4, 6):
+        parts = [sessions.session_batch(step, 1, PATCH, micro_steps=2) for step in (first, first + 1)]
+        for share, items in (('share', 'x'), ('pair_share', 'pairs')):
+            counts = np.array([len(part[items]) for part in parts])
+            assert [part[share] for part in parts] == pytest.approx(2 * counts / counts.sum())
+
 def test_an_epoch_sees_every_session_once_and_missing_modalities_are_left_out(tiny_data):
     sessions = sessions_of(tiny_data)
     assert sessions.n == 8 and len(sessions.scans) == 14

@@ -1,15 +1,13 @@
 """Make training data: phantoms, or NIfTI scans reoriented, resampled, boxed, scaled and split by subject.
 
-    python prepare.py --source=phantom --n=40 --shape=32,48,32 --out_dir=data/phantom       # needs no input
-    python prepare.py --source=bids   --root=/path/to/bids --out_dir=data/mine              # sub-*/[ses-*/]anat/*_T1w.nii.gz
-    python prepare.py --source=csv    --root=scans.csv     --out_dir=data/mine              # subject, session, modality, path[, sex, age, split]
-    python prepare.py --source=folder --root=/path/to/nii  --out_dir=data/mine              # names that hold subject and modality
-    python prepare.py --source=pattern --root=/path --pattern='{subject}/{session}/*/{modality}.nii.gz' --out_dir=data/mine
-    python prepare.py --source=labelmaps --root=/path/to/maps --n=500 --out_dir=data/labelmaps  # images made from label maps
-    python prepare.py config/data_ixi.py --root=/path/to/IXI --dry_run=True                 # look first, make nothing
+    python prepare.py --source=phantom --n=40 --shape=32,48,32           # needs no input
+    python prepare.py --source=bids --root=BIDS --out_dir=data/mine      # sub-*/[ses-*/]anat/*_T1w.nii.gz
+    python prepare.py --source=csv --root=scans.csv --out_dir=data/mine  # subject, session, modality, path
+    python prepare.py --source=folder --root=DIR --out_dir=data/mine     # names with subject and modality
+    python prepare.py config/data_ixi.py --root=IXI --dry_run=True       # look first, make nothing
 
-Writes out_dir/sub-XX_ses-XX_MODALITY.npy (D,H,W) in [0,1], subjects.tsv, dataset.json, checksums.json and report.txt. Start it again after an
-interruption: what is written stays. See nifti.py for what happens to a scan.
+Writes sub-XX_ses-XX_MODALITY.npy (D,H,W) in [0,1], subjects.tsv, dataset.json, checksums.json and report.txt
+into out_dir. Start it again after an interruption: what is written stays. See nifti.py for a scan's way.
 """
 import glob
 import hashlib
@@ -21,542 +19,491 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 
 import numpy as np
+from nibabel.affines import voxel_sizes
 from tqdm import tqdm
 
-from scans import nifti
-from scans import preflight
-from scans import sources
 import synth
 from common import configure, make_out_dir, write_text
-from data import BOX
+from judge import figures
+from scans import nifti, preflight, sources
+from scans.nifti import save_npy
 from scans.register import register as register_rigidly
 
 # ---------------------------------------------------------------- settings
-source = 'phantom'        # phantom | labelmaps | bids | csv | folder | pattern | ixi | ukb
-root = ''                 # a directory; of csv: the table
-# of source='pattern': paths below root, with {subject}, {modality}, perhaps {session}, and * for any name
-pattern = ''
-# of bids: only files with all of these in their names, such as space-MNI152NLin6Asym
-entities = ()
+# what to read
+source = 'phantom'        # phantom | bids | csv | folder | pattern | ukb | labelmaps, images made from them
+root = ''                 # a directory; of csv the table, which may also have columns sex, age, split
+pattern = ''              # of pattern: paths below root; see find_pattern in sources.py
+entities = ()             # of bids: what a name must hold, such as space-MNI152NLin6Asym
+modalities = ()           # () for all that are found; of made images T1w, T2w, FLAIR
+n = 40                    # phantoms, or sessions made from label maps
+thickness_mm = 1.0        # of labelmaps: slices up to so thick, along an axis drawn per image
 people = ''               # spreadsheet saved as .csv or .tsv, for sex and age
 columns = ('subject', 'sex', 'age')  # its columns
 sex_codes = ()            # what its values mean, such as 1=M,2=F
-# brain masks: files beside the scan, or paths below root, with {subject}, {session}, {modality} and *
-mask = ''
+# what to do with a scan
+mask = ''                 # brain masks beside it or below root, with {subject}, {session}, {modality} and *
 skullstrip = ''           # or a command that makes a brain of a head: "CMD {in} {out}"
 register = False          # rigidly register a session's scans onto its first one
-dry_run = False           # only look at every scan: a table and contact sheets in out_dir/preflight, no data
-# i/n: only every n-th session from the i-th (0 to n-1) on; run once more without it to finish
-shard = ''
-out_dir = 'data/phantom'
 shape = (144, 192, 144)   # box in voxels (left-right, posterior-anterior, inferior-superior)
 spacing_mm = 1.0
-# stretch the field of view over the box, voxels not isotropic, instead of cutting a box out (DeCo-VAE)
-resize = False
+resize = False            # stretch the field of view over the box instead of cutting it out (DeCo-VAE)
 percentiles = (0.5, 99.5) # intensities that become 0 and 1
-clip = True               # False keeps intensities above 1 for training (DeCo-VAE's code); metrics clip them
+clip = True               # False keeps what lies above 1 for training (DeCo-VAE's code); metrics clip it
 percentiles_of = 'brain'  # or 'volume', background and all (DeCo-VAE, with 0,99.5)
-modalities = ()           # () for all that are found; of phantoms: T1w, T2w, FLAIR
-n = 40                    # phantoms, or sessions made from label maps
-thickness_mm = 1.0        # of labelmaps: slices up to so thick, along an axis drawn per image
+# what to write
+out_dir = 'data/phantom'
 split = (0.8, 0.1, 0.1)   # train, val, test; a subject's part follows from a hash of its name
-# or float16: half the disk, errors up to 0.00025; or uint8: a quarter, up to 0.002, below 0.004 up to 0.004
-dtype = 'float32'
+dtype = 'float32'         # or float16: errors up to 0.00025; or uint8: up to 0.002, below 0.004 up to 0.004
 seed = 0                  # of phantoms and of the split
+# how to run
+dry_run = False           # only look at the scans: a table and contact sheets in out_dir/preflight
+shard = ''                # i/n: every n-th session from the i-th (0 to n-1) on; without it to finish
 workers = -1              # processes; -1 for one per core, 1 for none but this
 strict = False            # stop at the first bad scan instead of leaving it out
 
+FINDERS = {'bids': sources.find_bids, 'csv': sources.find_csv, 'folder': sources.find_folder,
+           'pattern': sources.find_pattern, 'ukb': sources.find_ukb}
+MADE = ('phantom', 'labelmaps')  # the other sources, whose images are made here
 ORDER = ('T1w', 'T2w', 'FLAIR', 'PD')  # the first one present gives a session its grid
+# what makes the data what they are: a folder keeps to one choice, in dataset.json
+RECIPE = ('source', 'shape', 'spacing_mm', 'resize', 'percentiles', 'clip', 'percentiles_of', 'split',
+          'dtype', 'seed')
+
+def check_settings():
+    """SystemExit with one line for a setting that cannot be."""
+    def require(holds, name, need):
+        if not holds: raise SystemExit(f'--{name}={globals()[name]}: {need}')
+
+    require(source in (*MADE, *FINDERS), 'source', ', '.join((*MADE, *FINDERS)))
+    require(len(shape) == 3 and min(shape) >= 8, 'shape', 'three sizes of at least 8 voxels')
+    require(len(split) == 3 and abs(sum(split) - 1) < 1e-6 and min(split) >= 0, 'split',
+            'three fractions that add to 1')
+    require(dtype in ('float32', 'float16', 'uint8'), 'dtype', 'float32, float16 or uint8')
+    require(dtype != 'uint8' or clip, 'dtype', 'holds nothing above 1: it needs --clip=True')
+    require(len(percentiles) == 2 and 0 <= percentiles[0] < percentiles[1] <= 100, 'percentiles',
+            'two numbers, rising, within 0 and 100')
+    require(percentiles_of in ('brain', 'volume'), 'percentiles_of', 'brain or volume')
+    require(spacing_mm > 0, 'spacing_mm', 'must be positive')
+    try:
+        mask.format(subject='', session='', modality='')
+    except (KeyError, ValueError, IndexError):
+        require(False, 'mask', 'may hold {subject}, {session}, {modality} and *')
+    require(not (mask and skullstrip), 'mask', 'this or --skullstrip, one of them')
+    require(not skullstrip or '{in}' in skullstrip and '{out}' in skullstrip, 'skullstrip',
+            'a command with {in} and {out}')
+    if source in MADE:
+        any_contrast = source == 'labelmaps'
+        made = [*synth.TISSUE, *(['random1', 'random2', '...'] if any_contrast else [])]
+        fine = [m in synth.TISSUE or any_contrast and synth.is_random(m) for m in modalities]
+        require(all(fine), 'modalities', f"made images are {', '.join(made)}")
+        require(n >= 1, 'n', 'at least 1')
+        require(not dry_run, 'dry_run', 'looks at scans; phantoms and images of label maps are made')
+
+# ---------------------------------------------------------------- which sessions
+
+@dataclass
+class Session:
+    """A session to prepare."""
+    subject: str
+    name: str
+    scans: dict      # {modality: path}; a label map is a dseg
+    number: int = 0  # of a phantom, or of a session made from label maps
+
+def find_sessions():
+    """Sessions; {subject: {'sex', 'age', 'split'}}, as far as known; notes on files left out."""
+    notes = []
+    if source == 'phantom':
+        return [Session(f'sub-{i:03d}', 'ses-01', {}, i) for i in range(1, n + 1)], {}, notes
+    if not os.path.exists(root): raise SystemExit(f'--root={root}: no such file or folder')
+    sessions = []
+    if source == 'labelmaps':
+        maps = list(sources.find_labelmaps(root, notes).items())
+        if not maps: raise SystemExit(f'{root}: no label maps (.nii, .nii.gz) there')
+        for k in range(n):
+            subject, path = maps[k % len(maps)]
+            sessions.append(Session(subject, f'ses-{k // len(maps):04d}', {'dseg': path}, k))
+        return sessions, {}, notes
+    options = {'bids': [entities], 'pattern': [pattern]}.get(source, [])
+    scans_of, persons = FINDERS[source](root, notes, *options)
+    if people:
+        subjects = {subject for subject, _ in scans_of}
+        table = sources.read_people(people, columns, sex_codes, subjects)
+        for subject, person in table.items():
+            persons[subject] = persons.get(subject, {}) | person
+    for m in modalities:
+        if not any(m in scans for scans in scans_of.values()):
+            raise SystemExit(f'{root}: no scan of modality {m}')
+    for (subject, name), scans in sorted(scans_of.items()):
+        scans = {m: path for m, path in scans.items() if m in modalities or not modalities}
+        if scans:
+            sessions.append(Session(subject, name, scans))
+    if not sessions:
+        hint = f' ({notes[0]})' if notes else ''
+        raise SystemExit(f'{root}: no scans found for --source={source}{hint}')
+    return sessions, persons, notes
 
 # ---------------------------------------------------------------- one session, in a worker process
 
-def npy_path(s, subject, session, modality):
-    return os.path.join(s['out_dir'], f'{subject}_{session}_{modality}.npy')
+def new_facts(session):
+    """What is known of a session before anything is made of it.
 
-def is_written(path, s):
-    """A whole volume of the right shape; np.load of a memory map checks the file's length against its header."""
-    try:
-        array = np.load(path, mmap_mode='r')
-    except (OSError, EOFError, ValueError):
-        return False
-    return array.shape == tuple(s['shape'])
+    By modality: files, orientation (LPS), spacing (1x1x1). By file: checksums. lost: fraction of the brain
+    outside the box. skipped, registered: a line per scan. estimated: scans whose mask is a guess. Later:
+    voxel_mm; of phantoms sex, age; made_from, seconds, peak_mib.
+    """
+    return {'subject': session.subject, 'session': session.name, 'files': {}, 'checksums': {}, 'lost': 0.0,
+            'skipped': [], 'orientation': {}, 'spacing': {}, 'estimated': [], 'registered': []}
+
+def in_order(names):
+    """Modalities in ORDER, then the others by name."""
+    return [m for m in ORDER if m in names] + sorted(set(names) - set(ORDER))
+
+def made_modalities():
+    return modalities or ORDER[:3]
 
 def stored(volume, dtype):
-    """A volume in [0,1] as it is stored; as uint8 it is 255 times that, and at least 1 where it is above 0."""
+    """A volume in [0,1] as it is stored; as uint8 255 times that, and at least 1 where it is above 0."""
     if dtype != 'uint8': return volume.astype(dtype)
     return np.where(volume > 0, np.maximum(np.round(255 * volume), 1), 0).astype(np.uint8)
 
-def save_npy(path, array):
-    """Write beside, then rename: a half-written volume never has its final name. returns the checksum of its voxels."""
-    array = np.ascontiguousarray(array)
-    part = os.path.join(os.path.dirname(path), f'.part{os.getpid()}_{os.path.basename(path)}')
-    np.save(part, array)
-    os.replace(part, path)
-    return zlib.crc32(array)
+def write_volume(facts, modality, volume, native=None):
+    """Store a session's volume; note its file, checksum and the Native of what it comes from."""
+    name = f"{facts['subject']}_{facts['session']}_{modality}.npy"
+    facts['files'][modality] = name
+    facts['checksums'][name] = save_npy(f'{out_dir}/{name}', volume)
+    if native:
+        facts['orientation'][modality] = native.orientation
+        facts['spacing'][modality] = 'x'.join(f'{v:.2g}' for v in native.spacing_mm)
 
-def facts_path(s, subject, session):
-    return os.path.join(s['out_dir'], '.facts', f'{subject}_{session}.json')
+def write_made(facts, made, native=None):
+    """Scale and write what synth made: images {modality: volume} and labels."""
+    labels = made['labels']
+    for modality, volume in made['images'].items():
+        scaled, _, _ = nifti.scale_intensity(volume, labels > 0, percentiles, percentiles_of, clip)
+        write_volume(facts, modality, stored(scaled, dtype))
+    write_volume(facts, 'dseg', labels, native)
 
-def no_facts(subject, session):
-    """What is known of a session before anything is made of it: files, checksums, spacings, ... by modality; what went wrong."""
-    return {
-        'subject': subject,
-        'session': session,
-        'files': {},
-        'checksums': {},
-        'lost': 0.0,
-        'skipped': [],
-        'orientation': {},
-        'spacing': {},
-        'estimated': [],
-        'registered': [],
-    }
-
-def make_phantom(s, subject, session, index):
-    p = synth.phantom(index, tuple(s['shape']), s['seed'], tuple(s['modalities']))
-    facts = no_facts(subject, session) | {'sex': p['sex'], 'age': f"{p['age']:.1f}"}
-    write_images(s, facts, p['images'], p['labels'])
+def make_phantom(session):
+    phantom = synth.phantom(session.number, shape, seed, made_modalities())
+    facts = new_facts(session) | {'sex': phantom['sex'], 'age': f"{phantom['age']:.1f}"}
+    write_made(facts, phantom)
     return facts
 
-def make_from_labels(s, subject, session, job):
-    """One deformed variant of a label map, and images made from it; a map that cannot be used is left out with its reason. job: (path, number)."""
-    (path, number), facts = job, no_facts(subject, session)
+def make_from_labels(session):
+    facts, path = new_facts(session), session.scans['dseg']
     try:
-        volume, affine, native = nifti.read(path)
-        v = synth.variant(
-            volume.astype(np.int16),
-            np.sqrt((affine[:3, :3] ** 2).sum(0)),
-            s['shape'],
-            s['spacing_mm'],
-            tuple(s['modalities']),
-            (s['seed'], number),
-            s['thickness_mm'],
-        )
+        labels, affine, native = nifti.read(path)
+        variant = synth.variant(labels.astype(np.int16), voxel_sizes(affine), shape, spacing_mm,
+                                made_modalities(), (seed, session.number), thickness_mm)
     except ValueError as e:
         facts['skipped'].append(str(e) if str(e).startswith(path) else f'{path}: {e}')
         return facts
-    facts |= {
-        'lost': v['lost'],
-        'orientation': {'dseg': native.orientation},
-        'spacing': {'dseg': 'x'.join(f'{w:.2g}' for w in native.spacing_mm)},
-    }
-    write_images(s, facts, v['images'], v['labels'])
+    facts['lost'] = variant['lost']
+    write_made(facts, variant, native)
     return facts
 
-def write_images(s, facts, images, labels):
-    """Scale and write a session that comes with its label map."""
-    for modality, volume in {**images, 'dseg': labels}.items():
-        path = npy_path(s, facts['subject'], facts['session'], modality)
-        if modality != 'dseg':
-            volume = stored(
-                nifti.scale_intensity(volume, labels > 0, s['percentiles'], s['percentiles_of'], s['clip'])[
-                    0
-                ],
-                s['dtype'],
-            )
-        facts['files'][modality] = os.path.basename(path)
-        facts['checksums'][os.path.basename(path)] = save_npy(path, volume)
+@dataclass
+class Scan:
+    """A scan as nifti.read gives it, and its brain mask, None where it is to be found."""
+    modality: str
+    path: str
+    volume: np.ndarray
+    affine: np.ndarray
+    native: nifti.Native
+    mask: np.ndarray = None
 
-def brain_of(s, subject, session, modality, path):
-    """A scan read, and its brain mask where one is given: volume, affine, Native, bool mask or None. ValueError with one line."""
-    volume, affine, native = nifti.read(path)
-    if s['mask']:
-        names = {
-            s['mask'].format(subject=a, session=b, modality=modality)
-            for a in (subject, subject.removeprefix('sub-'))
-            for b in (session, session.removeprefix('ses-'))
-        }
-        for folder in (os.path.dirname(path), s['root']):
-            if found := sorted({file for name in names for file in glob.glob(os.path.join(folder, name))}):
-                break
-        if len(found) != 1:
-            raise ValueError(f"{path}: {len(found)} files fit its mask, {' or '.join(sorted(names))}")
-        inside, its_affine, _ = nifti.read(found[0])
-        return (
-            volume,
-            affine,
-            native,
-            nifti.resample((inside > 0).astype(np.float32), its_affine, affine, volume.shape) > 0.5,
-        )
-    if s['skullstrip']:
-        with tempfile.TemporaryDirectory() as folder:
-            given, made = os.path.join(folder, 'head.nii.gz'), os.path.join(folder, 'brain.nii.gz')
-            nifti.write(given, volume, native)
-            command = [word.format(**{'in': given, 'out': made}) for word in shlex.split(s['skullstrip'])]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode or not os.path.exists(made):
-                raise ValueError(
-                    f"{path}: --skullstrip ended with {done.returncode}"
-                    f" ({(done.stderr.strip().splitlines() or ['no message'])[-1]})"
-                )
-            brain, its_affine, _ = nifti.read(made)
-            return (
-                volume,
-                affine,
-                native,
-                nifti.resample((brain != 0).astype(np.float32), its_affine, affine, volume.shape) > 0.5,
-            )
-    return volume, affine, native, None
+def read_scan(session, modality):
+    """Scan; ValueError with one line where it or its mask cannot be used."""
+    path = session.scans[modality]
+    scan = Scan(modality, path, *nifti.read(path))
+    if mask:
+        brain, affine, _ = nifti.read(mask_file(session, modality))
+        brain = brain > 0
+    elif skullstrip:
+        brain, affine, _ = strip_skull(scan)
+        brain = brain != 0
+    else:
+        return scan
+    scan.mask = nifti.resample(brain.astype(np.float32), affine, scan.affine, scan.volume.shape) > 0.5
+    return scan
 
-def register_scans(good, notes):
-    """Move the affines of a session's later scans onto its first one; good: [(modality, volume, affine, ...)], changed in place.
+def mask_file(session, modality):
+    """The one file beside a scan, else below root, that fits the setting mask."""
+    path = session.scans[modality]
+    subjects = (session.subject, session.subject.removeprefix('sub-'))
+    visits = (session.name, session.name.removeprefix('ses-'))
+    names = {mask.format(subject=s, session=v, modality=modality) for s in subjects for v in visits}
+    for folder in (os.path.dirname(path), root):
+        files = {file for name in names for file in glob.glob(os.path.join(folder, name))}
+        if files: break
+    if len(files) != 1:
+        raise ValueError(f"{path}: {len(files)} files fit its mask, {' or '.join(sorted(names))}")
+    return files.pop()
 
-    notes: gets a line per scan; where registration fails the scan keeps its affine.
-    """
-    fixed = good[0]
-    for k, (modality, volume, affine, *rest) in enumerate(good[1:], 1):
-        new, facts = register_rigidly(fixed[1], fixed[2], volume, affine)
-        good[k] = (modality, volume, new, *rest)
-        notes.append(
-            f"{modality} moved {facts['moved_mm']:.1f} mm, likeness {facts['nmi_before']:.3f} ->"
-            f" {facts['nmi_after']:.3f}"
-            + (f", NOT USED: {facts['reason']}" if facts['reason'] else '')
-        )
+def strip_skull(scan):
+    """What the command skullstrip leaves of a scan, as nifti.read gives it."""
+    with tempfile.TemporaryDirectory() as folder:
+        head, brain = os.path.join(folder, 'head.nii.gz'), os.path.join(folder, 'brain.nii.gz')
+        nifti.write(head, scan.volume, scan.native)
+        command = [word.format(**{'in': head, 'out': brain}) for word in shlex.split(skullstrip)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode or not os.path.exists(brain):
+            message = (done.stderr.strip().splitlines() or ['no message'])[-1]
+            raise ValueError(f'{scan.path}: --skullstrip ended with {done.returncode} ({message})')
+        return nifti.read(brain)
 
-def make_session(s, subject, session, scans):
-    """Read, conform and write one session's scans; a scan that cannot be used is left out with its reason."""
-    facts, good = no_facts(subject, session), []
-    for modality in sorted(scans, key=lambda m: (ORDER.index(m) if m in ORDER else len(ORDER), m)):
+def register_scans(scans, facts):
+    """Move the affines of later scans onto the first one; one that fails keeps its affine."""
+    first = scans[0]
+    for scan in scans[1:]:
+        scan.affine, moved = register_rigidly(first.volume, first.affine, scan.volume, scan.affine)
+        failure = f", NOT USED: {moved['reason']}" if moved['reason'] else ''
+        facts['registered'].append(f"{scan.modality} moved {moved['moved_mm']:.1f} mm, likeness "
+                                   f"{moved['nmi_before']:.3f} -> {moved['nmi_after']:.3f}{failure}")
+
+def make_session(session):
+    """Read, conform and write scans; one that cannot be used is left out with its reason."""
+    facts, scans = new_facts(session), []
+    for modality in in_order(session.scans):
         try:
-            good.append((modality, *brain_of(s, subject, session, modality, scans[modality])))
+            scans.append(read_scan(session, modality))
         except ValueError as e:
             facts['skipped'].append(str(e))
-    if s['register'] and good:
-        register_scans(good, facts['registered'])
-    while good:
+    if register and scans:
+        register_scans(scans, facts)
+    while scans:
         try:
             boxes, placement = nifti.conform(
-                [g[1] for g in good],
-                [g[2] for g in good],
-                **{k: s[k] for k in BOX},
-                masks=[g[4] for g in good],
-            )
+                [scan.volume for scan in scans], [scan.affine for scan in scans], shape, spacing_mm, resize,
+                percentiles, percentiles_of, clip, [scan.mask for scan in scans])
             break
         except ValueError as e:
-            k = e.args[1]
-            facts['skipped'].append(f'{scans[good[k][0]]}: {e.args[0]}')
-            del good[k]
-    for k, (modality, _, _, native, _) in enumerate(good):
-        path = npy_path(s, subject, session, modality)
-        facts['files'][modality] = os.path.basename(path)
-        facts['checksums'][os.path.basename(path)] = save_npy(path, stored(boxes[k], s['dtype']))
-        facts['orientation'][modality] = native.orientation
-        facts['spacing'][modality] = 'x'.join(f'{v:.2g}' for v in native.spacing_mm)
-        if placement.estimated[k]:
-            facts['estimated'].append(scans[modality])
-    if good:
-        facts['lost'] = placement.lost
-        facts['voxel_mm'] = [float(v) for v in np.sqrt((placement.affine[:3, :3] ** 2).sum(0))]
+            reason, k = e.args
+            facts['skipped'].append(f'{scans.pop(k).path}: {reason}')
+    if not scans: return facts
+    for scan, box, estimated in zip(scans, boxes, placement.estimated):
+        write_volume(facts, scan.modality, stored(box, dtype), scan.native)
+        if estimated:
+            facts['estimated'].append(scan.path)
+    facts['lost'] = placement.lost
+    facts['voxel_mm'] = voxel_sizes(placement.affine).tolist()
     return facts
 
-def work(s, job):
-    """Facts of one session, from an earlier run where its volumes are written and were made from the same files in the same way."""
-    subject, session, scans = job
-    paths = {} if s['source'] == 'phantom' else {'dseg': scans[0]} if s['source'] == 'labelmaps' else scans
-    made_from = {
-        m: [p, os.path.getmtime(f) if os.path.exists(f := nifti.file_of(p)) else 0] for m, p in paths.items()
-    }
-    made_from['how'] = [s[k] for k in ('mask', 'skullstrip', 'register', 'thickness_mm')]
+def origin(session):
+    """What a session is made from: its files and their times, and the settings that RECIPE lacks."""
+    made_from = {}
+    for modality, path in session.scans.items():
+        file = nifti.file_of(path)
+        made_from[modality] = [path, os.path.getmtime(file) if os.path.exists(file) else 0]
+    return made_from | {'how': [mask, skullstrip, register, thickness_mm]}
+
+def facts_path(session):
+    return f'{out_dir}/.facts/{session.subject}_{session.name}.json'
+
+def is_whole(name):
+    """Whether a volume of the right shape is there; np.load refuses a file that is cut short."""
     try:
-        with open(facts_path(s, subject, session)) as f:
-            facts = no_facts(subject, session) | json.load(f)  # an earlier version's may lack some
-        wanted = set(s['modalities'] if s['source'] in ('phantom', 'labelmaps') else ())
-        if facts['made_from'] == made_from and wanted <= set(facts['files']) and facts['checksums'] and \
-           all(is_written(os.path.join(s['out_dir'], name), s) for name in facts['files'].values()):
-            return facts
+        return np.load(f'{out_dir}/{name}', mmap_mode='r').shape == shape
+    except (OSError, EOFError, ValueError):
+        return False
+
+def earlier_facts(session, made_from):
+    """Facts of an earlier run, if it made whole volumes from the same in the same way; else None."""
+    try:
+        with open(facts_path(session)) as f:
+            facts = new_facts(session) | json.load(f)  # an earlier version's may lack some
+        same = facts['made_from'] == made_from and facts['checksums']
     except (OSError, ValueError, KeyError):
-        pass
-    start = time.perf_counter()
-    facts = {'phantom': make_phantom, 'labelmaps': make_from_labels}.get(s['source'], make_session)(s, *job)
-    facts |= {
-        'made_from': made_from,
-        'seconds': time.perf_counter() - start,
-        'peak_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-    }
-    write_text(facts_path(s, subject, session), json.dumps(facts))
+        return None
+    wanted = set(made_modalities() if source in MADE else ())
+    whole = wanted <= set(facts['files']) and all(map(is_whole, facts['files'].values()))
+    return facts if same and whole else None
+
+def prepare_session(session):
+    """Facts of a session, of an earlier run or made now; SystemExit if strict and a scan is left out."""
+    made_from = origin(session)
+    facts = earlier_facts(session, made_from)
+    if not facts:
+        start = time.perf_counter()
+        make = {'phantom': make_phantom, 'labelmaps': make_from_labels}.get(source, make_session)
+        facts = make(session) | {'made_from': made_from, 'seconds': time.perf_counter() - start}
+        facts['peak_mib'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        write_text(facts_path(session), json.dumps(facts))
+    if strict and facts['skipped']: raise SystemExit(f"{facts['skipped'][0]} (--strict=True)")
     return facts
 
-def run_all(task, s, jobs):
-    """task(s, job) of every job as they come; one worker is this process itself."""
-    if s['workers'] == 1:
-        yield from (task(s, job) for job in jobs)
-        return
+def examine_session(session):
+    box_mm = () if resize else [size * spacing_mm for size in shape]
+    return preflight.examine(session.subject, session.name, session.scans, box_mm)
+
+def use_settings(config):
+    """The start of a worker process, which knows the defaults alone."""
+    globals().update(config)
+
+def run_all(task, sessions):
+    """[task(session)] of all sessions, in whatever order; one worker is this process itself."""
+    bar = {'total': len(sessions), 'desc': 'sessions', 'mininterval': 1}
+    if workers == 1: return list(tqdm(map(task, sessions), **bar))
     os.environ.update(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1')  # one thread for each worker
-    with ProcessPoolExecutor(os.cpu_count() if s['workers'] < 1 else s['workers']) as pool:
-        futures = [pool.submit(task, s, job) for job in jobs]
+    count = os.cpu_count() if workers < 1 else workers
+    with ProcessPoolExecutor(count, initializer=use_settings, initargs=(config,)) as pool:
+        futures = [pool.submit(task, session) for session in sessions]
         try:
-            for future in as_completed(futures):
-                yield future.result()
+            return [future.result() for future in tqdm(as_completed(futures), **bar)]
         finally:
-            pool.shutdown(cancel_futures=True)  # what has not begun never will, if the caller stops
+            pool.shutdown(cancel_futures=True)  # after a failure, what has not begun never will
 
 # ---------------------------------------------------------------- the whole
 
 def split_of(subject, fractions, seed):
     """train, val or test from a hash of the subject's name: the same however many others there are."""
-    place = int(hashlib.sha256(f'{seed}:{subject}'.encode()).hexdigest()[:16], 16) / 16 ** 16
-    return 'train' if place < fractions[0] else 'val' if place < fractions[0] + fractions[1] else 'test'
+    digest = hashlib.sha256(f'{seed}:{subject}'.encode()).hexdigest()
+    u = int(digest[:16], 16) / 16 ** 16
+    if u < fractions[0]: return 'train'
+    return 'val' if u < fractions[0] + fractions[1] else 'test'
 
-def claim_out_dir(s):
-    """The settings that make the data what they are; refused if the folder holds data of others, written to dataset.json if it holds none."""
-    path = os.path.join(s['out_dir'], 'dataset.json')
-    keep = {
-        k: list(v) if isinstance(v, tuple) else v
-        for k, v in s.items()
-        if k in ('source', *BOX, 'dtype', 'split', 'seed')
-    }
+def claim_out_dir():
+    """The RECIPE as a dict, and the folder's from now on; SystemExit if it holds data of another."""
+    path = f'{out_dir}/dataset.json'
+    recipe = json.loads(json.dumps({name: globals()[name] for name in RECIPE}))  # tuples become lists
     if os.path.exists(path):
         try:
             with open(path) as f:
                 old = json.load(f)
         except ValueError:
             raise SystemExit(f'{path}: not JSON; delete the folder or choose another --out_dir')
-        for k, v in keep.items():
-            if old.get(k) != v:
-                raise SystemExit(
-                    f"{s['out_dir']}: holds data made with {k}={old.get(k)}, not {v}; choose another"
-                    " --out_dir or delete it"
-                )
-    make_out_dir(os.path.join(s['out_dir'], '.facts'))
+        for name, value in recipe.items():
+            if old.get(name) != value:
+                raise SystemExit(f'{out_dir}: holds data made with {name}={old.get(name)}, not {value}; '
+                                 'choose another --out_dir or delete it')
+    make_out_dir(f'{out_dir}/.facts')
     if not os.path.exists(path):
-        write_text(path, json.dumps(keep, indent=1))
-    return keep
+        write_text(path, json.dumps(recipe, indent=1))
+    return recipe
 
-def report(facts, table, notes):
-    """The closing report as text."""
+def parse_shard():
+    """The setting shard, i/n, as two numbers; 0, 1 where it is ''."""
+    part, _, parts = (shard or '0/1').partition('/')
+    if part.isdigit() and parts.isdigit() and int(part) < int(parts): return int(part), int(parts)
+    raise SystemExit(f'--shard={shard}: i/n with i from 0 to n-1, such as 0/8')
+
+def index_rows(facts, names, persons):
+    """Rows of subjects.tsv, a dict per session. names: of the modalities."""
+    rows = []
+    for f in facts:
+        person = persons.get(f['subject'], {})
+        rows.append({
+            'subject': f['subject'], 'session': f['session'],
+            'split': person.get('split') or split_of(f['subject'], split, seed),
+            **{name: f['files'].get(name, '') for name in (*names, 'dseg')},
+            'sex': f.get('sex') or person.get('sex', ''), 'age': f.get('age') or person.get('age', ''),
+            'lost': f"{f['lost']:.4f}"})
+    return rows
+
+def counted(pairs):
+    return ', '.join(f'{name} {count}' for name, count in pairs)
+
+def listed(title, items, most=None):
+    """Lines of a titled list, none where it is empty."""
+    return [title, *[f'  {item}' for item in items[:most]]] if items else []
+
+def report(facts, rows, notes):
+    """The closing report. facts: of all sessions; rows: of subjects.tsv; notes: on files left out."""
+    scans = Counter(m for f in facts for m in f['files'] if m != 'dseg')
+    orientations = Counter(code for f in facts for code in f['orientation'].values())
+    spacings = Counter(mm for f in facts for mm in f['spacing'].values())
+    cropped = [(f['lost'], f"{f['subject']} {f['session']}") for f in facts if f['lost'] > 0]
+    estimated = [path for f in facts for path in f['estimated']]
+    moved = [f"{f['subject']} {f['session']}: {line}" for f in facts for line in f['registered']]
+    failed = sum('NOT USED' in line for line in moved)
     skipped = [line for f in facts for line in f['skipped']]
-    count = (
-        lambda key: ', '.join(
-            f'{k} {v}' for k, v in Counter(v for f in facts for v in f[key].values()).most_common(8)
-        )
-        or 'phantoms'
-    )
-    cropped = sorted(
-        ((f['lost'], f"{f['subject']} {f['session']}") for f in facts if f['lost'] > 0), reverse=True
-    )
-    estimated = [p for f in facts for p in f['estimated']]
-    splits = Counter(row['split'] for row in table)
-    lines = [
-        f"{len({row['subject'] for row in table})} subjects, {len(table)} sessions",
-        'scans: '
-        + ', '.join(
-            f'{m} {k}' for m, k in Counter(m for f in facts for m in f['files'] if m != 'dseg').items()
-        ),
-        'sessions per split: ' + ', '.join(f'{p} {splits[p]}' for p in ('train', 'val', 'test')),
-        f"orientations found: {count('orientation')}",
-        f"spacings found (mm): {count('spacing')}",
-    ]
-    lines += [
-        f'warning: no subject in split {p}; give --split, more subjects, or a split column'
-        for p in ('train', 'val', 'test')
-        if not splits[p]
-    ]
+    splits = Counter(row['split'] for row in rows)
+    parts = {part: splits[part] for part in ('train', 'val', 'test')}
+    lines = [f"{len({row['subject'] for row in rows})} subjects, {len(rows)} sessions",
+             f'scans: {counted(scans.items())}',
+             f'sessions per split: {counted(parts.items())}',
+             f"orientations found: {counted(orientations.most_common(8)) or 'phantoms'}",
+             f"spacings found (mm): {counted(spacings.most_common(8)) or 'phantoms'}"]
+    advice = 'give --split, more subjects, or a split column'
+    lines += [f'warning: no subject in split {part}; {advice}' for part in parts if not parts[part]]
     if cropped:
-        lines.append(
-            f'{len(cropped)} brains did not fit the box; most was lost of {cropped[0][1]}:'
-            f' {cropped[0][0]:.1%} of its voxels'
-        )
-    if estimated:
-        lines += [
-            (
-                f'warning: {len(estimated)} scans have no zero background; taken as raw head scans, masked by'
-                ' a threshold:'
-            ),
-            *[f'  {p}' for p in estimated[:20]],
-        ]
-    moved = [f"  {f['subject']} {f['session']}: {line}" for f in facts for line in f['registered']]
-    if moved:
-        lines += [
-            (
-                f'{len(moved)} scans registered, {sum("NOT USED" in line for line in moved)} of them without'
-                ' success:'
-            ),
-            *moved[:50],
-        ]
-    if notes:
-        lines += [f'{len(notes)} files not used:', *[f'  {line}' for line in notes[:50]]]
-    lines += (
-        [f'{len(skipped)} scans skipped:', *[f'  {line}' for line in skipped]]
-        if skipped
-        else ['no scan was skipped']
-    )
+        lost, session = max(cropped)
+        lines.append(f'{len(cropped)} brains did not fit the box; most was lost of {session}: '
+                     f'{lost:.1%} of its voxels')
+    lines += listed(f'warning: {len(estimated)} scans have no zero background; taken as raw head scans, '
+                    'masked by a threshold:', estimated, 20)
+    lines += listed(f'{len(moved)} scans registered, {failed} of them without success:', moved, 50)
+    lines += listed(f'{len(notes)} files not used:', notes, 50)
+    lines += listed(f'{len(skipped)} scans skipped:', skipped) or ['no scan was skipped']
     return '\n'.join(lines) + '\n'
 
-def rate(s, facts):
+def rate(facts):
     """Speed, memory of a worker and size, and what they mean for 30,000 scans."""
-    scans, seconds = sum(len(set(f['files']) - {'dseg'}) for f in facts), sum(f['seconds'] for f in facts)
-    size = os.path.getsize(os.path.join(s['out_dir'], next(iter(facts[0]['files'].values()))))
+    scans = sum(len(set(f['files']) - {'dseg'}) for f in facts)
+    seconds = sum(f['seconds'] for f in facts)
+    size = os.path.getsize(f"{out_dir}/{next(iter(facts[0]['checksums']))}")
     peaks = [f['peak_mib'] for f in facts if 'peak_mib' in f]  # not in folders of an earlier version
-    return (
-        f'{scans / seconds:.2f} scans/s per core'
-        + (f', at most {max(peaks)} MiB per worker' if peaks else '')
-        + f' and {size} bytes a scan: 30,000 scans would take {30000 * seconds / scans / 3600:.1f} core hours'
-        f' and {30000 * size / 1e9:.0f} GB'
-    )
+    memory = f', at most {max(peaks)} MiB per worker' if peaks else ''
+    hours, gigabytes = 30000 * seconds / scans / 3600, 30000 * size / 1e9
+    return (f'{scans / seconds:.2f} scans/s per core{memory} and {size} bytes a scan: '
+            f'30,000 scans would take {hours:.1f} core hours and {gigabytes:.0f} GB')
 
-def parse_shard(text):
-    """'i/n' -> i, n; (0, 1) for ''."""
-    part, _, parts = (text or '0/1').partition('/')
-    if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
-        raise SystemExit(f'--shard={text}: i/n with i from 0 to n-1, such as 0/8')
-    return int(part), int(parts)
+def write_index(facts, used, recipe, persons, notes):
+    """Write the files about the whole. used: facts of the sessions that have a volume."""
+    names = in_order({m for f in used for m in f['files']} - {'dseg'})
+    rows = index_rows(used, names, persons)
+    text = report(facts, rows, notes)
+    dataset = recipe | {
+        'modalities': names,
+        'axes': 'RAS+',
+        'labels': {str(k): v for k, v in synth.LABELS.items()} if source in MADE else {},
+        'voxel_mm': np.median([f.get('voxel_mm', [spacing_mm] * 3) for f in used], 0).tolist(),
+        'sessions': dict(Counter(row['split'] for row in rows)),
+    }
+    checksums = {name: checksum for f in used for name, checksum in f['checksums'].items()}
+    write_text(f'{out_dir}/dataset.json', json.dumps(dataset, indent=1))
+    write_text(f'{out_dir}/checksums.json', json.dumps(checksums, indent=0))
+    write_text(f'{out_dir}/report.txt', text)
+    table = sources.tsv([rows[0], *[row.values() for row in rows]])
+    write_text(f'{out_dir}/subjects.tsv', table)  # last: without it the folder is no data
+    print(f'{text}{rate(used)}\nwritten to {out_dir}')
 
-def find_jobs(s):
-    """What to make: [(subject, session, what make_... takes)], {subject: its sex, age, split}, and notes on files left out."""
-    notes, who = [], {}
-    if s['source'] not in FINDERS: raise SystemExit(f"--source={s['source']}: {', '.join(FINDERS)}")
-    if s['source'] in ('phantom', 'labelmaps'):
-        s['modalities'] = s['modalities'] or ORDER[:3]
-        unknown = [
-            m
-            for m in s['modalities']
-            if m not in synth.TISSUE and not (s['source'] == 'labelmaps' and synth.is_random(m))
-        ]
-        if unknown:
-            made = [*synth.TISSUE, *['random1', 'random2', '...'] * (s['source'] == 'labelmaps')]
-            raise SystemExit(f"--modalities: made images are {', '.join(made)}, not {', '.join(unknown)}")
-        if s['n'] < 1: raise SystemExit(f"--n={s['n']}: at least 1")
-    if s['source'] == 'phantom':
-        return [(f'sub-{i:03d}', 'ses-01', i) for i in range(1, s['n'] + 1)], who, notes
-    if not os.path.exists(s['root']):
-        raise SystemExit(f"--root={s['root']}: no such file or folder")
-    if s['source'] == 'labelmaps':
-        maps = list(sources.find_labelmaps(s['root'], notes).items())
-        if not maps: raise SystemExit(f"{s['root']}: no label maps (.nii, .nii.gz) there")
-        return (
-            [
-                (maps[k % len(maps)][0], f'ses-{k // len(maps):04d}', (maps[k % len(maps)][1], k))
-                for k in range(s['n'])
-            ],
-            who,
-            notes,
-        )
-    extra = {'bids': (s['entities'],), 'pattern': (s['pattern'],)}.get(s['source'], ())
-    sessions, who = FINDERS[s['source']](s['root'], notes, *extra)
-    if s['people']:
-        subjects = {subject for subject, _ in sessions}
-        who = {
-            k: who.get(k, {}) | v
-            for k, v in sources.read_people(s['people'], s['columns'], s['sex_codes'], subjects).items()
-        }
-    if s['modalities']:
-        for m in s['modalities']:
-            if not any(m in scans for scans in sessions.values()):
-                raise SystemExit(f"{s['root']}: no scan of modality {m}")
-        sessions = {
-            k: {m: p for m, p in scans.items() if m in s['modalities']} for k, scans in sessions.items()
-        }
-    jobs = [(*k, scans) for k, scans in sorted(sessions.items()) if scans]
-    if not jobs:
-        raise SystemExit(
-            f"{s['root']}: no scans found for --source={s['source']}" + (f' ({notes[0]})' if notes else '')
-        )
-    return jobs, who, notes
+def look(sessions, notes):
+    """Print what is there and what is odd; write a table and contact sheets to out_dir/preflight."""
+    rows = [row for rows in run_all(examine_session, sessions) for row in rows]
+    rows.sort(key=lambda row: (row['subject'], row['session'], row['modality']))
+    folder = f'{out_dir}/preflight'
+    make_out_dir(folder)
+    print(preflight.report(rows, notes))
+    write_text(f'{folder}/scans.tsv', preflight.table(rows))
+    for modality, volumes in preflight.contact_sheets(rows).items():
+        figures.contact_sheet(f'{folder}/{modality}.png', volumes)
+    print(f'\n{folder}/scans.tsv; nothing else was written')
 
-FINDERS = {
-    'phantom': None,
-    'labelmaps': None,
-    'bids': sources.find_bids,
-    'csv': sources.find_csv,
-    'folder': sources.find_folder,
-    'pattern': sources.find_pattern,
-    'ixi': sources.find_ixi,
-    'ukb': sources.find_ukb,
-}
-
-def check_settings(s):
-    """SystemExit with one line for a setting that cannot be."""
-    if len(s['shape']) != 3 or min(s['shape']) < 8:
-        raise SystemExit(f"--shape={s['shape']}: three sizes of at least 8 voxels")
-    if len(s['split']) != 3 or abs(sum(s['split']) - 1) > 1e-6 or min(s['split']) < 0:
-        raise SystemExit(f"--split={s['split']}: three fractions that add to 1")
-    if s['dtype'] not in ('float32', 'float16', 'uint8'):
-        raise SystemExit(f"--dtype={s['dtype']}: float32, float16 or uint8")
-    if s['dtype'] == 'uint8' and not s['clip']:
-        raise SystemExit('--dtype=uint8 holds nothing above 1: it needs --clip=True')
-    if len(s['percentiles']) != 2 or not 0 <= s['percentiles'][0] < s['percentiles'][1] <= 100:
-        raise SystemExit(f"--percentiles={s['percentiles']}: two numbers, rising, within 0 and 100")
-    if s['percentiles_of'] not in ('brain', 'volume'):
-        raise SystemExit(f"--percentiles_of={s['percentiles_of']}: brain or volume")
-    try:
-        s['mask'].format(subject='', session='', modality='')
-    except (KeyError, ValueError, IndexError):
-        raise SystemExit(f"--mask={s['mask']}: may hold {{subject}}, {{session}}, {{modality}} and *")
-    if s['mask'] and s['skullstrip']: raise SystemExit('--mask and --skullstrip: one of them')
-    if s['skullstrip'] and not ('{in}' in s['skullstrip'] and '{out}' in s['skullstrip']):
-        raise SystemExit(f"--skullstrip={s['skullstrip']}: a command with {{in}} and {{out}}")
-    if s['spacing_mm'] <= 0: raise SystemExit(f"--spacing_mm={s['spacing_mm']}: must be positive")
-
-def main(s):
-    check_settings(s)
-    jobs, who, notes = find_jobs(s)
-    if s['dry_run']:
-        if s['source'] in ('phantom', 'labelmaps'):
-            raise SystemExit('--dry_run looks at scans; phantoms and images of label maps are made')
-        found = tqdm(run_all(preflight.examine, s, jobs), total=len(jobs), desc='sessions', mininterval=1)
-        return preflight.show(s, [row for rows in found for row in rows], notes)
-    part, parts = parse_shard(s['shard'])
-    jobs = jobs[part::parts]
-    keep = claim_out_dir(s)
-
-    facts, coming = [], run_all(work, s, jobs)
-    try:
-        for done in tqdm(coming, total=len(jobs), desc='sessions', mininterval=1):
-            facts.append(done)
-            if s['strict'] and done['skipped']:
-                raise SystemExit(f"{done['skipped'][0]} (--strict=True)")
-    finally:
-        coming.close()
-    if s['shard']:
-        return print(
-            f"shard {s['shard']}: {len(facts)} sessions are written; once all {parts} are, run without"
-            " --shard to finish"
-        )
+def main():
+    check_settings()
+    sessions, persons, notes = find_sessions()
+    if dry_run: return look(sessions, notes)
+    part, parts = parse_shard()
+    sessions = sessions[part::parts]
+    recipe = claim_out_dir()
+    facts = run_all(prepare_session, sessions)
+    if shard:
+        print(f'shard {shard}: {len(facts)} sessions are written; once all {parts} are, '
+              'run without --shard to finish')
+        return
     facts.sort(key=lambda f: (f['subject'], f['session']))
     used = [f for f in facts if f['files']]
     if not used:
-        raise SystemExit(f"{s['root']}: every scan was skipped, the first because {facts[0]['skipped'][0]}")
-
-    found = [m for m in {m: 0 for f in used for m in f['files']} if m != 'dseg']
-    columns = sorted(found, key=lambda m: (ORDER.index(m) if m in ORDER else len(ORDER), m))
-    table = [
-        {
-            'subject': f['subject'],
-            'session': f['session'],
-            'split': who.get(f['subject'], {}).get('split') or split_of(f['subject'], s['split'], s['seed']),
-            **{m: f['files'].get(m, '') for m in columns},
-            'dseg': f['files'].get('dseg', ''),
-            'sex': f.get('sex') or who.get(f['subject'], {}).get('sex', ''),
-            'age': f.get('age') or who.get(f['subject'], {}).get('age', ''),
-            'lost': f"{f['lost']:.4f}",
-        }
-        for f in used
-    ]
-    text = report(facts, table, notes)
-    labels = {str(k): v for k, v in synth.LABELS.items()} if s['source'] in ('phantom', 'labelmaps') else {}
-    write_text(os.path.join(s['out_dir'], 'dataset.json'), json.dumps(keep | {
-        'modalities': columns, 'axes': 'RAS+', 'labels': labels,
-        'voxel_mm': np.median([f.get('voxel_mm', [s['spacing_mm']] * 3) for f in used], 0).tolist(),
-        'sessions': dict(Counter(row['split'] for row in table))}, indent=1))
-    write_text(
-        os.path.join(s['out_dir'], 'checksums.json'),
-        json.dumps({name: c for f in used for name, c in f['checksums'].items()}, indent=0),
-    )
-    write_text(os.path.join(s['out_dir'], 'report.txt'), text)
-    # last: without it the folder does not count as data
-    write_text(
-        os.path.join(s['out_dir'], 'subjects.tsv'),
-        '\n'.join(
-            '\t'.join(str(v) for v in line) for line in [list(table[0]), *[row.values() for row in table]]
-        )
-        + '\n',
-    )
-    print(f"{text}{rate(s, used)}\nwritten to {s['out_dir']}")
+        raise SystemExit(f"{root}: every scan was skipped, the first because {facts[0]['skipped'][0]}")
+    write_index(facts, used, recipe, persons, notes)
 
 if __name__ == '__main__':
-    main(configure(globals(), sys.argv[1:]))
+    config = configure(globals(), sys.argv[1:])
+    main()

@@ -1,4 +1,5 @@
-# Ablation ladder, table 2, row "Base model": a plain 3D VQ-VAE, no attention, no modality stream, no auxiliary losses.
+# Row "Base model" of NeuroQuant table 2: a plain 3D VQ-VAE.
+# It has no attention, no modality stream and no auxiliary losses.
 out_dir = 'out/ablation_base'
 attention = False
 film = False

@@ -1,3 +1,4 @@
-# Ablation ladder, table 2, row "+ L_cross"; the last rung, "+ L_adv (full)", is config/neuroquant.py.
+# Row "+ L_cross" of NeuroQuant table 2: the full model without the adversarial loss.
+# The last row, "+ L_adv (full)", is config/neuroquant.py.
 out_dir = 'out/ablation_cross'
 w_adv = 0.0

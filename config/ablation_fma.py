@@ -1,4 +1,4 @@
-# Ablation ladder, table 2, row "+ FMA": the base model with factorised multi-axis attention.
+# Row "+ FMA" of NeuroQuant table 2: the base model with factorised multi-axis attention.
 out_dir = 'out/ablation_fma'
 film = False
 w_cross = 0.0

@@ -1,5 +1,7 @@
-# DeCo-VAE with the covariance term alone: row "L_VAE + L_COV" of its table 5 (which has decoder fine-tuning).
-# Data: prepare.py --shape=128,256,128 --resize=True --percentiles=0,99.5 --percentiles_of=volume. All but the last line(s) as maisi.py.
+# DeCo-VAE with the covariance term alone: row "L_VAE + L_COV" of its table 5.
+# That row has decoder fine-tuning; config/decovae_cov_dft.py does it.
+# Data: prepare.py --shape=128,256,128 --resize=True --percentiles=0,99.5 --percentiles_of=volume.
+# Only out_dir and the last line differ from config/maisi.py.
 kind = 'convvae'
 out_dir = 'out/decovae_cov'
 modalities = ('T1w',)

@@ -1,5 +1,6 @@
 # Decoder fine-tuning of out/decovae_cov: row "L_VAE + L_COV" of DeCo-VAE table 5.
-# The encoder stays bit for bit; discriminators start anew; the perceptual weight is 200 times that of stage 1.
+# The encoder stays as it is, bit for bit. The discriminators start anew.
+# The perceptual weight is 200 times that of the first stage.
 kind = 'convvae'
 out_dir = 'out/decovae_cov_dft'
 init_from = 'out/decovae_cov/ckpt.pt'

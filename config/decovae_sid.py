@@ -1,5 +1,6 @@
 # DeCo-VAE with the scale-invariant regulariser: row "SID" of its tables 1 to 4.
-# Data: prepare.py --shape=128,256,128 --resize=True --percentiles=0,99.5 --percentiles_of=volume. All but the last line(s) as maisi.py.
+# Data: prepare.py --shape=128,256,128 --resize=True --percentiles=0,99.5 --percentiles_of=volume.
+# Only out_dir and the last line differ from config/maisi.py.
 kind = 'convvae'
 out_dir = 'out/decovae_sid'
 modalities = ('T1w',)

@@ -1,5 +1,7 @@
-# Decoder fine-tuning of out/decovae_vad: row "L_VAD + DFT" of DeCo-VAE tables 4 and 5; "VAD" of its tables 2 and 3.
-# The encoder stays bit for bit; discriminators start anew; the perceptual weight is 200 times that of stage 1.
+# Decoder fine-tuning of out/decovae_vad: row "L_VAD + DFT" of DeCo-VAE tables 4 and 5, and "VAD" of its
+# tables 2 and 3.
+# The encoder stays as it is, bit for bit. The discriminators start anew.
+# The perceptual weight is 200 times that of the first stage.
 kind = 'convvae'
 out_dir = 'out/decovae_vad_dft'
 init_from = 'out/decovae_vad/ckpt.pt'

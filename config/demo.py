@@ -1,16 +1,17 @@
-# NeuroQuant on phantoms at 32x48x32: minutes on two CPU cores, no GPU, no data of yours.
+# NeuroQuant on phantoms of 32x48x32 voxels. It takes minutes on two CPU cores and needs no data.
 data_dir = 'data/demo'
 prepare = '--source=phantom --n=120 --shape=32,48,32 --modalities=T1w,T2w'
 out_dir = 'out/demo'
 
 widths = (16, 32, 48, 64)
-attn_levels = (2, 3)     # attention at 1/8 and 1/16 only: it is a third of the time at 1/2 and 1/4
+attn_levels = (2, 3)     # at 1/8 and 1/16 only: attention at 1/2 and 1/4 would take a third of the time
 anat_dim = 32
 mod_dim = 2              # 32 bits of style beside 12 tokens of 8 bits
 modality_dim = 16
 num_codes = 256
 
-recon = 'l2'             # twelve tokens leave much unknown: squared error, which PSNR measures, learns faster here than L1 + SSIM
+# Twelve tokens leave much unknown: squared error, which PSNR measures, learns faster here than L1 + SSIM.
+recon = 'l2'
 w_ssim = 0.0
 w_commit = 0.025
 batch_size = 2
@@ -21,7 +22,8 @@ min_lr = 1e-5
 beta2 = 0.99
 warmup_iters = 20
 lr_decay_iters = 700
-cross_start, cross_ramp = 350, 50
+cross_start = 350
+cross_ramp = 50
 adv_start = 350
 ema_decay = 0.99
 eval_interval = 350

@@ -1,4 +1,4 @@
-# A flow on the latents of config/demo_kl.py, on two CPU cores: minutes.
+# A flow on the latents of config/demo_kl.py. It takes minutes on two CPU cores.
 vae = 'out/demo_kl/best.pt'
 out_dir = 'out/demo_flow'
 widths = (32, 64, 128)

@@ -1,4 +1,5 @@
-# A small MAISI-VAE on phantoms at 32x48x32: minutes on two CPU cores. Add --w_sid=10, or --w_cov=1 --w_var=1, for DeCo-VAE.
+# A small MAISI-VAE on phantoms of 32x48x32 voxels. It takes minutes on two CPU cores.
+# Add --w_sid=10 for DeCo-VAE with SID, or --w_cov=1 --w_var=1 for VAD.
 kind = 'convvae'
 data_dir = 'data/demo'
 prepare = '--source=phantom --n=120 --shape=32,48,32 --modalities=T1w,T2w'

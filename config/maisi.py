@@ -1,5 +1,7 @@
-# MAISI-VAE, DeCo-VAE's baseline without a regulariser of the latent: row "MAISI-VAE" of its tables 1 to 4 ("L_VAE").
-# Data: prepare.py --shape=128,256,128 --resize=True --percentiles=0,99.5 --percentiles_of=volume. Weights the paper leaves open are its released code's.
+# MAISI-VAE, DeCo-VAE's baseline without a regulariser of the latent: row "MAISI-VAE" of its tables 1
+# to 4, also called "L_VAE".
+# Data: prepare.py --shape=128,256,128 --resize=True --percentiles=0,99.5 --percentiles_of=volume.
+# Where the paper names no weight, it is that of its released code.
 kind = 'convvae'
 out_dir = 'out/maisi'
 modalities = ('T1w',)

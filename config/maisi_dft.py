@@ -1,5 +1,6 @@
-# Decoder fine-tuning of out/maisi: row "L_VAE + DFT" of DeCo-VAE table 4; table 5 calls it "L_VAE".
-# The encoder stays bit for bit; discriminators start anew; the perceptual weight is 200 times that of stage 1.
+# Decoder fine-tuning of out/maisi: row "L_VAE + DFT" of DeCo-VAE table 4. Table 5 calls it "L_VAE".
+# The encoder stays as it is, bit for bit. The discriminators start anew.
+# The perceptual weight is 200 times that of the first stage.
 kind = 'convvae'
 out_dir = 'out/maisi_dft'
 init_from = 'out/maisi/ckpt.pt'

@@ -1,5 +1,6 @@
-# A tokeniser like MediTok as a baseline of NeuroQuant table 1: 2D, 16x, axial slices, 8 codebooks of 4096 that split the channels;
-# 1,492,992 bits per 144x192x144 volume. MediTok itself is a transformer trained on 30 M images: this is its rate, not its network.
+# A tokeniser like MediTok as a baseline of NeuroQuant table 1: 2D, 16x, axial slices, 8 codebooks of 4096
+# that split the channels. A 144x192x144 volume takes 1,492,992 bits. MediTok itself is a transformer trained
+# on 30 M images: this is its rate, not its network.
 kind = 'convvae'
 out_dir = 'out/meditok'
 dims = 2

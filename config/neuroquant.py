@@ -1,11 +1,12 @@
-# NeuroQuant, the full model: tables 1 and 2, row "NeuroQuant (ours)" / "+ L_adv (full)". Narrow reading of the paper (only C4 = 256
-# is stated). 100k steps on volumes, then 25k on slices. out_dir/ckpt_3d.pt, saved between the two, is row "w/o joint training".
+# NeuroQuant, the full model: row "NeuroQuant (ours)" of its table 1, "+ L_adv (full)" of its table 2.
+# The widths are a narrow reading of the paper, which states C4 = 256 alone. It trains 100k steps on volumes,
+# then 25k on slices. Between the two it saves out_dir/ckpt_3d.pt: row "w/o joint training".
 out_dir = 'out/neuroquant'
 modalities = ('T1w', 'T2w')
 widths = (32, 64, 128, 256)
 num_codes = 4096
 
-batch_size = 4           # sessions, both modalities of each; over all processes together 4 x processes
+batch_size = 4           # sessions per process, both modalities of each; 4 x processes in all
 iters_3d = 100_000
 lr = 1e-4
 min_lr = 4.5e-6

@@ -1,5 +1,5 @@
-# NeuroQuant without joint training at equal steps: table 1, row "w/o joint training" as a 125k-step control of 3D steps alone.
-# (The same row at 100k steps is ckpt_3d.pt of config/neuroquant.py.)
+# NeuroQuant without joint training: row "w/o joint training" of its table 1, at equal steps. It is a control
+# of 125k steps on volumes alone. The same row at 100k steps is ckpt_3d.pt of config/neuroquant.py.
 out_dir = 'out/neuroquant_3d_only'
 joint = 'none'
 iters_3d = 125_000

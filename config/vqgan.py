@@ -1,5 +1,6 @@
-# VQGAN as a baseline of NeuroQuant table 1: 2D, 8x, axial slices, 16384 codes of 4 channels; 870,912 bits per 144x192x144 volume.
-# Trained here from scratch on the same data; the paper does not say whether its rows were.
+# VQGAN as a baseline of NeuroQuant table 1: 2D, 8x, axial slices, 16384 codes of 4 channels.
+# A 144x192x144 volume takes 870,912 bits. It is trained from scratch on the same data; the paper does not
+# say whether its rows were.
 kind = 'convvae'
 out_dir = 'out/vqgan'
 dims = 2

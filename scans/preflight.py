@@ -1,24 +1,25 @@
-"""A look at every scan as it is, before any mask or registration and before data are made: prepare.py --dry_run=True."""
-import os
+"""A look at every scan as it is, before masks, registration and data are made: prepare.py --dry_run=True."""
 import zlib
 from collections import Counter, defaultdict
 
 import numpy as np
+from nibabel.affines import voxel_sizes
 
-from judge import figures
+from common import markdown_table
 from scans import nifti
-from common import make_out_dir, markdown_table, write_text
+from scans.sources import tsv
 
 SMALL = (40, 48, 40)  # voxels of 4.5 mm: what contact sheets show and modalities are told apart by
-COLUMNS = (
-    'subject', 'session', 'modality', 'orientation', 'spacing_mm', 'shape', 'low', 'median', 'high',
-    'background', 'brain_mm', 'outside_box', 'same_grid', 'path'
-)
+COLUMNS = ('subject', 'session', 'modality', 'orientation', 'spacing_mm', 'shape', 'low', 'median', 'high',
+           'background', 'brain_mm', 'outside_box', 'same_grid', 'path')
 
-def examine(s, job):
-    """Facts of one session's scans: list of dicts with COLUMNS, 'checksum' and 'small', or with 'reason' where one cannot be used."""
-    subject, session, scans = job
-    rows, first = [], None
+def examine(subject, session, scans, box_mm):
+    """A session's scans {modality: path} as rows, dicts of COLUMNS as text.
+
+    With them: checksum, of the file; small, the scan in SMALL voxels. A scan that cannot be used has a reason
+    instead. box_mm: size of the box per axis, () where every brain fits.
+    """
+    rows, first_grid = [], None
     for modality, path in sorted(scans.items()):
         row = {'subject': subject, 'session': session, 'modality': modality, 'path': path}
         rows.append(row)
@@ -32,13 +33,10 @@ def examine(s, job):
         with open(nifti.file_of(path), 'rb') as f:
             row['checksum'] = zlib.crc32(f.read())
         low, median, high = np.percentile(volume[mask], (0.5, 50, 99.5))
-        where = [np.flatnonzero(mask.any(tuple(a for a in range(3) if a != axis))) for axis in range(3)]
-        size = [(w[-1] - w[0] + 1) * v for w, v in zip(where, np.sqrt((affine[:3, :3] ** 2).sum(0)))]
-        grid, first = (volume.shape, affine.round(3).tolist()), first or (
-            volume.shape,
-            affine.round(3).tolist(),
-        )
-        outside = not s['resize'] and any(v > n * s['spacing_mm'] for v, n in zip(size, s['shape']))
+        brain_mm = [(b.stop - b.start) * v for b, v in zip(nifti.bounds(mask), voxel_sizes(affine))]
+        outside = any(size > box for size, box in zip(brain_mm, box_mm))
+        grid = (volume.shape, affine.round(3).tolist())
+        first_grid = first_grid or grid
         row |= {
             'orientation': native.orientation,
             'spacing_mm': 'x'.join(f'{v:.3g}' for v in native.spacing_mm),
@@ -47,15 +45,21 @@ def examine(s, job):
             'median': f'{median:.4g}',
             'high': f'{high:.4g}',
             'background': 'estimated' if estimated else 'zero',
-            'brain_mm': 'x'.join(f'{v:.0f}' for v in size),
+            'brain_mm': 'x'.join(f'{v:.0f}' for v in brain_mm),
             'outside_box': 'yes' if outside else '',
-            'same_grid': 'yes' if grid == first else 'no',
+            'same_grid': 'yes' if grid == first_grid else 'no',
             'small': small.astype(np.float16),
         }
     return rows
 
+def usable(rows):
+    return [row for row in rows if 'reason' not in row]
+
+def modalities_of(rows):
+    return sorted({row['modality'] for row in rows})
+
 def suspects(rows):
-    """Scans that look more like another modality's mean than like their own's, the scan itself left out: list of lines.
+    """A line per scan that looks more like another modality's mean than like its own's, itself left out.
 
     Heads are compared with heads and brains with brains, from 5 scans of a modality on.
     """
@@ -65,92 +69,80 @@ def suspects(rows):
         for row in rows:
             if row['background'] == background:
                 images[row['modality']].append((row['path'], row['small'].astype(np.float64)))
-        totals = {m: sum(x for _, x in these) for m, these in images.items() if len(these) >= 5}
-        for own in totals if len(totals) > 1 else ():
-            for path, x in images[own]:
-                inside = x > 0
-                like = {
-                    m: np.corrcoef(x[inside], ((total - x) if m == own else total)[inside])[0, 1]
-                    for m, total in totals.items()
-                }
-                best = max(like, key=like.get)
-                if like[best] > like[own] + 0.05:
-                    lines.append(
-                        f'{path}: named {own}, looks like {best} (correlation {like[best]:.2f} against'
-                        f' {like[own]:.2f})'
-                    )
+        totals = {}
+        for m, pairs in images.items():
+            if len(pairs) >= 5:
+                totals[m] = sum(x for _, x in pairs)
+        if len(totals) < 2: continue
+        for named in totals:
+            for path, x in images[named]:
+                inside, r = x > 0, {}  # r: correlation with each modality
+                for m, total in totals.items():
+                    others = total - x if m == named else total
+                    r[m] = np.corrcoef(x[inside], others[inside])[0, 1]
+                best = max(r, key=r.get)
+                if r[best] > r[named] + 0.05:
+                    lines.append(f'{path}: named {named}, looks like {best} '
+                                 f'(correlation {r[best]:.2f} against {r[named]:.2f})')
     return lines
 
-def show(s, rows, notes):
-    """Print the summary and what is odd; write scans.tsv and a contact sheet per modality into out_dir/preflight."""
-    rows = sorted(rows, key=lambda r: (r['subject'], r['session'], r['modality']))
-    good, bad = [r for r in rows if 'reason' not in r], [r for r in rows if 'reason' in r]
-    folder = os.path.join(s['out_dir'], 'preflight')
-    make_out_dir(folder)
-    found = sorted({r['modality'] for r in rows})
-    subjects, sessions = {r['subject'] for r in rows}, {(r['subject'], r['session']) for r in rows}
-    print(
-        f'{len(subjects)} subjects, {len(sessions)} sessions, {len(rows)} scans, {len(bad)} of them'
-        ' unusable\n'
-    )
+def summary(rows):
+    """Lines of a markdown table: per modality what its scans share, and how many are odd."""
+    head = ['modality', 'scans', 'orientations', 'spacings, mm', 'shapes', 'intensities, 0.5 to 99.5 %',
+            'zero background', 'another grid', 'outside the box']
     lines = []
-    for m in found:
-        these = [r for r in good if r['modality'] == m]
-        common = lambda key: ', '.join(f'{k} {n}' for k, n in Counter(r[key] for r in these).most_common(3))
-        span = (
-            f"{min(float(r['low']) for r in these):.4g} to {max(float(r['high']) for r in these):.4g}"
-            if these
-            else ''
-        )
-        lines.append([
-            m,
-            sum(r['modality'] == m for r in rows),
-            common('orientation'),
-            common('spacing_mm'),
-            common('shape'),
-            span,
-            *(
-                sum(r[key] == value for r in these)
-                for key, value in (('background', 'zero'), ('same_grid', 'no'), ('outside_box', 'yes'))
-            ),
-        ])
-    print(
-        '\n'.join(
-            markdown_table(
-                [
-                    'modality', 'scans', 'orientations', 'spacings, mm', 'shapes',
-                    'intensities, 0.5 to 99.5 %', 'zero background', 'another grid', 'outside the box'
-                ],
-                lines,
-            )
-        )
-    )
-    same = defaultdict(list)
-    for r in good:
-        same[r['checksum']].append(r['path'])
-    present = defaultdict(set)
-    for r in good:
-        present[r['subject'], r['session']].add(r['modality'])
-    lacking = [
-        f"{a} {b}: no {', '.join(m for m in found if m not in has)}"
-        for (a, b), has in sorted(present.items())
-        if len(has) < len(found)
-    ]
-    for title, lines in (
-        ('unusable', [r['reason'] for r in bad]),
-        ('the same bytes', [' = '.join(paths) for paths in same.values() if len(paths) > 1]),
-        ('sessions without a modality', lacking),
-        ('perhaps another modality', suspects(good)),
-        ('larger than the box', [f"{r['path']}: {r['brain_mm']} mm" for r in good if r['outside_box']]),
-        ('files not used', notes),
-    ):
+    for m in modalities_of(rows):
+        group = [row for row in rows if row['modality'] == m]
+        good = usable(group)
+        line = [m, len(group)]
+        for column in ('orientation', 'spacing_mm', 'shape'):
+            commonest = Counter(row[column] for row in good).most_common(3)
+            line.append(', '.join(f'{value} {count}' for value, count in commonest))
+        lows, highs = [float(row['low']) for row in good], [float(row['high']) for row in good]
+        line.append(f'{min(lows):.4g} to {max(highs):.4g}' if good else '')
+        for column, value in (('background', 'zero'), ('same_grid', 'no'), ('outside_box', 'yes')):
+            line.append(sum(row[column] == value for row in good))
+        lines.append(line)
+    return markdown_table(head, lines)
+
+def report(rows, notes):
+    """The summary and what is odd, as text. rows: of all sessions, sorted; notes: lines on files left out."""
+    good = usable(rows)
+    copies, present = defaultdict(list), defaultdict(set)
+    for row in good:
+        copies[row['checksum']].append(row['path'])
+        present[row['subject'], row['session']].add(row['modality'])
+    lacking = []
+    for (subject, session), modalities in present.items():
+        absent = [m for m in modalities_of(rows) if m not in modalities]
+        if absent:
+            lacking.append(f'{subject} {session}: no {", ".join(absent)}')
+    findings = {
+        'unusable': [row['reason'] for row in rows if 'reason' in row],
+        'the same bytes': [' = '.join(paths) for paths in copies.values() if len(paths) > 1],
+        'sessions without a modality': lacking,
+        'perhaps another modality': suspects(good),
+        'larger than the box': [f"{row['path']}: {row['brain_mm']} mm" for row in good if row['outside_box']],
+        'files not used': notes,
+    }
+    subjects = {row['subject'] for row in rows}
+    sessions = {(row['subject'], row['session']) for row in rows}
+    text = [f'{len(subjects)} subjects, {len(sessions)} sessions, {len(rows)} scans, '
+            f'{len(rows) - len(good)} of them unusable', '', *summary(rows)]
+    for title, lines in findings.items():
         if not lines: continue
-        print('\n'.join([f'\n{len(lines)} {title}:', *[f'  {line}' for line in lines[:50]]]))
+        text += ['', f'{len(lines)} {title}:', *[f'  {line}' for line in lines[:50]]]
         if len(lines) > 50:
-            print(f'  and {len(lines) - 50} more')
-    table = [COLUMNS, *[[str(r.get(c, '')) for c in COLUMNS] for r in good]]
-    write_text(os.path.join(folder, 'scans.tsv'), ''.join('\t'.join(line) + '\n' for line in table))
-    for m in found:
-        small = [(f"{r['subject']} {r['session']}", r['small']) for r in good if r['modality'] == m]
-        figures.contact_sheet(os.path.join(folder, f'{m}.png'), small[:120])
-    print(f"\n{os.path.join(folder, 'scans.tsv')}; nothing else was written")
+            text.append(f'  and {len(lines) - 50} more')
+    return '\n'.join(text)
+
+def table(rows):
+    """scans.tsv as text: COLUMNS of every scan that can be used."""
+    return tsv([COLUMNS, *[map(row.get, COLUMNS) for row in usable(rows)]])
+
+def contact_sheets(rows):
+    """{modality: up to 120 (heading, small volume)}, to be drawn."""
+    sheets = {m: [] for m in modalities_of(rows)}
+    for row in usable(rows):
+        sheets[row['modality']].append((f"{row['subject']} {row['session']}", row['small']))
+    return {m: sheet[:120] for m, sheet in sheets.items()}

@@ -1,8 +1,8 @@
-"""The networks. NeuroQuant: one 3D encoder, two latent streams, a shared codebook of anatomy, a decoder driven by modality.
+"""The networks: NeuroQuant, ConvVAE (MAISI, DeCo-VAE, SD-VAE, VQGAN by config) and FlowUNet.
 
-Shapes: x (B, 1, D, H, W) in [0, 1], background exactly 0, RAS+ at 1 mm, axes (left-right, posterior-anterior, inferior-superior);
-latents (B, C, d, h, w) at 1/16 of the size. An axis of length 1 makes x a batch of slices and names the missing axis: layers
-read the plane from the shape, so volumes and slices share one set of weights and no flag is passed.
+Shapes: x (B, 1, D, H, W) in [0, 1], background exactly 0, RAS+ at 1 mm, axes (left-right, posterior-anterior,
+inferior-superior); latents (B, C, d, h, w). An axis of length 1 makes x a batch of slices and names the
+missing axis. NeuroQuant reads the plane from the shape: volumes and slices share one set of weights.
 """
 import hashlib
 import math
@@ -19,265 +19,307 @@ from quantize import make_quantizer, sum_over_ranks
 # ---------------------------------------------------------------- building blocks
 
 def missing_axis(x):
-    """The one spatial axis (0, 1, 2) of length 1 of x (B, C, D, H, W), or None for a volume. ValueError for two of them."""
+    """The axis (0, 1, 2) of x (B, C, D, H, W) of length 1, None for a volume. ValueError for two."""
     ones = [axis for axis, n in enumerate(x.shape[2:]) if n == 1]
     if len(ones) > 1:
         raise ValueError(f'{tuple(x.shape)} has {len(ones)} axes of length 1: a slice has one, a volume none')
     return ones[0] if ones else None
 
-def slicewise(fn, x, axis):
-    """fn of images (B, C, ., .), applied to slices x (B, C, D, H, W) that lack `axis`; channels-last stays channels-last."""
-    return fn(x.squeeze(2 + axis)).movedim(1, -1).unsqueeze(1 + axis).movedim(-1, 1)
+def as_slices(images, axis):
+    """Images (B, C, ., .) -> (B, C, D, H, W) without `axis`. Channels-last stays channels-last."""
+    return images.movedim(1, -1).unsqueeze(1 + axis).movedim(-1, 1)
 
 class Conv3d(nn.Conv3d):
-    """nn.Conv3d. On a CPU a single small sample goes to oneDNN, up to 11 times as fast as the kernel that torch picks for it."""
+    """On a CPU, one sample alone goes to oneDNN, up to 11 times as fast as torch's choice."""
     def _conv_forward(self, x, weight, bias):
-        if (
-            x.device.type == 'cpu'
-            and len(x) == 1
-            and x[0, 0].numel() >= 64
-            and x.dtype == weight.dtype == torch.float32
-            and not torch.compiler.is_compiling()
-            and torch.backends.mkldnn.is_available()
-        ):
-            return torch.mkldnn_convolution(
-                x, weight, bias, self.padding, self.stride, self.dilation, self.groups
-            )
-        return super()._conv_forward(x, weight, bias)
+        alone = len(x) == 1 and math.prod(x.shape[2:]) >= 64
+        float32_on_cpu = x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32
+        onednn = not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available()
+        if not (alone and float32_on_cpu and onednn): return super()._conv_forward(x, weight, bias)
+        how = self.padding, self.stride, self.dilation, self.groups
+        return torch.mkldnn_convolution(x, weight, bias, *how)
 
 class Conv(Conv3d):
-    """Zero-padded 3D convolution; on a slice, the 2D convolution whose kernel is summed over the missing axis.
+    """3D convolution; on a slice, the 2D one whose kernel is summed over the missing axis.
 
-    The sum gives a slice what an inner slice of a volume constant along that axis would get, so activations keep their scale
-    ("kernels are adjusted along the selected plane", NeuroQuant 3.5). Stride and padding along the missing axis are 1 and none.
+    A slice gets what it would get within a volume constant along that axis, so activations keep their scale
+    ("kernels are adjusted along the selected plane", NeuroQuant 3.5).
     """
     def forward(self, x):
         axis = missing_axis(x)
         if axis is None: return super().forward(x)
-        weight = self.weight.sum(2 + axis)
-        return slicewise(
-            lambda images: F.conv2d(images, weight, self.bias, self.stride[0], self.padding[0]), x, axis
-        )
+        weight = self.weight.sum(2 + axis)  # (C_out, C_in, k, k)
+        images = x.squeeze(2 + axis)        # (B, C_in, ., .)
+        images = F.conv2d(images, weight, self.bias, self.stride[0], self.padding[0])
+        return as_slices(images, axis)      # (B, C_out, D, H, W)
 
 def halve(x):
-    """Mean over 2x2x2 voxels; on a slice, over 2x2 pixels."""
+    """Mean over 2x2x2 voxels, or 2x2 pixels of a slice."""
     axis = missing_axis(x)
     if axis is None: return F.avg_pool3d(x, 2)
-    return slicewise(lambda images: F.avg_pool2d(images, 2), x, axis)
+    return as_slices(F.avg_pool2d(x.squeeze(2 + axis), 2), axis)
 
 def double(x, mode='nearest'):
-    """x2 by 'nearest' or 'trilinear' interpolation; on a slice, within its plane."""
+    """x2 by 'nearest' or 'trilinear' interpolation, of a slice within its plane."""
     axis = missing_axis(x)
     if axis is None: return F.interpolate(x, scale_factor=2, mode=mode)
-    plane_mode = 'bilinear' if mode == 'trilinear' else mode
-    return slicewise(lambda images: F.interpolate(images, scale_factor=2, mode=plane_mode), x, axis)
+    mode = mode.replace('tri', 'bi')
+    return as_slices(F.interpolate(x.squeeze(2 + axis), scale_factor=2, mode=mode), axis)
 
-def channel_norm(channels):
-    """Each channel to mean 0 and variance 1 over its own grid, then scale and shift (group norm with groups of one channel).
+def run(net, block, *args):
+    """block(*args). If net is checkpointing, nothing inside is kept: the backward pass computes it again."""
+    if net.checkpointing and net.training: return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
 
-    Groups of several channels let the constants of channels outgrow what differs between brains, and codes fall out of use.
-    """
-    return nn.GroupNorm(channels, channels)
+def zeroed(layer):
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+def group_norm(channels):
+    """MAISI's: 32 groups, or the largest power of 2 that divides fewer or odd channels."""
+    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
 
 class ResConv(nn.Module):
-    """x + conv(SiLU(norm(x))), 3x3x3, same shape."""
+    """x + conv(SiLU(norm(x))), 3x3x3, each channel normed alone.
+
+    In larger groups, channels' constants outgrow what differs between brains, and codes fall out of use.
+    """
     def __init__(self, channels):
         super().__init__()
-        self.norm = channel_norm(channels)
+        self.norm = nn.GroupNorm(channels, channels)
         self.conv = Conv(channels, channels, 3, padding=1)
 
     def forward(self, x):
-        return x + self.conv(F.silu(self.norm(x)))
+        return x + self.conv(F.silu(self.norm(x)))  # (B, C, D, H, W)
 
-class AxialAttention(nn.Module):
-    """Self-attention along one spatial axis, NeuroQuant eq. 2; three in a row, one per axis, let any voxel reach any other.
-
-    x: (B, C, D, H, W) -> the same shape, residual, with layer norm over channels first. axis: 0, 1, 2 = D, H, W.
-    Cost of the scores: D*H*W*L*C for axis length L, not (D*H*W)^2*C. On slices the missing axis is skipped.
-    Heads are 32 wide where C allows. The projection starts at zero: the block starts as the identity.
-    """
-    def __init__(self, channels, axis):
+class Attention(nn.Module):
+    """Self-attention among all positions, residual, group norm first. head_width None: one head."""
+    def __init__(self, channels, head_width=None):
         super().__init__()
-        self.axis = axis
-        self.n_head = channels // 32 if channels % 32 == 0 else 1
-        self.norm = nn.LayerNorm(channels)
+        self.n_head = channels // (head_width or channels)
+        self.norm = group_norm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
-        nn.init.zeros_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)
+
+    def attend(self, rows):
+        qkv = self.qkv(rows).unflatten(2, (3, self.n_head, -1))    # (R, L, C) -> (R, L, 3, heads, C/heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                       # three of (R, heads, L, C/heads)
+        if len(rows) <= 65535:                                     # CUDA kernels take no more rows
+            y = F.scaled_dot_product_attention(q, k, v)            # (R, heads, L, C/heads)
+        else:
+            parts = zip(q.split(65535), k.split(65535), v.split(65535))
+            y = torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
+        return self.proj(y.transpose(1, 2).flatten(2))             # (R, L, C)
+
+    def forward(self, x):
+        rows = self.norm(x).flatten(2).transpose(1, 2)             # (B, N, C), N positions
+        return x + self.attend(rows).transpose(1, 2).view_as(x)    # (B, C, *grid)
+
+class AxialAttention(Attention):
+    """Attention along one axis (0, 1, 2), NeuroQuant eq. 2. Three in a row let any voxel reach any other.
+
+    Layer norm comes first. The projection starts at zero: the block starts as the identity. The scores cost
+    D*H*W*L*C for axis length L, not (D*H*W)^2*C. On slices the missing axis is skipped.
+    """
+    def __init__(self, channels, axis):
+        super().__init__(channels, head_width=32 if channels % 32 == 0 else None)
+        self.axis = axis
+        self.norm = nn.LayerNorm(channels)
+        zeroed(self.proj)
 
     def forward(self, x):
         if missing_axis(x) == self.axis: return x
-        h = self.norm(x.movedim(1, -1)).movedim(1 + self.axis, 3)       # (B, ., ., L, C)
-        rows = h.reshape(-1, *h.shape[3:])                              # (R, L, C), R = B*D*H*W/L
-        # (R, heads, L, C/heads)
-        q, k, v = (t.unflatten(2, (self.n_head, -1)).transpose(1, 2) for t in self.qkv(rows).chunk(3, -1))
-        if len(rows) <= 65535:
-            y = F.scaled_dot_product_attention(q, k, v)
-        else:
-            y = torch.cat([F.scaled_dot_product_attention(*part)      # CUDA kernels take no more rows
-                             for part in zip(q.split(65535), k.split(65535), v.split(65535))])
-        y = self.proj(y.transpose(1, 2).flatten(2)).view(h.shape)
-        return x + y.movedim(3, 1 + self.axis).movedim(-1, 1)
+        h = self.norm(x.movedim(1, -1)).movedim(1 + self.axis, 3)  # (B, ., ., L, C)
+        rows = h.reshape(-1, *h.shape[3:])                         # (R, L, C), R = B*D*H*W/L
+        y = self.attend(rows).view(h.shape)                        # (B, ., ., L, C)
+        return x + y.movedim(3, 1 + self.axis).movedim(-1, 1)      # (B, C, D, H, W)
 
-def local_then_axial(channels, res_blocks, attention):
-    """Residual 3x3x3 convolutions, then attention along D, H and W: A(F) = Attn_W(Attn_H(Attn_D(F))), NeuroQuant eq. 3."""
-    return nn.Sequential(*[ResConv(channels) for _ in range(res_blocks)],
-                         *[AxialAttention(channels, axis) for axis in range(3 if attention else 0)])
+def local_then_axial(c, level, channels):
+    """Residual convolutions, then A(F) = Attn_W(Attn_H(Attn_D(F))), NeuroQuant eq. 3."""
+    layers = [ResConv(channels) for _ in range(c.res_blocks)]
+    if c.attention and level in c.attn_levels:
+        layers += [AxialAttention(channels, axis) for axis in range(3)]
+    return nn.Sequential(*layers)
+
+# ---------------------------------------------------------------- what autoencoders share
+
+@dataclass
+class QuantizerConfig:
+    """The codebook of NeuroQuant, and of ConvVAE with bottleneck='vq'."""
+    quantizer: str = 'ema'       # a codebook; 'fsq': the control without one, FiniteScalarQuantizer
+    num_codes: int = 4096
+    num_codebooks: int = 1       # indices per position; NeuroQuant's paper has one
+    codebooks: str = 'residual'  # how several work together, see MultiQuantizer
+    code_decay: float = 0.99     # EMA of the codebook
+    revive: float = 0.1          # codes used less than this fraction of the mean use are replaced
+
+    def make_quantizer(self, dim):
+        return make_quantizer(self.num_codes, dim, self.code_decay, self.revive,
+                              self.num_codebooks, self.codebooks, self.quantizer)
+
+class Autoencoder(nn.Module):
+    """What NeuroQuant and ConvVAE offer for volumes x (B,1,D,H,W). NeuroQuant with FiLM needs the modality.
+
+    encoding(x) -> dict: latent, frozen features for probes; mean and logvar, what a flow models, logvar None
+    but for 'kl'; tokens, indices of codes, None for 'kl'.
+    analyse(x, modality) -> the same and x_hat, not clamped, from one encoding and one decoding.
+    latent_shape: (D,H,W) of a volume -> (C, d, h, w).
+    """
+    def posterior(self, x):
+        out = self.encoding(x)
+        return out['mean'], out['logvar']
+
+    def latent(self, x, modality=None):
+        return self.encoding(x)['latent']
+
+    def tokens(self, x):
+        tokens = self.encoding(x)['tokens']
+        if tokens is None: raise ValueError("an autoencoder with bottleneck='kl' has no tokens")
+        return tokens
+
+    def reconstruct(self, x, modality=None):
+        return self.analyse(x, modality)['x_hat']
+
+    def from_latent(self, z, modality=None):
+        """A generated latent as posterior() gives it -> x_hat."""
+        return self.from_tokens(self.quantizer.nearest_indices(z), modality)
+
+    def bits_per_volume(self, shape):
+        """Bits of the codes of a (D,H,W) volume: 972 log2 K for NeuroQuant at 144x192x144."""
+        positions = math.prod(self.latent_shape(shape)[1:])
+        return positions * self.config.num_codebooks * math.log2(self.config.num_codes)
+
+    def style_bits(self):
+        """Bits beside the codes."""
+        return 0
 
 # ---------------------------------------------------------------- NeuroQuant
 
 @dataclass
-class NeuroQuantConfig:
-    """Defaults: the narrow reading of the paper (only C4 = 256 is stated there) with its released code's codebook."""
+class NeuroQuantConfig(QuantizerConfig):
+    """Defaults: the paper, read narrowly (it states C4 = 256 alone), with its released code's codebook."""
     modalities: tuple = ('T1w', 'T2w')
-    widths: tuple = (32, 64, 128, 256)  # channels of the four encoder blocks, at 1/2, 1/4, 1/8, 1/16
+    widths: tuple = (32, 64, 128, 256)  # channels of the four blocks, at 1/2, 1/4, 1/8, 1/16
     res_blocks: int = 1                 # 3x3x3 convolutions per block besides the strided one
     attention: bool = True              # factorised multi-axis attention (FMA) in encoder and decoder
     attn_levels: tuple = (0, 1, 2, 3)   # where: 0 is 1/2 of the size (the dearest), 3 is 1/16
     film: bool = True                   # modality stream and FiLM (M-FiLM); without it, a plain VQ-VAE
     anat_dim: int = 64                  # channels of z_anat and of a code
     mod_dim: int = 32                   # channels of z_mod
-    modality_dim: int = 32              # channels of the learned vector s_m of each modality
-    # 'ema': a codebook; 'fsq': the control without one, see FiniteScalarQuantizer
-    quantizer: str = 'ema'
-    num_codes: int = 4096
-    num_codebooks: int = 1              # indices per position; the paper has one
-    codebooks: str = 'residual'         # how several work together, see MultiQuantizer
-    code_decay: float = 0.99            # EMA of the codebook
-    revive: float = 0.1                 # codes used less than this fraction of the mean use are replaced
-
-class Encoder(nn.Module):
-    """x (B, 1, D, H, W) -> F_4 (B, C4, D/16, H/16, W/16): a stem at full size and four blocks, NeuroQuant 3.2.
-
-    checkpointing: recompute the half-size block in the backward pass instead of keeping what is inside it.
-    """
-    def __init__(self, c):
-        super().__init__()
-        self.checkpointing = False
-        channels = (c.widths[0] // 2, *c.widths)  # half the width at full size, where memory is dear
-        self.stem = Conv(1, channels[0], 3, padding=1)
-        self.blocks = nn.ModuleList(EncoderBlock(a, b, c.res_blocks, c.attention and level in c.attn_levels)
-                                    for level, (a, b) in enumerate(zip(channels, channels[1:])))
-
-    def forward(self, x):
-        h = self.stem(x)
-        for i, block in enumerate(self.blocks):
-            h = (
-                checkpoint(block, h, use_reentrant=False)
-                if self.checkpointing and self.training and i == 0
-                else block(h)
-            )
-        return h
+    modality_dim: int = 32              # channels of each modality's learned vector s_m
 
 class EncoderBlock(nn.Module):
     """F_t = skip(F_{t-1}) + A(Conv3D(F_{t-1})) at half the size, NeuroQuant eq. 3.
 
     Departs: the two terms of eq. 3 differ in shape, so the skip is a 2x2x2 mean and a 1x1x1 convolution.
     """
-    def __init__(self, c_in, c_out, res_blocks, attention):
+    def __init__(self, c, level, c_in, c_out):
         super().__init__()
         self.skip = Conv(c_in, c_out, 1)
         self.down = Conv(c_in, c_out, 3, stride=2, padding=1)
-        self.body = local_then_axial(c_out, res_blocks, attention)
+        self.body = local_then_axial(c, level, c_out)
 
     def forward(self, x):
-        return self.skip(halve(x)) + self.body(self.down(x))
+        return self.skip(halve(x)) + self.body(self.down(x))  # (B, c_out, D/2, H/2, W/2)
+
+class Encoder(nn.Module):
+    """A stem at full size and four blocks, NeuroQuant 3.2. Only the half-size block is checkpointed."""
+    def __init__(self, c):
+        super().__init__()
+        self.checkpointing = False
+        widths = (c.widths[0] // 2, *c.widths)  # half the width at full size, where memory is dear
+        self.stem = Conv(1, widths[0], 3, padding=1)
+        self.blocks = nn.ModuleList(EncoderBlock(c, i, widths[i], widths[i + 1]) for i in range(4))
+
+    def forward(self, x):
+        h = self.stem(x)  # (B, C1/2, D, H, W)
+        for i, block in enumerate(self.blocks):
+            h = run(self, block, h) if i == 0 else block(h)
+        return h          # (B, C4, D/16, H/16, W/16)
 
 class FiLM(nn.Module):
-    """u_m = (GAP(z_mod), s_m), then (gamma_l, beta_l) = MLP_l(u_m) for every decoder layer l, NeuroQuant eq. 8-9.
+    """u_m = (GAP(z_mod), s_m), (gamma_l, beta_l) = MLP_l(u_m) for every decoder layer l, NeuroQuant eq. 8-9.
 
-    The last layers start at zero, so that gamma = 1 and beta = 0: the modulated decoder starts as the plain one.
+    It starts as gamma = 1, beta = 0: the modulated decoder starts as the plain one.
     """
-    def __init__(self, c, layers):
+    def __init__(self, c, widths):
         super().__init__()
         self.embedding = nn.Embedding(len(c.modalities), c.modality_dim)
-        self.mlps = nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(c.mod_dim + c.modality_dim, 256),
-                nn.SiLU(),
-                nn.Linear(256, 256),
-                nn.SiLU(),
-                nn.Linear(256, 2 * channels),
-            )
-            for channels in layers
-        )
-        for mlp in self.mlps:
-            nn.init.zeros_(mlp[-1].weight)
-            nn.init.zeros_(mlp[-1].bias)
+        self.mlps = nn.ModuleList()
+        for width in widths:
+            hidden = [nn.Linear(c.mod_dim + c.modality_dim, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU()]
+            self.mlps.append(nn.Sequential(*hidden, zeroed(nn.Linear(256, 2 * width))))
 
     def forward(self, pooled, modality):
-        """pooled (B, mod_dim), modality (B,) int64 -> list of (gamma, beta), each (B, C_l)."""
-        u = torch.cat([pooled, self.embedding(modality).to(pooled.dtype)], 1)
-        out = [mlp(u).chunk(2, 1) for mlp in self.mlps]
-        return [(1 + gamma, beta) for gamma, beta in out]
+        s_m = self.embedding(modality).to(pooled.dtype)       # (B,) -> (B, modality_dim)
+        u_m = torch.cat([pooled, s_m], 1)                     # (B, mod_dim + modality_dim)
+        halves = [mlp(u_m).chunk(2, 1) for mlp in self.mlps]  # pairs of (B, C_l)
+        return [(1 + gamma, beta) for gamma, beta in halves]
 
 class DecoderBlock(nn.Module):
-    """Convolution, [x2,] residual convolution, axis attention, FiLM (NeuroQuant eq. 10), SiLU.
+    """Convolution, [x2,] residual convolutions, axial attention, FiLM (NeuroQuant eq. 10), SiLU.
 
-    The convolution that changes the channels comes before the upsampling, where it costs an eighth. No norm between body and
-    FiLM: with one, what every brain has in common drowns what the codes say.
+    The channels change before the upsampling, where it costs an eighth. No norm between body and FiLM: with
+    one, what every brain has in common drowns what the codes say.
     """
-    def __init__(self, c_in, c_out, res_blocks, attention, up=True):
+    def __init__(self, c, level, c_in, c_out):
         super().__init__()
-        self.up = up
+        self.up = level < 3
         self.conv = Conv(c_in, c_out, 3, padding=1)
-        self.body = local_then_axial(c_out, res_blocks, attention)
+        self.body = local_then_axial(c, level, c_out)
 
     def forward(self, x, gamma=None, beta=None):
-        h = self.conv(x)
-        h = self.body(double(h) if self.up else h)
+        h = self.conv(x)                            # (B, c_out, d, h, w)
+        h = self.body(double(h) if self.up else h)  # (B, c_out, 2d, 2h, 2w)
         if gamma is not None:
             h = gamma[:, :, None, None, None] * h + beta[:, :, None, None, None]
         return F.silu(h)
 
 class Decoder(nn.Module):
-    """z_q (B, Ca, d, h, w) -> x_hat (B, 1, 16d, 16h, 16w), linear output. The encoder's mirror; no attention at full size.
+    """The encoder's mirror, linear output. Only the half- and full-size stages are checkpointed.
 
-    The full-size stage has half of widths[0] channels: it is where most of the time and memory would go.
-    checkpointing: recompute the half- and full-size stages in the backward pass instead of keeping them.
+    At full size, where most time and memory would go, no attention and half of widths[0] channels.
     """
     def __init__(self, c):
         super().__init__()
-        self.channels = (*reversed(c.widths), c.widths[0] // 2)  # of the five FiLM layers
-        pairs = zip((c.anat_dim, *self.channels), self.channels)
-        self.blocks = nn.ModuleList(
-            DecoderBlock(a, b, c.res_blocks, c.attention and 3 - i in c.attn_levels, up=i > 0)
-            for i, (a, b) in enumerate(pairs)
-        )
-        self.heads = nn.ModuleList(Conv(channels, 1, 3, padding=1) for channels in self.channels)
         self.checkpointing = False
+        self.channels = (*reversed(c.widths), c.widths[0] // 2)  # of the five FiLM layers
+        c_in = (c.anat_dim, *self.channels)
+        self.blocks = nn.ModuleList(DecoderBlock(c, 3 - i, c_in[i], c_in[i + 1]) for i in range(5))
+        self.heads = nn.ModuleList(Conv(channels, 1, 3, padding=1) for channels in self.channels)
 
     def forward(self, z_q, film):
-        h, x_hat = z_q, None
+        h = z_q
         for i, (block, head) in enumerate(zip(self.blocks, self.heads)):
-            args = film[i] if film else ()
-            if self.checkpointing and self.training and i >= 3:
-                h = checkpoint(block, h, *args, use_reentrant=False)
+            args = (h, *film[i]) if film else (h,)
+            h = run(self, block, *args) if i >= 3 else block(*args)  # (B, channels[i], 2^i d, 2^i h, 2^i w)
+            if i == 0:
+                x_hat = head(h)
             else:
-                h = block(h, *args)
-            x_hat = head(h) if x_hat is None else head(h) + double(x_hat, 'trilinear')
+                x_hat = head(h) + double(x_hat, 'trilinear')         # (B, 1, 2^i d, 2^i h, 2^i w)
         return x_hat
 
-class NeuroQuant(nn.Module):
-    """Dual-stream VQ-VAE (arXiv:2604.05171): anatomy as one code per 16^3 voxels, modality as a vector that drives FiLM.
+class NeuroQuant(Autoencoder):
+    """Dual-stream VQ-VAE (arXiv:2604.05171): anatomy as a code per 16^3 voxels, modality as a FiLM vector.
 
-    modality, wherever it is an argument: a name, an index into config.modalities, or (B,) int64 of indices.
-    Buffers beside the codebook: mod_sum (M, Cm) and mod_weight (M,), whose ratio is the running mean of GAP(z_mod) for each
-    modality, so that translate() needs no scan of the target.
+    x and x_hat, not clamped: (B,1,D,H,W). z_anat, z_q: (B,Ca,d,h,w). z_mod: (B,Cm,d,h,w), Cm = 0 if
+    film is off. indices: (B,d,h,w) int64. FiLM: list of (gamma, beta), one per decoder layer, (B,C_l) each.
+    modality: a name, an index into config.modalities, or (B,) int64 of indices.
+    Buffers mod_sum (M,Cm), mod_weight (M,): their ratio is the running mean of GAP(z_mod) by modality. So
+    translate() needs no scan of the target.
     """
+    factor = 16
+
     def __init__(self, config):
         super().__init__()
-        c, self.factor = config, 16
-        self.config = config
-        if len(c.widths) != 4 or any(w < 8 or w % 8 for w in c.widths):
+        c = self.config = config
+        if len(c.widths) != 4 or any(width < 8 or width % 8 for width in c.widths):
             raise ValueError(f'widths {c.widths}: four are needed, each a multiple of 8')
         if not c.modalities: raise ValueError('modalities is empty: name at least one, such as T1w')
         self.encoder = Encoder(c)
         self.anat_head = nn.Sequential(nn.SiLU(), Conv(c.widths[-1], c.anat_dim, 3, padding=1))
-        self.quantizer = make_quantizer(
-            c.num_codes, c.anat_dim, c.code_decay, c.revive, c.num_codebooks, c.codebooks, c.quantizer
-        )
+        self.quantizer = c.make_quantizer(c.anat_dim)
         self.decoder = Decoder(c)
         if c.film:
             self.mod_head = nn.Sequential(nn.SiLU(), Conv(c.widths[-1], c.mod_dim, 3, padding=1))
@@ -286,49 +328,40 @@ class NeuroQuant(nn.Module):
             self.register_buffer('mod_weight', torch.zeros(len(c.modalities)))
 
     def check_size(self, shape):
-        """ValueError unless every axis is a multiple of 16 from 32 on, or one axis is 1 (slices).
-
-        From 32, since a latent axis of length 1 would read as a slice.
-        """
-        if sum(n == 1 for n in shape) > 1 or any(n != 1 and (n % 16 or n < 32) for n in shape):
-            raise ValueError(
-                f'size {tuple(shape)}: each axis must be a multiple of 16, at least 32 (one may be 1:'
-                ' slices); pad first'
-            )
+        """ValueError unless axes are multiples of 16, from 32 on: a latent axis of 1 reads as a slice."""
+        lengths = [n for n in shape if n != 1]
+        if len(shape) - len(lengths) > 1 or any(n % 16 or n < 32 for n in lengths):
+            raise ValueError(f'size {tuple(shape)}: each axis must be a multiple of 16, at least 32 '
+                             '(one may be 1: slices); pad first')
 
     def encode(self, x, modality=None):
-        """x (B,1,D,H,W) -> z_anat (B,Ca,d,h,w), z_mod (B,Cm,d,h,w), NeuroQuant eq. 1 and 4; Cm = 0 without FiLM.
-
-        modality is not used: one encoder serves all. Raises ValueError for sizes that check_size refuses.
-        """
+        """x -> z_anat, z_mod, NeuroQuant eq. 1 and 4. modality is not used: one encoder serves all."""
         if x.ndim != 5 or x.shape[1] != 1:
             raise ValueError(f'x must be (B,1,D,H,W), got {tuple(x.shape)}')
         self.check_size(x.shape[2:])
-        h = self.encoder(x)
-        z_anat = self.anat_head(h)
-        z_mod = self.mod_head(h) if self.config.film else h[:, :0]
-        return z_anat, z_mod
+        h = self.encoder(x)  # (B, C4, d, h, w)
+        return self.anat_head(h), self.mod_head(h) if self.config.film else h[:, :0]
 
     def film(self, z_mod, modality):
-        """z_mod (B,Cm,d,h,w) -> list of (gamma, beta), one per decoder layer, each (B,C_l); empty without FiLM."""
+        """The scan's own FiLM, from its z_mod; empty without FiLM."""
         if not self.config.film: return []
         return self.film_mlp(z_mod.mean((2, 3, 4)), self.modality_index(modality, z_mod))
 
     def decode(self, z_q, film):
-        """z_q (B,Ca,d,h,w), film as film() gives it -> x_hat (B,1,D,H,W), NeuroQuant eq. 11; not clamped."""
+        """z_q, film -> x_hat, NeuroQuant eq. 11."""
         return self.decoder(z_q, film)
 
     def forward(self, x, modality, pairs=None):
         """One pass for everything the losses need.
 
-        x (B,1,D,H,W), modality. pairs (P,2) int64: rows (source, target) of the batch that are one subject's scans; then
-        x_cross (P,1,D,H,W) is the source's anatomy under the target's FiLM, NeuroQuant eq. 13, decoded in the same call.
-        returns dict: x_hat (B,1,D,H,W), z_anat, z_mod, z_q (float32, straight-through), indices (B,d,h,w), commit
-        Slices read the codebook and the modality means without changing them (open in the paper: its 2D batches hold more
-        tokens than its 3D ones and would take the codebook over).
+        pairs (P,2) int64: rows (source, target) of the batch that are one subject's scans. Then x_cross
+        (P,1,D,H,W), decoded in the same call, is the source's anatomy under the target's FiLM (eq. 13).
+        returns dict: x_hat, z_anat, z_mod, z_q (float32, straight-through), indices, commit
+        Slices read the codebook and the modality means without changing them. The paper leaves this open; its
+        2D batches hold more tokens than its 3D ones and would take the codebook over.
         """
         volumes = missing_axis(x) is None
-        z_anat, z_mod = self.encode(x)
+        z_anat, z_mod = self.encode(x)  # (B, Ca, d, h, w), (B, Cm, d, h, w)
         z_q, indices, commit = self.quantizer(z_anat, update=volumes)
         film = self.film(z_mod, modality)
         if self.training and volumes and self.config.film:
@@ -336,437 +369,318 @@ class NeuroQuant(nn.Module):
         out = dict(z_anat=z_anat, z_mod=z_mod, z_q=z_q, indices=indices, commit=commit)
         if pairs is None: return out | dict(x_hat=self.decode(z_q, film))
         source, target = pairs.unbind(1)
-        both = self.decode(
-            torch.cat([z_q, z_q[source]]),
-            [(torch.cat([g, g[target]]), torch.cat([b, b[target]])) for g, b in film],
-        )
-        return out | dict(x_hat=both[:len(x)], x_cross=both[len(x):])
+        film = [(torch.cat([g, g[target]]), torch.cat([b, b[target]])) for g, b in film]
+        decoded = self.decode(torch.cat([z_q, z_q[source]]), film)  # (B + P, 1, D, H, W)
+        return out | dict(x_hat=decoded[:len(x)], x_cross=decoded[len(x):])
 
     @torch.no_grad()
     def update_modality_means(self, z_mod, modality):
-        new = z_mod.new_zeros(len(self.mod_weight), self.mod_sum.shape[1] + 1, dtype=torch.float32)
-        pooled = F.pad(z_mod.float().mean((2, 3, 4)), (0, 1), value=1.0)  # the last column counts
-        new = sum_over_ranks(new.index_add_(0, self.modality_index(modality, z_mod), pooled))
-        self.mod_sum.lerp_(new[:, :-1], 0.01)
-        self.mod_weight.lerp_(new[:, -1], 0.01)
+        index = self.modality_index(modality, z_mod)
+        pooled = z_mod.float().mean((2, 3, 4))     # (B, Cm)
+        pooled = F.pad(pooled, (0, 1), value=1.0)  # (B, Cm + 1), the last column counts
+        sums = pooled.new_zeros(len(self.mod_weight), pooled.shape[1])
+        sums = sum_over_ranks(sums.index_add_(0, index, pooled))
+        self.mod_sum.lerp_(sums[:, :-1], 0.01)
+        self.mod_weight.lerp_(sums[:, -1], 0.01)
 
-    def modality_index(self, modality, like):
-        """A name, an index or (B,) indices -> (B,) int64 on the device of `like` (B, ...)."""
-        if isinstance(modality, torch.Tensor): return modality.to(like.device).expand(len(like))
+    def modality_index(self, modality, x):
+        """modality -> (B,) int64 on the device of x (B, ...)."""
+        if isinstance(modality, torch.Tensor): return modality.to(x.device).expand(len(x))
+        names = ', '.join(self.config.modalities)
+        if modality is None: raise ValueError(f'this model needs the modality of x, one of {names}')
         if isinstance(modality, str):
             if modality not in self.config.modalities:
-                raise ValueError(
-                    f"modality '{modality}': this model knows {', '.join(self.config.modalities)}"
-                )
+                raise ValueError(f"modality '{modality}': this model knows {names}")
             modality = self.config.modalities.index(modality)
-        if modality is None:
-            raise ValueError(
-                f"this model needs the modality of x, one of {', '.join(self.config.modalities)}"
-            )
-        return torch.full((len(like),), modality, dtype=torch.int64, device=like.device)
+        return torch.full((len(x),), modality, dtype=torch.int64, device=x.device)
 
-    def tokens(self, x):
-        """x (B,1,D,H,W) -> indices (B,d,h,w) int64: 972 of them for 144x192x144."""
-        return self.quantizer.nearest_indices(self.encode(x)[0])
-
-    def from_tokens(self, indices, modality):
-        """indices (B,d,h,w) -> x_hat (B,1,D,H,W) in that modality, under its running mean of GAP(z_mod)."""
-        return self.decode(self.quantizer.lookup(indices), self.mean_film(modality, indices))
-
-    def mean_film(self, modality, like):
-        """FiLM of a modality from its running mean; ValueError if no volume of it was seen in training."""
+    def mean_film(self, modality, x):
+        """FiLM of a modality's running mean, for x (B, ...). ValueError if training saw none of it."""
         if not self.config.film: return []
-        index = self.modality_index(modality, like)
+        index = self.modality_index(modality, x)
         if (self.mod_weight[index] == 0).any():
             raise ValueError(f'no volume of modality {modality} was seen in training')
         return self.film_mlp(self.mod_sum[index] / self.mod_weight[index, None], index)
 
+    def encoding(self, x):
+        """latent: (z_q, z_mod), mean: z_anat. z_q and z_mod (None without FiLM) come beside."""
+        z_anat, z_mod = self.encode(x)
+        tokens = self.quantizer.nearest_indices(z_anat)
+        z_q = self.quantizer.lookup(tokens)
+        latent = torch.cat([z_q, z_mod.float()], 1)
+        if not self.config.film:
+            z_mod = None
+        return dict(latent=latent, mean=z_anat, logvar=None, tokens=tokens, z_q=z_q, z_mod=z_mod)
+
+    def analyse(self, x, modality=None):
+        out = self.encoding(x)
+        return out | dict(x_hat=self.decode(out['z_q'], self.film(out['z_mod'], modality)))
+
+    def from_tokens(self, indices, modality):
+        """indices -> x_hat in that modality, under its running mean of GAP(z_mod)."""
+        return self.decode(self.quantizer.lookup(indices), self.mean_film(modality, indices))
+
     def translate(self, x, source, target):
-        """x (B,1,D,H,W) of modality `source` -> x_hat (B,1,D,H,W) in the contrast of `target`; no target scan is needed."""
+        """x of modality `source` -> x_hat in the contrast of `target`."""
         if not self.config.film:
             raise ValueError('a model trained with film=False has no modality to swap')
-        self.modality_index(source, x)
+        self.modality_index(source, x)  # refuses an unknown source
         return self.from_tokens(self.tokens(x), target)
 
-    def reconstruct(self, x, modality=None):
-        """x (B,1,D,H,W) -> x_hat (B,1,D,H,W), not clamped. modality is needed when the model has FiLM."""
-        z_anat, z_mod = self.encode(x)
-        return self.decode(
-            self.quantizer.lookup(self.quantizer.nearest_indices(z_anat)), self.film(z_mod, modality)
-        )
-
-    def posterior(self, x):
-        """x (B,1,D,H,W) -> what a flow models: z_anat before quantisation (B,Ca,d,h,w), and None for its log-variance."""
-        return self.encode(x)[0], None
-
-    def from_latent(self, z, modality):
-        """A generated z_anat (B,Ca,d,h,w), quantised, in the contrast of a modality -> x_hat (B,1,D,H,W)."""
-        return self.from_tokens(self.quantizer.nearest_indices(z), modality)
-
-    def latent(self, x, modality=None):
-        """Frozen features for probes: (z_q, z_mod) as (B, Ca + Cm, d, h, w)."""
-        z_anat, z_mod = self.encode(x)
-        return torch.cat([self.quantizer.lookup(self.quantizer.nearest_indices(z_anat)), z_mod.float()], 1)
-
     def latent_shape(self, shape):
-        """(D,H,W) of a volume -> (anat_dim, d, h, w)."""
         return (self.config.anat_dim, *[n // 16 for n in shape])
 
-    def bits_per_volume(self, shape):
-        """Bits of the codes of a (D,H,W) volume: 972 log2 K at 144x192x144. The modality vector comes on top: style_bits()."""
-        return (
-            math.prod(n // 16 for n in shape) * self.config.num_codebooks * math.log2(self.config.num_codes)
-        )
-
     def style_bits(self):
-        """Bits of GAP(z_mod), all that the decoder gets of a scan beside its codes, at 16 bits a number."""
+        """GAP(z_mod) is all that the decoder gets beside the codes, at 16 bits a number."""
         return 16 * self.config.mod_dim if self.config.film else 0
 
 # ---------------------------------------------------------------- ConvVAE
 
 @dataclass
-class ConvVAEConfig:
-    """Defaults: MAISI's autoencoder (arXiv:2409.11169), which DeCo-VAE trains anew: 20,944,897 parameters, 4x per axis."""
-    dims: int = 3                    # 3: volumes; 2: slices, and volumes slice by slice
-    in_channels: int = 1
-    widths: tuple = (64, 128, 256)   # channels per level; every level but the last halves the size
-    res_blocks: int = 2              # per level
-    # 'maisi': trilinear x2, no SiLU before the last convolution of either half; 'sd': nearest x2,
-    layout: str = 'maisi'
-                                     # that SiLU, attention between two
-                                     # blocks in the middle, one more
-                                     # block per decoder level
-    latent_dim: int = 4
-    bottleneck: str = 'kl'           # 'kl' or 'vq'
-    quantizer: str = 'ema'           # this and the next five: of bottleneck='vq', as in NeuroQuantConfig
-    num_codes: int = 4096
-    num_codebooks: int = 1
-    codebooks: str = 'residual'
-    code_decay: float = 0.99
-    revive: float = 0.1
-    slice_axis: int = 2              # of dims=2: volumes are cut across this axis, 2 for axial slices
-    signed: bool = False             # the network itself works in [-1, 1], as Stable Diffusion's weights do
+class ConvVAEConfig(QuantizerConfig):
+    """Defaults: MAISI's autoencoder (arXiv:2409.11169), which DeCo-VAE trains anew: 20,944,897 parameters.
 
-def group_norm(channels):
-    """MAISI's: 32 groups, or the largest power of 2 that divides fewer or odd channels."""
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
-
-def make_conv(dims, *args, **kwargs):
-    return (nn.Conv2d if dims == 2 else Conv3d)(*args, **kwargs)
-
-def slabwise(fn, x, size, up=1, down=1, halo=1):
-    """fn(x) slab by slab along D, equal to fn(x) for an fn that changes D by up/down and reaches `halo` coarse voxels far.
-
-    x (B,C,D,H,W) may lie elsewhere than the weights of fn, which has to move a slab to them; the result lies where x does.
-    size: coarse voxels per slab.
+    layout 'maisi': trilinear x2, no SiLU before the last convolution of either half. 'sd': nearest x2, that
+    SiLU, attention between two blocks in the middle, one more block per decoder level.
     """
-    n, y = x.shape[2] // down, None
-    for a in range(0, n, size):
-        b, lo, hi = min(a + size, n), max(a - halo, 0), min(a + size + halo, n)
-        part = fn(x[:, :, lo * down:hi * down])[:, :, (a - lo) * up:(b - lo) * up]
-        if y is None:
-            y = part.new_empty(*part.shape[:2], n * up, *part.shape[3:], device=x.device)
-        y[:, :, a * up:b * up] = part
-    return y
+    dims: int = 3                   # 3: volumes; 2: slices, and volumes slice by slice
+    in_channels: int = 1
+    widths: tuple = (64, 128, 256)  # channels per level; every level but the last halves the size
+    res_blocks: int = 2             # per level
+    layout: str = 'maisi'
+    latent_dim: int = 4
+    bottleneck: str = 'kl'          # 'kl' or 'vq'
+    slice_axis: int = 2             # of dims=2: volumes are cut across this axis, 2 for axial slices
+    signed: bool = False            # the network itself works in [-1, 1], as Stable Diffusion's weights do
 
-def slab_norm(norm, x, size):
-    """Group norm as a function of slabs of x, with the statistics of all of x, gathered slab by slab in float32."""
-    groups = lambda: (
-        s.to(norm.weight.device).float().reshape(len(x), norm.num_groups, -1) for s in x.split(size, 2)
-    )
-    n = x[0].numel() // norm.num_groups
-    mean = sum(g.sum(2) for g in groups()) / n
-    var = sum((g - mean[..., None]).square().sum(2) for g in groups()) / n
-    spread = lambda t: t.repeat_interleave(x.shape[1] // norm.num_groups, 1)  # per group -> per channel
-    scale = spread((var + norm.eps).rsqrt()) * norm.weight
-    shift = norm.bias - spread(mean) * scale
-    return lambda s: torch.addcmul(
-        shift[:, :, None, None, None], s.to(scale.device).float(), scale[:, :, None, None, None]
-    )
+CONV = {2: nn.Conv2d, 3: Conv3d}  # by dims
 
 class ConvLayer(nn.Module):
-    """3-wide convolution at the same size, after doubling (up='nearest' or 'linear') or to half the size (down=True).
-
-    Halving pads one zero on the far side of each axis only.
-    """
+    """3-wide convolution. up 'nearest' or 'linear' doubles first. down halves, padded at the far ends alone."""
     def __init__(self, dims, c_in, c_out, up='', down=False):
         super().__init__()
-        self.up = {'': '', 'nearest': 'nearest', 'linear': 'bilinear' if dims == 2 else 'trilinear'}[up]
+        if up == 'linear':
+            up = 'bilinear' if dims == 2 else 'trilinear'
+        self.up = up
         self.far_side = (0, 1) * dims if down else None
-        self.conv = make_conv(dims, c_in, c_out, 3, stride=2 if down else 1, padding=0 if down else 1)
+        stride, padding = (2, 0) if down else (1, 1)
+        self.conv = CONV[dims](c_in, c_out, 3, stride, padding)
 
     def forward(self, x):
         if self.up:
             x = F.interpolate(x, scale_factor=2, mode=self.up)
         if self.far_side:
             x = F.pad(x, self.far_side)
-        return self.conv(x)
-
-    def slabs(self, x, size):
-        fn = lambda s: self(s.to(self.conv.weight.device))
-        if self.up: return slabwise(fn, x, size, up=2, halo=2)
-        return slabwise(fn, x, size, down=2) if self.far_side else slabwise(fn, x, size)
+        return self.conv(x)  # (B, c_out, *size), doubled or halved
 
 class ResBlock(nn.Module):
-    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))); a 1-wide convolution on the skip where the channels change."""
-    def __init__(self, dims, c_in, c_out):
+    """skip(x) + conv(SiLU(norm(conv(SiLU(norm(x))) [+ linear(SiLU(emb))]))); skip is 1-wide, or nothing.
+
+    FlowUNet gives emb (B, c_emb); its blocks start as skip. resample 'up' or 'down' comes first.
+    """
+    def __init__(self, dims, c_in, c_out, c_emb=0, resample=''):
         super().__init__()
-        self.norm1, self.norm2 = group_norm(c_in), group_norm(c_out)
-        self.conv1 = make_conv(dims, c_in, c_out, 3, padding=1)
-        self.conv2 = make_conv(dims, c_out, c_out, 3, padding=1)
-        self.skip = make_conv(dims, c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.resample = resample
+        self.norm1 = group_norm(c_in)
+        self.norm2 = group_norm(c_out)
+        self.conv1 = CONV[dims](c_in, c_out, 3, padding=1)
+        self.conv2 = CONV[dims](c_out, c_out, 3, padding=1)
+        if c_emb:
+            zeroed(self.conv2)
+            self.emb = nn.Linear(c_emb, c_out)
+        self.skip = CONV[dims](c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+    def resize(self, x, size):
+        if self.resample == 'up': return F.interpolate(x, size=size, mode='nearest')
+        if not self.resample: return x
+        return F.avg_pool3d(x, [min(2, n) for n in x.shape[2:]], ceil_mode=True)
 
-    def slabs(self, x, size):
-        norm = slab_norm(self.norm1, x, size)
-        h = slabwise(lambda s: self.conv1(F.silu(norm(s))), x, size)
-        norm = slab_norm(self.norm2, h, size)
-        h = slabwise(lambda s: self.conv2(F.silu(norm(s))), h, size)
-        for a, b in zip(h.split(size, 2), x.split(size, 2)):
-            a += self.skip(b.to(self.conv1.weight.device)).to(a.device)
-        return h
-
-class Attention(nn.Module):
-    """Self-attention over all positions of x (B, C, *grid), residual, group norm first; head_width None is one head."""
-    def __init__(self, channels, head_width=None):
-        super().__init__()
-        self.heads = channels // (head_width or channels)
-        self.norm = group_norm(channels)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.proj = nn.Linear(channels, channels)
-
-    def forward(self, x):
-        B, C = x.shape[:2]
-        qkv = self.qkv(self.norm(x).flatten(2).transpose(1, 2)).view(B, -1, 3, self.heads, C // self.heads)
-        y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))  # (B, heads, N, C/heads)
-        return x + self.proj(y.transpose(1, 2).reshape(B, -1, C)).transpose(1, 2).view_as(x)
-
-    def slabs(self, x, size):
-        return self(x.to(self.proj.weight.device)).to(x.device)
+    def forward(self, x, emb=None, size=None):
+        """size: of the result, for 'up': one less than twice the input's where a level was odd."""
+        h = self.resize(F.silu(self.norm1(x)), size)             # (B, c_in, *size)
+        h = self.conv1(h)                                        # (B, c_out, *size)
+        if emb is not None:
+            h = h + self.emb(F.silu(emb))[:, :, None, None, None]
+        x = self.resize(x, size)                                 # (B, c_in, *size)
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))  # (B, c_out, *size)
 
 class NormAct(nn.Module):
-    """Group norm, with a SiLU if act."""
     def __init__(self, channels, act):
         super().__init__()
-        self.norm, self.act = group_norm(channels), act
+        self.norm = group_norm(channels)
+        self.act = act
 
     def forward(self, x):
-        return F.silu(self.norm(x)) if self.act else self.norm(x)
-
-    def slabs(self, x, size):
-        norm = slab_norm(self.norm, x, size)
-        return slabwise(lambda s: F.silu(norm(s)) if self.act else norm(s), x, size, halo=0)
+        return F.silu(self.norm(x)) if self.act else self.norm(x)  # (B, C, *size)
 
 class Stack(nn.Module):
-    """Blocks one after the other; with slab > 0 each runs slab by slab along D, to the same result with little memory.
-
-    Group norm sees the whole volume either way, so nothing is blended and no seam can show. slab: voxels of the coarser side
-    per slab. x may then lie on the CPU while the weights are on the GPU: activations stay with x, one slab at a time travels.
-    """
     def __init__(self, blocks):
         super().__init__()
+        self.checkpointing = False
         self.blocks = nn.ModuleList(blocks)
-        self.checkpointing = False  # in training, keep only what lies between blocks
 
-    def forward(self, x, slab=0):
+    def forward(self, x):
         for block in self.blocks:
-            if slab:
-                x = block.slabs(x, slab)
-            else:
-                x = (
-                    checkpoint(block, x, use_reentrant=False)
-                    if self.checkpointing and self.training
-                    else block(x)
-                )
+            x = run(self, block, x)  # (B, C_i, *size_i)
         return x
 
-def conv_encoder(c, out):
-    """x (B, in_channels, *size) -> (B, out, *size / 2^(levels-1))."""
-    blocks = [ConvLayer(c.dims, c.in_channels, c.widths[0])]
-    for i, (a, b) in enumerate(zip((c.widths[0], *c.widths), c.widths)):
-        if i > 0:
-            blocks.append(ConvLayer(c.dims, a, a, down=True))
-        blocks += [ResBlock(c.dims, a if k == 0 else b, b) for k in range(c.res_blocks)]
-    return Stack([*blocks, *middle(c), NormAct(b, c.layout == 'sd'), ConvLayer(c.dims, b, out)])
+def conv_levels(c, widths, res_blocks, **change):
+    """Residual blocks, level by level. change: down or up of the layers between."""
+    blocks, channels = [], widths[0]
+    for level, width in enumerate(widths):
+        if level > 0:
+            blocks.append(ConvLayer(c.dims, channels, channels, **change))
+        for _ in range(res_blocks):
+            blocks.append(ResBlock(c.dims, channels, width))
+            channels = width
+    return blocks
+
+def middle_blocks(c, width):
+    if c.layout == 'maisi': return []
+    return [ResBlock(c.dims, width, width), Attention(width), ResBlock(c.dims, width, width)]
+
+def conv_encoder(c, c_out):
+    """x (B, in_channels, *size) -> (B, c_out, *size / 2^(levels-1))."""
+    first, last = c.widths[0], c.widths[-1]
+    blocks = [ConvLayer(c.dims, c.in_channels, first)]
+    blocks += conv_levels(c, c.widths, c.res_blocks, down=True)
+    blocks += middle_blocks(c, last)
+    return Stack([*blocks, NormAct(last, c.layout == 'sd'), ConvLayer(c.dims, last, c_out)])
 
 def conv_decoder(c):
     """z (B, latent_dim, *grid) -> (B, in_channels, *grid * 2^(levels-1)), linear output."""
-    widths = c.widths[::-1]
-    blocks = [ConvLayer(c.dims, c.latent_dim, widths[0]), *middle(c)]
-    for i, (a, b) in enumerate(zip((widths[0], *widths), widths)):
-        if i > 0:
-            blocks.append(ConvLayer(c.dims, a, a, up='nearest' if c.layout == 'sd' else 'linear'))
-        blocks += [ResBlock(c.dims, a if k == 0 else b, b) for k in range(c.res_blocks + (c.layout == 'sd'))]
-    return Stack([*blocks, NormAct(b, c.layout == 'sd'), ConvLayer(c.dims, b, c.in_channels)])
+    sd = c.layout == 'sd'
+    first, last = c.widths[-1], c.widths[0]
+    blocks = [ConvLayer(c.dims, c.latent_dim, first)]
+    blocks += middle_blocks(c, first)
+    blocks += conv_levels(c, c.widths[::-1], c.res_blocks + sd, up='nearest' if sd else 'linear')
+    return Stack([*blocks, NormAct(last, sd), ConvLayer(c.dims, last, c.in_channels)])
 
-def middle(c):
-    w = c.widths[-1]
-    return [ResBlock(c.dims, w, w), Attention(w), ResBlock(c.dims, w, w)] if c.layout == 'sd' else []
+class ConvVAE(Autoencoder):
+    """Convolutional autoencoder with a KL or a VQ bottleneck.
 
-class ConvVAE(nn.Module):
-    """Convolutional autoencoder with a KL or a VQ bottleneck, for volumes or slices: MAISI, DeCo-VAE, SD-VAE, VQGAN, ... by config.
-
-    encode, decode and forward take x (B, C, *size) with every axis a multiple of `factor`: D,H,W for dims=3, two axes for dims=2
-    (or three, one of them of length 1). reconstruct and latent take volumes (B,1,D,H,W) of any size.
+    encode, decode and forward take x (B,C,*size), whose axes are multiples of `factor`: D,H,W for dims=3, two
+    for dims=2 (forward takes three as well, one of length 1). From prepare() on, methods take volumes of any
+    size, pad them at the far ends and for dims=2 cut them into slices. Latents are (B,latent_dim,d,h,w) then,
+    for dims=2 whole along slice_axis; indices (B,d,h,w), or (B,num_codebooks,d,h,w) of several codebooks.
     """
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        for key, allowed in (
-            ('dims', (2, 3)),
-            ('layout', ('maisi', 'sd')),
-            ('bottleneck', ('kl', 'vq')),
-            ('slice_axis', (0, 1, 2)),
-        ):
-            if getattr(c, key) not in allowed:
-                raise ValueError(f'{key}={getattr(c, key)!r}: one of {allowed}')
+        choices = dict(dims=(2, 3), layout=('maisi', 'sd'), bottleneck=('kl', 'vq'), slice_axis=(0, 1, 2))
+        for key, allowed in choices.items():
+            value = getattr(c, key)
+            if value not in allowed: raise ValueError(f'{key}={value!r}: one of {allowed}')
+        self.kl = c.bottleneck == 'kl'
         self.factor = 2 ** (len(c.widths) - 1)
-        head = c.latent_dim * (2 if c.layout == 'sd' and c.bottleneck == 'kl' else 1)
-        self.encoder, self.decoder = conv_encoder(c, head), conv_decoder(c)
-        self.mu_head = make_conv(c.dims, head, c.latent_dim, 1)
-        self.post = make_conv(c.dims, c.latent_dim, c.latent_dim, 1)
-        if c.bottleneck == 'kl':
-            self.logvar_head = make_conv(c.dims, head, c.latent_dim, 1)
-            # near 0, as in MAISI, noise drowns a new encoder's code
-            nn.init.constant_(self.logvar_head.bias, -5.0)
+        self.factors = [self.factor] * 3  # voxels per latent position along D, H, W
+        if c.dims == 2:
+            self.factors[c.slice_axis] = 1
+        c_head = 2 * c.latent_dim if c.layout == 'sd' and self.kl else c.latent_dim
+        self.encoder = conv_encoder(c, c_head)
+        self.decoder = conv_decoder(c)
+        self.mu_head = CONV[c.dims](c_head, c.latent_dim, 1)
+        self.post = CONV[c.dims](c.latent_dim, c.latent_dim, 1)
+        if self.kl:
+            self.logvar_head = CONV[c.dims](c_head, c.latent_dim, 1)
+            nn.init.constant_(self.logvar_head.bias, -5.0)  # near 0, as in MAISI, noise drowns a new code
         else:
-            self.quantizer = make_quantizer(
-                c.num_codes, c.latent_dim, c.code_decay, c.revive, c.num_codebooks, c.codebooks, c.quantizer
-            )
+            self.quantizer = c.make_quantizer(c.latent_dim)
 
     def check_size(self, shape):
-        """ValueError unless every axis of what encode() takes is a multiple of factor (one axis may be 1 if dims is 2)."""
+        """ValueError unless axes are multiples of factor; one may be 1 for dims=2."""
         if any(n % self.factor for n in shape if n != 1 or self.config.dims == 3):
             raise ValueError(f'size {tuple(shape)}: each axis must be a multiple of {self.factor}; pad first')
 
-    def encode(self, x, slab=0):
-        """x (B,C,*size) -> mu, logvar (B,latent_dim,*grid), logvar within [-30, 20]; for 'vq', the unquantised latent and None."""
+    def encode(self, x):
+        """x -> mu, logvar (B,latent_dim,*grid), logvar in [-30, 20]; for 'vq' z before quantisation, None."""
         self.check_size(x.shape[2:])
-        h = self.encoder(x, slab).to(self.post.weight.device)
-        return self.mu_head(h), self.logvar_head(h).clamp(-30, 20) if self.config.bottleneck == 'kl' else None
+        h = self.encoder(x)  # (B, c_head, *grid)
+        return self.mu_head(h), self.logvar_head(h).clamp(-30, 20) if self.kl else None
 
-    def decode(self, z, slab=0):
-        """z (B,latent_dim,*grid) -> x_hat (B,C,*size), not clamped."""
-        return self.decoder(self.post(z), slab)
+    def decode(self, z):
+        """z (B,latent_dim,*grid) -> x_hat like x, not clamped."""
+        return self.decoder(self.post(z))
 
     def forward(self, x, generators=None):
-        """returns dict: x_hat like x; for 'kl' mu, logvar and z = mu + exp(logvar/2) eps; for 'vq' z, z_q, indices and commit.
+        """returns dict: x_hat; 'kl': mu, logvar, z = mu + exp(logvar/2) eps; 'vq': z, z_q, indices, commit
 
-        generators: one torch.Generator per sample for eps, so that a sample's noise does not depend on its batch; None: torch's own.
+        generators: one torch.Generator per sample for eps, so that its noise does not depend on its batch.
         """
         axis = missing_axis(x) if self.config.dims == 2 and x.ndim == 5 else None
         if axis is not None:
-            x = x.squeeze(2 + axis)
-        mu, logvar = self.encode(x)
-        if logvar is None:
-            z_q, indices, commit = self.quantizer(mu)
-            out = dict(z=mu, z_q=z_q, indices=indices, commit=commit, x_hat=self.decode(z_q))
-        else:
+            x = x.squeeze(2 + axis)  # (B, C, h, w)
+        mu, logvar = self.encode(x)  # (B, latent_dim, *grid) each
+        if self.kl:
             if generators is None:
                 eps = torch.randn_like(mu)
             else:
-                eps = torch.stack(
-                    [torch.randn(mu.shape[1:], generator=g, device=g.device) for g in generators]
-                ).to(mu)
+                eps = [torch.randn(mu.shape[1:], generator=g, device=g.device) for g in generators]
+                eps = torch.stack(eps).to(mu)
             z = mu + eps * torch.exp(0.5 * logvar)
             out = dict(z=z, mu=mu, logvar=logvar, x_hat=self.decode(z))
+        else:
+            z_q, indices, commit = self.quantizer(mu)
+            out = dict(z=mu, z_q=z_q, indices=indices, commit=commit, x_hat=self.decode(z_q))
         if axis is not None:
             out['x_hat'] = out['x_hat'].unsqueeze(2 + axis)
         return out
 
     def prepare(self, volume):
-        """(B,1,D,H,W) -> what encode takes: zero-padded at the far ends to multiples of factor, cut into slices if dims is 2."""
-        axes = [a for a in range(3) if self.config.dims == 3 or a != self.config.slice_axis]
-        pad = [-n % self.factor if a in axes else 0 for a, n in enumerate(volume.shape[2:])]
-        x = F.pad(volume, [p for n in reversed(pad) for p in (0, n)])
-        x = self.cut(2 * x - 1 if self.config.signed else x)
-        return x.expand(-1, self.config.in_channels, *x.shape[2:])
+        """Volume -> (B,in_channels,D,H,W), padded with zeros and in the network's range."""
+        d, h, w = [-n % factor for n, factor in zip(volume.shape[2:], self.factors)]
+        x = F.pad(volume, (0, w, 0, h, 0, d))
+        if self.config.signed:
+            x = 2 * x - 1
+        return x.expand(-1, self.config.in_channels, -1, -1, -1)
 
     def cut(self, volume):
-        """(B, C, *grid) -> (B*n, C, h, w), its slices, if dims is 2; volumes as they are."""
-        return (
-            volume if self.config.dims == 3 else volume.movedim(2 + self.config.slice_axis, 1).flatten(0, 1)
-        )
+        """(B, ..., *grid) -> [itself], or for dims=2 its slices, few at a time to save memory."""
+        if self.config.dims == 3: return [volume]
+        return volume.movedim(self.config.slice_axis - 3, 1).flatten(0, 1).split(16)
 
-    def stack(self, slices, batch):
-        """The way back: (batch*n, C, h, w) slices -> (batch, C, *grid)."""
-        return (
-            slices
-            if self.config.dims == 3
-            else slices.unflatten(0, (batch, -1)).movedim(1, 2 + self.config.slice_axis)
-        )
+    def stack(self, parts, batch):
+        """The way back, to (batch, ..., *grid)."""
+        x = torch.cat(parts)
+        if self.config.dims == 3: return x
+        return x.unflatten(0, (batch, -1)).movedim(1, self.config.slice_axis - 3)
 
-    def parts(self, x):
-        """Slices a few at a time, so that a volume of them needs no more memory than a training batch."""
-        return x.split(16) if self.config.dims == 2 else [x]
+    def encoding(self, x):
+        """latent: mu, or codes. mean: mu, or the latent before quantisation."""
+        mean, logvar = zip(*[self.encode(part) for part in self.cut(self.prepare(x))])
+        mean = self.stack(mean, len(x))
+        if self.kl:
+            return dict(latent=mean, mean=mean, logvar=self.stack(logvar, len(x)), tokens=None)
+        tokens = self.quantizer.nearest_indices(mean)
+        return dict(latent=self.codes(tokens), mean=mean, logvar=None, tokens=tokens)
 
-    def posterior(self, x, slab=0):
-        """Volume (B,1,D,H,W) of any size -> mean and log-variance (B,latent_dim,d,h,w); for 'vq' the unquantised latent and None."""
-        found = [self.encode(part, slab) for part in self.parts(self.prepare(x))]
-        mu, logvar = (self.stack(torch.cat(t), len(x)) if t[0] is not None else None for t in zip(*found))
-        return mu, logvar
+    def analyse(self, x, modality=None):
+        out = self.encoding(x)
+        D, H, W = x.shape[2:]
+        return out | dict(x_hat=self.decode_volume(out['latent'])[:, :, :D, :H, :W])
 
-    def latent(self, x, modality=None, slab=0):
-        """Volume (B,1,D,H,W) -> (B,latent_dim,d,h,w): mu, or the quantised latent. dims=2 keeps the slice axis whole."""
-        z = self.posterior(x, slab)[0]
-        return z if self.config.bottleneck == 'kl' else self.quantized(z)
-
-    def quantized(self, z):
-        """Volume of latents (B,latent_dim,d,h,w) -> the same of codes."""
-        slices = self.cut(z)
-        return self.stack(self.quantizer.lookup(self.quantizer.nearest_indices(slices)), len(z))
-
-    def from_latent(self, z, modality=None):
-        """A generated latent (B,latent_dim,d,h,w) -> x_hat (B,1,D,H,W) at the padded size; modality is not used."""
-        return self.decode_volume(z if self.config.bottleneck == 'kl' else self.quantized(z))
-
-    def tokens(self, x):
-        """Volume (B,1,D,H,W) -> indices (B,*grid), with several codebooks (B,num_codebooks,*grid). ValueError for 'kl'."""
-        if self.config.bottleneck == 'kl':
-            raise ValueError("an autoencoder with bottleneck='kl' has no tokens")
-        parts = torch.cat(
-            [self.quantizer.nearest_indices(self.encode(part)[0]) for part in self.parts(self.prepare(x))]
-        )
-        if self.config.num_codebooks > 1: return self.stack(parts, len(x))
-        return self.stack(parts[:, None], len(x))[:, 0]
+    def codes(self, indices):
+        """indices -> latent of their codes."""
+        return self.stack([self.quantizer.lookup(part) for part in self.cut(indices)], len(indices))
 
     def from_tokens(self, indices, modality=None):
-        """indices as tokens() gives them -> x_hat (B,1,D,H,W) at the padded size; modality is not used."""
-        slices = self.cut(indices if self.config.num_codebooks > 1 else indices[:, None])
-        z = self.quantizer.lookup(slices if self.config.num_codebooks > 1 else slices[:, 0])
-        return self.decode_volume(self.stack(z, len(indices)))
+        """indices -> x_hat at the padded size."""
+        return self.decode_volume(self.codes(indices))
 
-    def decode_volume(self, z, slab=0):
-        """Latent (B,latent_dim,d,h,w) as latent() gives it -> (B,1,D,H,W) at the padded size."""
-        x_hat = torch.cat([self.decode(part, slab).mean(1, keepdim=True) for part in self.parts(self.cut(z))])
-        return self.stack((x_hat + 1) / 2 if self.config.signed else x_hat, len(z))
+    def from_latent(self, z, modality=None):
+        return self.decode_volume(z) if self.kl else super().from_latent(z)
 
-    def reconstruct(self, x, modality=None, slab=0):
-        """Volume (B,1,D,H,W) of any size -> x_hat of that size, decoded from mu or the codes, not clamped. slab: see Stack."""
-        x_hat = self.decode_volume(self.latent(x, slab=slab), slab)
-        return x_hat[:, :, :x.shape[2], :x.shape[3], :x.shape[4]]
+    def decode_volume(self, z):
+        """Latent as latent() gives it -> x_hat (B,1,D,H,W) at the padded size."""
+        x_hat = self.stack([self.decode(part).mean(1, keepdim=True) for part in self.cut(z)], len(z))
+        return (x_hat + 1) / 2 if self.config.signed else x_hat
 
     def latent_shape(self, shape):
-        """(D,H,W) of a volume -> (latent_dim, d, h, w)."""
-        whole = self.config.slice_axis if self.config.dims == 2 else None
-        return (
-            self.config.latent_dim,
-            *[n if a == whole else -(-n // self.factor) for a, n in enumerate(shape)],
-        )
+        return (self.config.latent_dim, *[-(-n // factor) for n, factor in zip(shape, self.factors)])
 
     def bits_per_volume(self, shape):
-        """Bits of the latent of a (D,H,W) volume: 16 per number for 'kl', log2(num_codes) per code for 'vq'."""
-        c, (channels, *grid) = self.config, self.latent_shape(shape)
-        return math.prod(grid) * (
-            16 * channels if c.bottleneck == 'kl' else c.num_codebooks * math.log2(c.num_codes)
-        )
-
-    def style_bits(self):
-        """Nothing is coded beside the latent."""
-        return 0
+        """Of the codes, or for 'kl' 16 a number."""
+        return 16 * math.prod(self.latent_shape(shape)) if self.kl else super().bits_per_volume(shape)
 
 # ---------------------------------------------------------------- FlowUNet
 
@@ -774,108 +688,74 @@ class ConvVAE(nn.Module):
 class FlowUNetConfig:
     """Defaults: MAISI's U-Net without conditions, 178,566,276 parameters; DeCo-VAE's paper states none."""
     in_channels: int = 4
-    widths: tuple = (64, 128, 256, 512)          # per level; every level but the last halves the size
-    res_blocks: int = 2                          # per level on the way down; one more on the way up
+    widths: tuple = (64, 128, 256, 512)  # per level; every level but the last halves the size
+    res_blocks: int = 2                  # per level on the way down; one more on the way up
     attention: tuple = (False, False, True, True)
     head_width: int = 32
-    # rows of an embedding per class condition, the last row for "not known"
-    classes: tuple = ()
-    # length of each condition vector; MAISI's (3,) is the voxel size in units of 10 um
-    vectors: tuple = ()
-
-class TimeResBlock(nn.Module):
-    """skip(x) + conv(SiLU(norm(conv(SiLU(norm(x))) + linear(SiLU(emb))))); resample 'up' or 'down' changes both branches first."""
-    def __init__(self, c_in, c_out, c_emb, resample=''):
-        super().__init__()
-        self.resample = resample
-        self.norm1, self.norm2 = group_norm(c_in), group_norm(c_out)
-        self.conv1 = Conv3d(c_in, c_out, 3, padding=1)
-        self.conv2 = Conv3d(c_out, c_out, 3, padding=1)
-        self.emb = nn.Linear(c_emb, c_out)
-        self.skip = Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
-
-    def forward(self, x, emb, size=None):
-        """size: of the result, for 'up', which may be one less than twice the input's where a level was odd."""
-        h = F.silu(self.norm1(x))
-        if self.resample == 'down':
-            x, h = (F.avg_pool3d(t, [min(2, n) for n in t.shape[2:]], ceil_mode=True) for t in (x, h))
-        if self.resample == 'up':
-            x, h = (F.interpolate(t, size=size, mode='nearest') for t in (x, h))
-        h = self.conv1(h) + self.emb(F.silu(emb))[:, :, None, None, None]
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+    classes: tuple = ()                  # rows of each class condition's embedding, the last for "not known"
+    vectors: tuple = ()                  # lengths of condition vectors; MAISI's (3,): voxel size in 10 um
 
 class UNetLevel(nn.Module):
-    """Residual blocks, each with attention if asked, and perhaps a resampling block after them."""
-    def __init__(self, c_ins, c_out, c_emb, attention, head_width, resample=''):
+    def __init__(self, c, level, channels_in, c_emb, resample):
         super().__init__()
-        self.blocks = nn.ModuleList(TimeResBlock(c, c_out, c_emb) for c in c_ins)
-        self.attentions = nn.ModuleList(
-            Attention(c_out, head_width) if attention else nn.Identity() for _ in c_ins
-        )
-        self.resampler = TimeResBlock(c_out, c_out, c_emb, resample) if resample else None
+        width = c.widths[level]
+        self.blocks = nn.ModuleList(ResBlock(3, c_in, width, c_emb) for c_in in channels_in)
+        self.attentions = nn.ModuleList()
+        for _ in channels_in:
+            self.attentions.append(Attention(width, c.head_width) if c.attention[level] else nn.Identity())
+        self.resampler = ResBlock(3, width, width, c_emb, resample) if resample else None
+
+def embedding_mlp(c_in, c_out):
+    return nn.Sequential(nn.Linear(c_in, c_out), nn.SiLU(), nn.Linear(c_out, c_out))
 
 class FlowUNet(nn.Module):
-    """Velocity of a flow on latents: x_t (B,C,d,h,w), t (B,) in [0,1], 0 = noise, 1 = data -> v (B,C,d,h,w), DeCo eq. 2.
+    """Velocity v of a flow: x_t (B,C,d,h,w), t (B,) in [0,1], 0 = noise, 1 = data -> v like x_t, DeCo eq. 2.
 
-    cond, a dict: 'classes' (B, len(config.classes)) int64, 'vectors' a list of (B, n) float; None, or a key left out, is "not
-    known": the last class, vectors of 0. Inside, time runs as in MAISI's weights: 1000 (1 - t), so that 1000 is noise.
-    Buffers latent_mean, latent_sd (C,): the autoencoder's latents are x_1 latent_sd + latent_mean, see normalise().
+    cond, a dict: 'classes' (B, len(config.classes)) int64, 'vectors' a list of (B, n) float. None, or a key
+    left out, is "not known": the last class, vectors of 0.
     """
     def __init__(self, config):
         super().__init__()
         c = self.config = config
         if len(c.attention) != len(c.widths):
             raise ValueError(f'attention {c.attention}: one value for each of widths {c.widths}')
-        w, n = c.widths, 4 * c.widths[0]
-        mlp = lambda c_in: nn.Sequential(nn.Linear(c_in, n), nn.SiLU(), nn.Linear(n, n))
-        self.time = mlp(w[0])
-        self.class_embeddings = nn.ModuleList(nn.Embedding(rows, n) for rows in c.classes)
-        self.vector_mlps = nn.ModuleList(mlp(length) for length in c.vectors)
-        c_emb, last = n * (1 + len(c.vectors)), len(w) - 1
-        self.conv_in = Conv3d(c.in_channels, w[0], 3, padding=1)
-        self.down = nn.ModuleList(
-            UNetLevel(
-                [w[max(i - 1, 0)]] + [w[i]] * (c.res_blocks - 1),
-                w[i],
-                c_emb,
-                c.attention[i],
-                c.head_width,
-                'down' if i < last else '',
-            )
-            for i in range(len(w))
-        )
-        self.middle = nn.ModuleList([
-            TimeResBlock(w[-1], w[-1], c_emb),
-            Attention(w[-1], c.head_width),
-            TimeResBlock(w[-1], w[-1], c_emb),
-        ])
+        c_time = 4 * c.widths[0]
+        c_emb = c_time * (1 + len(c.vectors))
+        self.time = embedding_mlp(c.widths[0], c_time)
+        self.class_embeddings = nn.ModuleList(nn.Embedding(rows, c_time) for rows in c.classes)
+        self.vector_mlps = nn.ModuleList(embedding_mlp(length, c_time) for length in c.vectors)
+        self.conv_in = Conv3d(c.in_channels, c.widths[0], 3, padding=1)
+
+        last = len(c.widths) - 1
+        channels_above = c.widths[0]
+        channels_skips = [channels_above]  # of what the way down leaves for the way up
+        self.down = nn.ModuleList()
+        for level, width in enumerate(c.widths):
+            resample = 'down' if level < last else ''
+            channels_in = [channels_above] + [width] * (c.res_blocks - 1)
+            channels_skips += [width] * (c.res_blocks + 1 if resample else c.res_blocks)
+            self.down.append(UNetLevel(c, level, channels_in, c_emb, resample))
+            channels_above = width
+
+        self.middle = nn.ModuleList([ResBlock(3, width, width, c_emb), Attention(width, c.head_width),
+                                     ResBlock(3, width, width, c_emb)])
+
+        channels_below = width
         self.up = nn.ModuleList()
-        # inputs: what comes from below beside the skips of this level and one of the level above
-        for i in range(last, -1, -1):
-            below, skips = [w[min(i + 1, last)]] + [w[i]] * c.res_blocks, [w[i]] * c.res_blocks + [
-                w[max(i - 1, 0)]
-            ]
-            self.up.append(
-                UNetLevel(
-                    [a + b for a, b in zip(below, skips)],
-                    w[i],
-                    c_emb,
-                    c.attention[i],
-                    c.head_width,
-                    'up' if i else '',
-                )
-            )
-        self.norm_out = group_norm(w[0])
-        self.conv_out = Conv3d(w[0], c.in_channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        for level, width in reversed(list(enumerate(c.widths))):
+            channels_in = []
+            for _ in range(c.res_blocks + 1):
+                channels_in.append(channels_below + channels_skips.pop())
+                channels_below = width
+            self.up.append(UNetLevel(c, level, channels_in, c_emb, 'up' if level > 0 else ''))
+
+        self.norm_out = group_norm(c.widths[0])
+        self.conv_out = zeroed(Conv3d(c.widths[0], c.in_channels, 3, padding=1))
         self.register_buffer('latent_mean', torch.zeros(c.in_channels))
         self.register_buffer('latent_sd', torch.ones(c.in_channels))
 
     def normalise(self, z):
-        """An autoencoder's latent (B,C,d,h,w) -> x_1 of the flow, of mean 0 and variance 1 over the training set."""
+        """An autoencoder's latent (B,C,d,h,w) -> x_1, of mean 0 and variance 1 over the training set."""
         return (z - self.latent_mean[:, None, None, None]) / self.latent_sd[:, None, None, None]
 
     def denormalise(self, x):
@@ -883,79 +763,81 @@ class FlowUNet(nn.Module):
         return x * self.latent_sd[:, None, None, None] + self.latent_mean[:, None, None, None]
 
     def embed(self, t, cond):
-        """(B,) and conditions -> (B, 4 widths[0] (1 + vectors)): sines of time, plus classes, beside vectors."""
+        """-> (B, c_emb): sines of time, plus classes, beside vectors."""
         half = self.config.widths[0] // 2
-        angle = (
-            1000
-            * (1 - t.float())[:, None]
-            * torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
-        )
-        emb, cond = self.time(torch.cat([angle.cos(), angle.sin()], 1)), cond or {}
+        frequency = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
+        angle = 1000 * (1 - t.float())[:, None] * frequency        # MAISI's weights: 0 = data, 1000 = noise
+        emb = self.time(torch.cat([angle.cos(), angle.sin()], 1))  # (B, c_time)
+        cond = cond or {}
         for k, table in enumerate(self.class_embeddings):
-            chosen = (
-                cond['classes'][:, k]
-                if 'classes' in cond
-                else torch.full_like(t, table.num_embeddings - 1, dtype=torch.int64)
-            )
-            emb = emb + table(chosen)
+            index = torch.full_like(t, table.num_embeddings - 1, dtype=torch.int64)
+            if 'classes' in cond:
+                index = cond['classes'][:, k]
+            emb = emb + table(index)
         vectors = cond.get('vectors') or [emb.new_zeros(len(t), length) for length in self.config.vectors]
-        return torch.cat([emb, *[mlp(v.to(emb.dtype)) for mlp, v in zip(self.vector_mlps, vectors)]], 1)
+        parts = [mlp(vector.to(emb.dtype)) for mlp, vector in zip(self.vector_mlps, vectors)]
+        return torch.cat([emb, *parts], 1)
 
     def forward(self, x_t, t, cond=None):
-        emb, h = self.embed(t, cond), self.conv_in(x_t)
+        emb = self.embed(t, cond)                       # (B, c_emb)
+        h = self.conv_in(x_t)                           # (B, widths[0], d, h, w)
         skips = [h]
         for level in self.down:
             for block, attention in zip(level.blocks, level.attentions):
-                skips.append(h := attention(block(h, emb)))
+                h = attention(block(h, emb))            # (B, width, *size)
+                skips.append(h)
             if level.resampler:
-                skips.append(h := level.resampler(h, emb))
+                h = level.resampler(h, emb)             # half the size, rounded up
+                skips.append(h)
         first, attention, second = self.middle
-        h = second(attention(first(h, emb)), emb)
+        h = second(attention(first(h, emb)), emb)       # (B, widths[-1], *size)
         for level in self.up:
             for block, attention in zip(level.blocks, level.attentions):
-                h = attention(block(torch.cat([h, skips.pop()], 1), emb))
+                h = torch.cat([h, skips.pop()], 1)      # (B, channels_below + channels_skip, *size)
+                h = attention(block(h, emb))
             if level.resampler:
                 h = level.resampler(h, emb, size=skips[-1].shape[2:])
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(F.silu(self.norm_out(h)))  # (B, C, d, h, w)
 
 # ---------------------------------------------------------------- cost and checkpoints
-
-def step_flops(model, shape):
-    """FLOP (2 per multiply-add) to encode and to decode one (D,H,W) volume or slice, forward, counted on a weightless copy."""
-    with torch.device('meta'):
-        twin = type(model)(model.config).eval()
-    size = [n for n in shape if n != 1] if getattr(model.config, 'dims', 3) == 2 else shape
-    x = torch.empty(1, getattr(model.config, 'in_channels', 1), *size, device='meta')
-    with FlopCounterMode(display=False) as encoding:
-        z, z_mod = twin.encode(x)
-    film = [twin.film(z_mod, 0)] if isinstance(twin, NeuroQuant) else []
-    with FlopCounterMode(display=False) as decoding:
-        twin.decode(z, *film)
-    return encoding.get_total_flops(), decoding.get_total_flops()
-
-def unet_flops(model, shape):
-    """FLOP of one forward pass of a FlowUNet on a (C,d,h,w) latent."""
-    with torch.device('meta'):
-        twin = FlowUNet(model.config)
-        with FlopCounterMode(display=False) as counter:
-            twin(torch.empty(1, *shape), torch.empty(1))
-    return counter.get_total_flops()
 
 KINDS = {'neuroquant': (NeuroQuant, NeuroQuantConfig), 'convvae': (ConvVAE, ConvVAEConfig),
          'flowunet': (FlowUNet, FlowUNetConfig)}
 
+def step_flops(model, shape):
+    """FLOP (2 per multiply-add) to encode and to decode one (D,H,W) volume or slice."""
+    c = model.config
+    if getattr(c, 'dims', 3) == 2:
+        shape = [n for n in shape if n != 1]
+    with torch.device('meta'):
+        twin = type(model)(c).eval()
+        x = torch.empty(1, getattr(c, 'in_channels', 1), *shape)
+    (z, z_mod), encoding = count_flops(twin.encode, x)
+    film = [twin.film(z_mod, 0)] if isinstance(twin, NeuroQuant) else []
+    return encoding, count_flops(twin.decode, z, *film)[1]
+
+def unet_flops(model, shape):
+    """FLOP of one forward pass of a FlowUNet on a (C,d,h,w) latent."""
+    with torch.device('meta'):
+        return count_flops(FlowUNet(model.config), torch.empty(1, *shape), torch.empty(1))[1]
+
+def count_flops(function, *args):
+    with FlopCounterMode(display=False) as counter:
+        result = function(*args)
+    return result, counter.get_total_flops()
+
+def model_args(model):
+    """What builds the model again: its kind and every field of its config."""
+    kind = next(kind for kind, (cls, _) in KINDS.items() if isinstance(model, cls))
+    return {'kind': kind} | asdict(model.config)
+
 def encoder_hash(model):
-    """16 hex digits that name an autoencoder's encoder and codebook: equal for two that differ in the decoder alone."""
+    """16 hex digits that name an autoencoder's encoder and codebook, whatever its decoder."""
     digest = hashlib.sha256(repr(sorted(model_args(model).items())).encode())
     for name, tensor in model.state_dict().items():
         if not name.startswith(('decoder.', 'post.', 'film', 'mod_')):
             digest.update(tensor.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-def model_args(model):
-    """Everything needed to build the model again: its kind and every field of its config."""
-    kind = next(kind for kind, (cls, _) in KINDS.items() if isinstance(model, cls))
-    return {'kind': kind} | asdict(model.config)
 
 def from_checkpoint(checkpoint, average=True):
     """The model of a checkpoint dict, in eval mode, with its averaged weights if it has them."""

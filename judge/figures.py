@@ -1,12 +1,14 @@
-"""Pictures, each one PNG; nothing is drawn, with one line, where matplotlib is not installed.
+"""Pictures, each one PNG. Where matplotlib is not installed, nothing is drawn and one line says so.
 
-Volumes are arrays (D,H,W) in [0,1], axes (left-right, posterior-anterior, inferior-superior), shown in grey from 0 to 1.
+Volumes are arrays (D,H,W) in [0,1] with axes (left-right, posterior-anterior, inferior-superior).
 """
 import os
 
 import numpy as np
 
 from common import print0
+
+GREY = dict(origin='lower', cmap='gray', vmin=0, vmax=1)
 
 def pyplot():
     """matplotlib's pyplot, drawing to files alone; None, with one line, where it is not installed."""
@@ -26,28 +28,51 @@ def finish(plt, fig, path):
     plt.close(fig)
     print(f'picture: {path}')
 
+def bare(ax):
+    """Axes without ticks and frame."""
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.set_frame_on(False)
+
 def views(path, blocks, title=''):
-    """Volumes side by side in three planes. blocks: lists of (heading, volume), each list three rows of the picture."""
-    plt = pyplot()
+    """Volumes side by side in three planes.
+
+    blocks: lists of (heading, volume); each list is three rows of the picture.
+    """
+    plt = pyplot() if blocks else None
     if not plt: return
-    width = max(len(block) for block in blocks)
-    fig, axes = plt.subplots(
-        3 * len(blocks), width, figsize=(2.1 * width, 2.1 * 3 * len(blocks) + 0.4), squeeze=False
-    )
+    width, height = max(map(len, blocks)), 3 * len(blocks)
+    size = (2.1 * width, 2.1 * height + 0.4)
+    fig, axes = plt.subplots(height, width, figsize=size, squeeze=False)
     for ax in axes.flat:
-        ax.set_xticks([]), ax.set_yticks([]), ax.set_frame_on(False)
+        bare(ax)
     for ax, plane in zip(axes[:, 0], len(blocks) * ('sagittal', 'coronal', 'axial')):
         ax.set_ylabel(plane, fontsize=9)
-    for rows, block in zip(axes.reshape(len(blocks), 3, width), blocks):
-        for column, (heading, volume) in zip(rows.T, block):
-            for axis, ax in enumerate(column):
-                # beside the midline, where there is tissue
-                place = volume.shape[axis] // 2 + (volume.shape[axis] // 10 if axis == 0 else 0)
-                ax.imshow(np.take(volume, place, axis).T, origin='lower', cmap='gray', vmin=0, vmax=1)
-            column[0].set_title(heading, fontsize=9)
+    for b, block in enumerate(blocks):
+        for column, (heading, volume) in enumerate(block):
+            axes[3 * b, column].set_title(heading, fontsize=9)
+            for axis in range(3):
+                middle = volume.shape[axis] // 2
+                if axis == 0:
+                    middle += volume.shape[0] // 10  # beside the midline, where there is tissue
+                axes[3 * b + axis, column].imshow(np.take(volume, middle, axis).T, **GREY)
     if title:
         fig.suptitle(title, fontsize=10)
     finish(plt, fig, path)
+
+def reconstruction_views(runs):
+    """Blocks for views() of runs' scans in the picture: one run beside its errors, several side by side."""
+    blocks = []
+    for modality, (x, _) in runs[0].shown.items():
+        block = [(f'{modality} input', x)]
+        for run in runs:
+            if modality not in run.shown: continue
+            x_hat = run.shown[modality][1]
+            block.append((f'{modality} {run.name}', x_hat))
+            if len(runs) == 1:
+                block.append((f'{modality} absolute error', np.abs(x - x_hat)))
+        blocks.append(block)
+    return blocks if len(runs) > 1 or not blocks else [sum(blocks, [])]
 
 def contact_sheet(path, volumes, width=12):
     """Middle axial slices of many volumes. volumes: [(heading, volume)]."""
@@ -58,64 +83,63 @@ def contact_sheet(path, volumes, width=12):
     for ax in axes.flat:
         ax.set_axis_off()
     for ax, (heading, volume) in zip(axes.flat, volumes):
-        ax.imshow(
-            volume[:, :, volume.shape[2] // 2].T.astype(np.float32),
-            origin='lower',
-            cmap='gray',
-            vmin=0,
-            vmax=1,
-        )
+        ax.imshow(volume[:, :, volume.shape[2] // 2].T.astype(np.float32), **GREY)
         ax.set_title(heading, fontsize=5)
     finish(plt, fig, path)
 
 def geometry(path, rows):
-    """|cosine| of channels raw and centred, and explained variance, DeCo fig. 2 and 3. rows: {name: metrics.latent_geometry}, up to 16 channels."""
-    rows, plt = {name: g for name, g in rows.items() if g['matrix_raw']}, pyplot()
+    """|cosine| of channels, raw and centred, and explained variance, DeCo fig. 2 and 3.
+
+    rows: {name: metrics.latent_geometry}; those of more than 16 channels are left out.
+    """
+    plt = pyplot()
+    rows = {name: g for name, g in rows.items() if g['matrix_raw']}
     if not plt or not rows: return
     fig, axes = plt.subplots(3, len(rows), figsize=(2.4 * len(rows) + 0.6, 7), squeeze=False)
     for column, (name, g) in zip(axes.T, rows.items()):
-        for ax, key, title in zip(
-            column, ('matrix_raw', 'matrix_centred'), ('|cosine|, raw', '|cosine|, centred')
-        ):
-            ax.imshow(g[key], cmap='viridis', vmin=0, vmax=1)
-            for i, line in enumerate(g[key]):
-                for j, v in enumerate(line):
-                    ax.text(
-                        j,
-                        i,
-                        f'{v:.2f}'.lstrip('0'),
-                        ha='center',
-                        va='center',
-                        fontsize=7,
-                        color='black' if v > 0.6 else 'white',
-                    )
-            ax.set_xticks([]), ax.set_yticks([])
-            ax.set_title(f'{name}\n{title}', fontsize=8)
+        matrix(column[0], g['matrix_raw'], f'{name}\n|cosine|, raw')
+        matrix(column[1], g['matrix_centred'], f'{name}\n|cosine|, centred')
         column[2].bar(range(1, g['channels'] + 1), [100 * v for v in g['explained_variance']])
         column[2].set_ylim(0, 100)
         column[2].set_title(f"explained variance, %\neffective rank {g['effective_rank']:.2f}", fontsize=8)
     finish(plt, fig, path)
 
+def matrix(ax, values, title):
+    """A matrix of values in [0,1] as colours, with its numbers."""
+    ax.imshow(values, cmap='viridis', vmin=0, vmax=1)
+    for i, line in enumerate(values):
+        for j, v in enumerate(line):
+            colour = 'black' if v > 0.6 else 'white'
+            ax.text(j, i, f'{v:.2f}'.lstrip('0'), ha='center', va='center', fontsize=7, color=colour)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.set_title(title, fontsize=8)
+
 def embedding(path, panels):
-    """Points of t-SNE, brain and background marked, DeCo fig. 1b. panels: {name: (points (N,2), brain (N,) bool)}."""
-    plt = pyplot()
+    """Points of t-SNE, brain and background marked, DeCo fig. 1b.
+
+    panels: {name: (points (N,2), brain (N,) bool)}.
+    """
+    plt = pyplot() if panels else None
     if not plt: return
     fig, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.8), squeeze=False)
-    for ax, (name, (y, brain)) in zip(axes[0], panels.items()):
-        for at, colour, word in ((~brain, '0.7', 'background'), (brain, 'tab:red', 'brain')):
-            ax.scatter(y[at, 0], y[at, 1], s=2, c=colour, label=word)
-        ax.set_title(name, fontsize=9), ax.set_xticks([]), ax.set_yticks([])
+    for ax, (name, (points, brain)) in zip(axes[0], panels.items()):
+        ax.scatter(*points[~brain].T, s=2, c='0.7', label='background')
+        ax.scatter(*points[brain].T, s=2, c='tab:red', label='brain')
+        ax.set_title(name, fontsize=9)
+        ax.set_xticks([])
+        ax.set_yticks([])
         ax.legend(fontsize=7, markerscale=4)
     finish(plt, fig, path)
 
 def boxes(path, panels, unit):
     """Box plots. panels: {title: [(label, values), ...]}."""
-    plt = pyplot()
+    plt = pyplot() if panels else None
     if not plt: return
     fig, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), squeeze=False)
-    for ax, (title, found) in zip(axes[0], panels.items()):
-        ax.boxplot([values for _, values in found])
-        ax.set_xticks(range(1, len(found) + 1), [label for label, _ in found], fontsize=7)
+    for ax, (title, groups) in zip(axes[0], panels.items()):
+        ax.boxplot([values for _, values in groups])
+        ax.set_xticks(range(1, len(groups) + 1), [label for label, _ in groups], fontsize=7)
         ax.set_title(title, fontsize=9)
         ax.set_ylabel(unit, fontsize=8)
     finish(plt, fig, path)

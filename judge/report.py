@@ -1,32 +1,39 @@
-"""What evaluate.py measured, as markdown. report(results) takes what table.json holds; nothing is computed here but means for display."""
+"""What evaluate.py measured, as markdown, and the papers' tables beside it.
+
+report() takes what table.json holds; nothing is computed but means for display. paper_table() reads the
+table.json files below a folder. A run is known by its folder's name, that of its config, and what was not
+measured stays empty. The papers: NeuroQuant (arXiv:2604.05171), tables 1 and 2; DeCo-VAE (MIUA 2026), 1 to 5.
+"""
+import glob
+import json
+import os
+
 import numpy as np
 
 from common import markdown_table
 
 DEFINITIONS = """\
-PSNR: dB, data range 1, prediction clamped to [0,1]. SSIM: 3D, Gaussian window 11, sigma 1.5, K1 0.01, K2 0.03, valid region, times 100.
-SSIM uniform: scikit-image's default, a uniform window of 7 with sample covariance, as DeCo-VAE; times 100. LPIPS: over all slices, [0,1]
+PSNR: dB, data range 1, prediction clamped to [0,1]. SSIM: 3D, Gaussian window 11, sigma 1.5, K1 0.01, \
+K2 0.03, valid region, times 100.
+SSIM uniform: scikit-image's default, a uniform window of 7 with sample covariance, as DeCo-VAE; times 100. \
+LPIPS: over all slices, [0,1]
 as is; brain: 0 outside it in both.
 whole: every voxel of the box. brain: voxels where the input is above 0 (SSIM: windows centred there).
 Mean +- standard deviation over subjects, the sessions of a subject averaged first.
-DFT: decoder fine-tuned on a frozen encoder. cos_raw: mean absolute cosine of channel pairs, means included; pearson_abs: the same of
-centred channels. Effective rank: exp of the entropy of the explained variance, whose covariance is that of pearson_abs."""
+DFT: decoder fine-tuned on a frozen encoder. cos_raw: mean absolute cosine of channel pairs, means included; \
+pearson_abs: the same of
+centred channels. Effective rank: exp of the entropy of the explained variance, \
+whose covariance is that of pearson_abs."""
 
 METRICS = {
-    'psnr_whole': 'PSNR',
-    'ssim_whole': 'SSIM',
-    'psnr_brain': 'PSNR brain',
-    'ssim_brain': 'SSIM brain',
-    'ssim_uniform_whole': 'SSIM uniform',
-}
+    'psnr_whole': 'PSNR', 'ssim_whole': 'SSIM', 'psnr_brain': 'PSNR brain', 'ssim_brain': 'SSIM brain',
+    'ssim_uniform_whole': 'SSIM uniform'}
 SHOWN = ('cerebellum cortex', 'caudate')  # the structures whose volumes NeuroQuant fig. 4 shows
 
 def report(results):
     """Every table of a call of evaluate.py as text."""
-    settings, lines = results['settings'], fidelity_tables(results) + latent_tables(results) + [
-        '',
-        DEFINITIONS,
-    ]
+    settings = results['settings']
+    lines = fidelity_tables(results) + latent_tables(results) + ['', DEFINITIONS]
     if 'frechet' in results:
         lines += frechet_table(results['frechet_features'], results['frechet'], settings['fid_slices'])
     if 'diversity' in results:
@@ -34,13 +41,8 @@ def report(results):
     if 'anatomy' in results:
         lines += anatomy_table(results['anatomy'], settings['labels'])
     else:
-        lines += [
-            '',
-            (
-                'Dice, region volumes: not computed; give --segmenter=synthseg_2.0.h5'
-                ' (github.com/BBillot/SynthSeg), or a command with {in} and {out}'
-            ),
-        ]
+        lines += ['', 'Dice, region volumes: not computed; give --segmenter=synthseg_2.0.h5 '
+                  '(github.com/BBillot/SynthSeg), or a command with {in} and {out}']
     if 'probes' in results:
         lines += probe_table(results['probes'], settings['probe_epochs'] if settings['probe_networks'] else 0)
     return '\n'.join(lines) + '\n'
@@ -65,97 +67,92 @@ def interval(summary):
 def number(value, digits=4):
     return '' if value is None else f'{value:.{digits}f}'
 
+def numbers(row, keys, digits=4):
+    return [number(row[key], digits) for key in keys]
+
 def few(values):
     """The first eight of a list."""
     return ' '.join(f'{v:.3f}' for v in values[:8]) + (' ...' if len(values) > 8 else '')
 
-def rows_or_reasons(found, keys, columns, cells):
-    """Rows of a table: the `keys` of each dict, then cells(dict), or the reason in the last of all `columns`."""
-    return [
-        [r[k] for k in keys]
-        + (cells(r) if 'reason' not in r else [''] * (columns - len(keys) - 1) + [r['reason']])
-        for r in found
-    ]
+def table_of(rows, keys, columns, cells):
+    """Lines of a table whose rows begin with the dicts' `keys`; `columns` names the others.
+
+    cells(dict) gives those. A dict with a reason has it in the last column and the others empty.
+    """
+    lines = []
+    for row in rows:
+        if 'reason' in row:
+            rest = [''] * (len(columns) - 1) + [row['reason']]
+        else:
+            rest = cells(row)
+        lines.append([*(row[key] for key in keys.values()), *rest])
+    return markdown_table([*keys, *columns], lines)
 
 # ---------------------------------------------------------------- tables
 
 def metric_names(lpips):
-    """{key of scores: its name in the tables}."""
+    """{key of a scan's scores: its name in the tables}."""
     if not lpips: return METRICS
-    of = 'RANDOM trunk (no LPIPS)' if lpips == 'random' else f'LPIPS {lpips}'
-    return METRICS | {'lpips_sum': f'{of}, sum', 'lpips_mean': 'mean of planes', 'lpips_brain': 'sum, brain'}
+    network = 'RANDOM trunk (no LPIPS)' if lpips == 'random' else f'LPIPS {lpips}'
+    return METRICS | {
+        'lpips_sum': f'{network}, sum', 'lpips_mean': 'mean of planes', 'lpips_brain': 'sum, brain'}
 
 def fidelity_tables(results):
-    rows, names = results['rows'], metric_names(results['settings']['lpips'])
+    rows, modalities = results['rows'], results['modalities']
+    names = metric_names(results['settings']['lpips'])
     n = max(s['psnr_whole']['n_subjects'] for row in rows for s in row['fidelity'].values() if s)
-    metrics = [f'{m} {name}' for m in results['modalities'] for name in names.values()]
+    head = [f'{modality} {name}' for modality in modalities for name in names.values()]
+
     def cells(row, show):
-        return [show(row['fidelity'].get(m, {}).get(k)) for m in results['modalities'] for k in names]
-    return [
-        f"Reconstruction, split {results['split']} of {results['data_dir']}, {n} subjects",
-        '',
-        *markdown_table(
-            ['model', 'f', 'latent', 'bits/volume', 'DFT', *metrics],
-            [
-                [*(row[k] for k in ('name', 'f', 'latent', 'bits', 'dft')), *cells(row, mean_sd)]
-                for row in rows
-            ],
-        ),
-        '',
-        '95 % bootstrap interval of each mean, by subject',
-        '',
-        *markdown_table(['model', *metrics], [[row['name'], *cells(row, interval)] for row in rows]),
-    ]
+        fidelity = row['fidelity']
+        return [show(fidelity.get(modality, {}).get(key)) for modality in modalities for key in names]
+
+    scores = []
+    for row in rows:
+        facts = [row[key] for key in ('name', 'f', 'latent', 'bits', 'dft')]
+        scores.append(facts + cells(row, mean_sd))
+    intervals = [[row['name'], *cells(row, interval)] for row in rows]
+    return [f"Reconstruction, split {results['split']} of {results['data_dir']}, {n} subjects", '',
+            *markdown_table(['model', 'f', 'latent', 'bits/volume', 'DFT', *head], scores), '',
+            '95 % bootstrap interval of each mean, by subject', '',
+            *markdown_table(['model', *head], intervals)]
 
 def latent_tables(results):
     """Geometry, use of the codes and cross-modal scores of each model."""
-    names, models = metric_names(results['settings']['lpips']), [
-        row for row in results['rows'] if 'geometry' in row
-    ]
-    def cells(g):
-        return [
-            *(number(g[k]) for k in ('cos_raw', 'pearson_abs', 'effective_rank')),
-            few(g['explained_variance']),
-            few(g['channel_sd']),
-            number(g['posterior_sigma']),
-        ]
-    head = [
-        'model', 'latent', 'cos_raw', 'pearson_abs', 'effective rank', 'explained variance', 'channel sd',
-        'posterior sigma'
-    ]
-    lines = ['', 'Latent, all positions of the same scans', '',
-             *markdown_table(head, [[row['name'], row['latent'], *cells(row['geometry'])] for row in models])]
+    names = metric_names(results['settings']['lpips'])
+    models = [row for row in results['rows'] if 'geometry' in row]
+    head = ['model', 'latent', 'cos_raw', 'pearson_abs', 'effective rank', 'explained variance', 'channel sd',
+            'posterior sigma']
+    cells = []
     for row in models:
-        if row['codes']:
-            use = [
-                f"{k} {v['used']:.0f} used, perplexity {v['perplexity']:.1f}, {v['tokens']} tokens"
-                for k, v in row['codes'].items()
-            ]
+        g = row['geometry']
+        cells.append([row['name'], row['latent'], *numbers(g, ('cos_raw', 'pearson_abs', 'effective_rank')),
+                      few(g['explained_variance']), few(g['channel_sd']), number(g['posterior_sigma'])])
+    lines = ['', 'Latent, all positions of the same scans', '', *markdown_table(head, cells)]
+    for row in models:
+        use = [f"{k} {v['used']:.0f} used, perplexity {v['perplexity']:.1f}, {v['tokens']} tokens"
+               for k, v in row['codes'].items()]
+        if use:
             lines += ['', f"{row['name']}, codes of {row['num_codes']}: {'; '.join(use)}"]
-        if row['cross']:
-            swaps = [
-                [f"{c['source']} -> {c['target']}", c['style'], *(mean_sd(c['scores'][k]) for k in names)]
-                for c in row['cross']
-            ]
-            lines += [
-                '',
-                (
-                    f"{row['name']}, cross-modal: anatomy of the source, style of the target scan (eq. 13) "
-                    "or the target's running mean (no target scan)"
-                ),
-                '',
-                *markdown_table(['source -> target', 'style', *names.values()], swaps),
-            ]
+        swaps = []
+        for c in row['cross']:
+            scores = [mean_sd(c['scores'][key]) for key in names]
+            swaps.append([f"{c['source']} -> {c['target']}", c['style'], *scores])
+        if swaps:
+            lines += ['', f"{row['name']}, cross-modal: anatomy of the source, style of the target scan "
+                      "(eq. 13) or the target's running mean (no target scan)", '',
+                      *markdown_table(['source -> target', 'style', *names.values()], swaps)]
     return lines
 
 def frechet_table(extractor, rows, slices):
-    planes = ('axial', 'coronal', 'sagittal')
+    head = [*PLANES, 'mean', 'of it means', 'covariances', 'slices (real / other)']
+
     def cells(r):
-        counts = ', '.join('{} {} / {}'.format(plane, *r['slices'][plane]) for plane in planes)
-        return [*(number(r[k]) for k in (*planes, 'mean', 'mean_part', 'covariance_part')), counts]
-    head = ['row', 'modality', *planes, 'mean', 'of it means', 'covariances', 'slices (real / other)']
+        counts = ['{} {} / {}'.format(plane, *r['slices'][plane]) for plane in PLANES]
+        return [*numbers(r, (*PLANES, 'mean', 'mean_part', 'covariance_part')), ', '.join(counts)]
+
     lines = ['', f'Frechet distance on slices, {extractor}, {slices} slices', '',
-             *markdown_table(head, rows_or_reasons(rows, ('row', 'modality'), len(head), cells))]
+             *table_of(rows, {'row': 'row', 'modality': 'modality'}, head, cells)]
     means = {(r['row'], r['modality']): r['mean'] for r in rows if 'mean' in r}
     for (row, modality), value in means.items():
         run, _, kind = row.rpartition(' ')
@@ -164,62 +161,173 @@ def frechet_table(extractor, rows, slices):
     return lines
 
 def diversity_table(rows):
-    head = ['set', 'modality', 'MS-SSIM', 'pairs', 'volumes']
     def cells(r):
         return [f"{r['ms_ssim']:.4f} +- {r['sd']:.4f}", r['pairs'], r['volumes']]
+
     return ['', 'MS-SSIM between pairs of volumes (1: all alike); real: one scan per subject', '',
-            *markdown_table(head, rows_or_reasons(rows, ('row', 'modality'), len(head), cells))]
+            *table_of(rows, {'set': 'row', 'modality': 'modality'}, ['MS-SSIM', 'pairs', 'volumes'], cells)]
 
 def anatomy_table(rows, labels):
-    head = [
-        'model',
-        'modality',
-        'Dice',
-        '95 % interval',
-        *(cell for name in SHOWN for cell in (f'{name}: reconstruction', 'ground truth')),
-    ]
+    head = ['Dice', '95 % interval']
+    for name in SHOWN:
+        head += [f'{name}: reconstruction', 'ground truth']
+
     def cells(r):
-        percent = {k: np.multiply(100, r['mean_dice'][k]) for k in ('mean', 'sd', 'ci95')}
-        volumes = [
-            f"{np.mean([scan[key][name] for scan in r['scans']]):.0f}"
-            for name in SHOWN
-            for key in ('mm3', 'mm3_truth')
-        ]
-        return [
-            f"{percent['mean']:.2f} +- {percent['sd']:.2f}",
-            f"{percent['ci95'][0]:.2f} to {percent['ci95'][1]:.2f}",
-            *volumes,
-        ]
+        mean, sd, (low, high) = (np.multiply(100, r['mean_dice'][key]) for key in ('mean', 'sd', 'ci95'))
+        volumes = []
+        for name in SHOWN:
+            for key in ('mm3', 'mm3_truth'):
+                volumes.append(f"{np.mean([scan[key][name] for scan in r['scans']]):.0f}")
+        return [f'{mean:.2f} +- {sd:.2f}', f'{low:.2f} to {high:.2f}', *volumes]
+
     against = f"the given label maps ('{labels}')" if labels else "the segmenter's labels of the input"
-    return [
-        '',
-        (
-            f'Dice x 100 against {against}, mean over foreground structures, then over subjects; volumes,'
-            ' left + right, in mm3'
-        ),
-        '',
-        *markdown_table(head, rows_or_reasons(rows, ('row', 'modality'), len(head), cells)),
-    ]
+    return ['', f'Dice x 100 against {against}, mean over foreground structures, then over subjects; '
+            'volumes, left + right, in mm3', '',
+            *table_of(rows, {'model': 'row', 'modality': 'modality'}, head, cells)]
 
 def probe_table(rows, epochs):
     """epochs: of the networks among the probes, 0 if there are none."""
-    head = [
-        'model', 'probe', 'of', 'target', 'accuracy', '95 % interval', 'balanced', 'AUC', 'by subject',
-        'scans (subjects)'
-    ]
+    keys = {'model': 'row', 'probe': 'probe', 'of': 'seen', 'target': 'target'}
+    head = ['accuracy', '95 % interval', 'balanced', 'AUC', 'by subject', 'scans (subjects)']
 
     def cells(r):
-        return [
-            number(r['accuracy'], 3),
-            f"{r['ci95'][0]:.3f} to {r['ci95'][1]:.3f}",
-            *(number(r[k], 3) for k in ('balanced_accuracy', 'auc', 'subject_accuracy')),
-            f"{r['n']} ({r['n_groups']})",
-        ]
+        return [number(r['accuracy'], 3), f"{r['ci95'][0]:.3f} to {r['ci95'][1]:.3f}",
+                *numbers(r, ('balanced_accuracy', 'auc', 'subject_accuracy'), 3),
+                f"{r['n']} ({r['n_groups']})"]
 
     networks = f'. SEResNet-152: trained anew for each fold, {epochs} epochs' if epochs else ''
-    return [
-        '',
-        f'Probes, 5 folds by subject. Linear: standardised latent, ridge-logistic regression{networks}',
-        '',
-        *markdown_table(head, rows_or_reasons(rows, ('row', 'probe', 'seen', 'target'), len(head), cells)),
-    ]
+    return ['', 'Probes, 5 folds by subject. Linear: standardised latent, ridge-logistic '
+            f'regression{networks}', '', *table_of(rows, keys, head, cells)]
+
+# ---------------------------------------------------------------- the papers' tables
+
+# columns: {heading: (kind, key, modality, factor)}, where a number of ours is found
+NEUROQUANT = {}
+for short in ('T1', 'T2'):
+    NEUROQUANT[f'{short} PSNR'] = ('fidelity', 'psnr_whole', f'{short}w', 1)
+    NEUROQUANT[f'{short} SSIM'] = ('fidelity', 'ssim_whole', f'{short}w', 1)
+    NEUROQUANT[f'{short} Acc'] = ('SEResNet-152', 'accuracy', f'{short}w', 100)
+    NEUROQUANT[f'{short} Dice'] = ('anatomy', 'mean', f'{short}w', 100)
+ABLATION = {heading: place for heading, place in NEUROQUANT.items() if 'Dice' not in heading}
+GEOMETRY = {'cosine': ('geometry', 'cos_raw', '', 1), 'effective rank': ('geometry', 'effective_rank', '', 1)}
+FIDELITY = {
+    'PSNR': ('fidelity', 'psnr_whole', 'T1w', 1),
+    'SSIM': ('fidelity', 'ssim_uniform_whole', 'T1w', 0.01),
+    'LPIPS': ('fidelity', 'lpips_sum', 'T1w', 1),
+    'rFID': ('rFID', 'mean', 'T1w', 1)}
+PLANES = ('axial', 'coronal', 'sagittal')
+GENERATION = {f'gFID {plane}': ('gFID', plane, 'T1w', 1) for plane in (*PLANES, 'mean')}
+
+# rows: {label: (run, the paper's numbers)}; a run with a fine-tuned decoder is named so
+DECO = {  # table 4
+    'L_VAE (MAISI-VAE)': ('maisi', (32.80, 0.971, 0.027, 6.426, 6.566, 7.808, 5.424, 6.599)),
+    'SID': ('decovae_sid', (33.47, 0.980, 0.024, 6.240, 6.380, 7.719, 4.983, 6.361)),
+    'VAD': ('decovae_vad', (33.17, 0.978, 0.025, 6.251, 6.270, 7.651, 4.886, 6.269)),
+    'L_VAE + DFT': ('maisi_dft', (32.99, 0.969, 0.025, 6.243, 6.577, 7.850, 5.356, 6.594)),
+    'SID + DFT': ('decovae_sid_dft', (33.77, 0.981, 0.022, 5.822, 6.102, 7.498, 4.431, 6.010)),
+    'VAD + DFT': ('decovae_vad_dft', (33.64, 0.979, 0.023, 5.946, 6.014, 7.485, 4.413, 5.971))}
+COV_DFT = ('decovae_cov_dft', (33.77, 0.963, 0.024, 6.015, 6.334, 7.644, 4.789, 6.256))
+LIKE_WITH_LIKE = 'like with like: the paper prints L_VAE without fine-tuning against SID and VAD with it'
+
+TABLES = {  # name: title, columns, rows
+    'neuroquant1': (
+        'NeuroQuant table 1, NCANDA; Acc: sex from the latents by SEResNet-152 (--probe=sex '
+        '--probe_networks=latent)', NEUROQUANT, {
+            'VQGAN': ('vqgan', (26.09, 90.77, 76.23, 90.08, 25.57, 88.28, 66.25, 89.80)),
+            'SD-VAE': ('sdvae', (27.48, 92.72, 77.14, 92.51, 26.16, 90.87, 67.34, 90.37)),
+            'MediTok': ('meditok', (28.03, 94.11, 77.78, 93.88, 27.34, 93.08, 67.55, 92.53)),
+            'MedVAE': ('medvae', (28.26, 94.38, 78.12, 94.83, 27.59, 92.51, 67.87, 92.31)),
+            'NeuroQuant': ('neuroquant', (28.89, 95.27, 79.09, 95.25, 28.12, 93.57, 68.36, 93.45)),
+            'w/o joint training': ('neuroquant_3d_only', (
+                28.51, 94.89, 78.57, 94.83, 28.03, 93.67, 67.95, 93.03))}),
+    'neuroquant2': (
+        'NeuroQuant table 2, NCANDA; Acc as in table 1', ABLATION, {
+            'Base': ('ablation_base', (27.56, 92.18, 77.38, 26.43, 91.24, 67.51)),
+            '+ FMA': ('ablation_fma', (28.17, 94.37, 78.22, 27.39, 92.08, 67.85)),
+            '+ M-FiLM': ('ablation_film', (28.52, 94.84, 78.39, 27.83, 92.49, 68.01)),
+            '+ L_cross': ('ablation_cross', (28.63, 95.01, 78.45, 27.94, 92.76, 68.06)),
+            '+ L_adv (full)': ('neuroquant', (28.89, 95.27, 79.09, 28.12, 93.57, 68.36))}),
+    'deco1': (
+        'DeCo-VAE table 1; cosine with channel means, as the printed numbers must have them', GEOMETRY, {
+            'L_VAE (MAISI-VAE)': ('maisi', (0.2292, 3.22)),
+            'SID': ('decovae_sid', (0.1148, 3.37)),
+            'VAD': ('decovae_vad', (0.0971, 3.97))}),
+    'deco2': (
+        f'DeCo-VAE table 2, {LIKE_WITH_LIKE}', FIDELITY,
+        {label: (run, paper[:4]) for label, (run, paper) in DECO.items()}),
+    'deco3': (
+        f'DeCo-VAE table 3, {LIKE_WITH_LIKE}', GENERATION,
+        {label: (run, paper[4:]) for label, (run, paper) in DECO.items()}),
+    'deco4': ('DeCo-VAE table 4', FIDELITY | GENERATION, DECO),
+    'deco5': (
+        'DeCo-VAE table 5; all its rows have fine-tuning', FIDELITY | GENERATION, {
+            'L_VAE + DFT': DECO['L_VAE + DFT'],
+            'L_VAE + L_COV + DFT': COV_DFT,
+            'L_VAE + L_COV + L_VAR + DFT': DECO['VAD + DFT']})}
+
+def collect(runs):
+    """What every table.json below a folder holds: {run: facts}; of several files on a run the latest counts.
+
+    facts: {(kind, key, modality): number}, and 'dft', 'yes' or 'no', and 'source', the data.
+    """
+    facts = {}
+    paths = glob.glob(os.path.join(runs, '**', 'table.json'), recursive=True)
+    for path in sorted(paths, key=os.path.getmtime):
+        try:
+            with open(path) as f:
+                results = json.load(f)
+        except (OSError, ValueError) as e:
+            raise SystemExit(f'{path}: unreadable ({e}); run evaluate.py again')
+        add_facts(facts, results)
+    return facts
+
+def add_facts(facts, results):
+    """Add what one table.json holds to the facts of collect()."""
+    for row in results['rows']:
+        if 'ckpt' not in row: continue
+        run = facts.setdefault(row['name'], {})
+        run['dft'] = row['dft']
+        run['source'] = f"{results['split']} of {results['data_dir']}"
+        for modality, metrics in row['fidelity'].items():
+            for key, summary in metrics.items():
+                run['fidelity', key, modality] = summary['mean']
+        for key, value in row['geometry'].items():
+            run['geometry', key, ''] = value
+    for row in results.get('frechet', ()):
+        name, _, kind = row['row'].rpartition(' ')
+        if kind in ('rFID', 'gFID') and 'mean' in row:
+            for key in (*PLANES, 'mean'):
+                facts[name][kind, key, row['modality']] = row[key]
+    for row in results.get('anatomy', ()):
+        if 'mean_dice' in row:
+            facts[row['row']]['anatomy', 'mean', row['modality']] = row['mean_dice']['mean']
+    for row in results.get('probes', ()):
+        # a probe of the scans themselves is of no run
+        if row['target'] == 'sex' and 'accuracy' in row and row['row'] in facts:
+            modality = row['seen'].removeprefix('latent, ')
+            facts[row['row']][row['probe'], 'accuracy', modality] = row['accuracy']
+
+def paper_table(name, runs):
+    """Markdown of one table of TABLES, with ours (paper) in each cell.
+
+    SystemExit with one line for an unknown name, or a run that is fine-tuned where the row is not.
+    """
+    if name not in TABLES: raise SystemExit(f"--table={name}: one of {', '.join(TABLES)}")
+    title, columns, rows = TABLES[name]
+    ours = collect(runs)
+    lines = []
+    for label, (run, paper) in rows.items():
+        facts = ours.get(run, {})
+        tuned = 'yes' if run.endswith('_dft') else 'no'
+        if facts and facts['dft'] != tuned:
+            raise SystemExit(f"{runs}/{run}: fine-tuned: {facts['dft']}, the row '{label}' is not the same; "
+                             'rename the run')
+        cells = []
+        for (kind, key, modality, factor), printed in zip(columns.values(), paper):
+            value = facts.get((kind, key, modality))
+            measured = '' if value is None else f'{factor * value:.4g} '
+            cells.append(f'{measured}({printed:g})')
+        lines.append([label, run, tuned, *cells, facts.get('source', '')])
+    head = ['row', 'run', 'DFT', *columns, 'measured on']
+    title += f'. Ours, from {runs}, with the paper in brackets.'
+    return '\n'.join([title, '', *markdown_table(head, lines)]) + '\n'

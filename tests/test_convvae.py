@@ -1,4 +1,4 @@
-"""ConvVAE: MONAI's MAISI network with the same weights, slices against volumes, any size, slab by slab."""
+"""ConvVAE against MONAI's MAISI and Stable Diffusion's layout, slices against volumes, any size."""
 import math
 
 import pytest
@@ -8,34 +8,47 @@ import torch.nn.functional as F
 from model import Attention, ConvVAE, ConvVAEConfig, model_args, from_checkpoint, step_flops
 from pretrained import load_maisi_vae, load_sd_vae
 
-SMALL = dict(widths=(8, 16, 32), res_blocks=1)
-
-def make(**kwargs):
+def small(**kwargs):
     torch.manual_seed(0)
-    return ConvVAE(ConvVAEConfig(**{**SMALL, **kwargs})).eval()
+    return ConvVAE(ConvVAEConfig(**{'widths': (8, 16, 32), 'res_blocks': 1, **kwargs})).eval()
+
+def with_codebook(model, x):
+    """The model in eval mode; if it has a codebook, begun on x."""
+    if model.config.bottleneck == 'vq':
+        model.train()
+        model(torch.cat(model.cut(model.prepare(x))))
+    return model.eval()
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 # ---------------------------------------------------------------- MAISI
 
 def monai_maisi(widths=(64, 128, 256), blocks=2):
     networks = pytest.importorskip('monai.apps.generation.maisi.networks.autoencoderkl_maisi')
     torch.manual_seed(1)
+    n = len(widths)
+    levels = dict(num_channels=widths, num_res_blocks=[blocks] * n, attention_levels=[False] * n)
     return networks.AutoencoderKlMaisi(
-        spatial_dims=3,
-        in_channels=1,
-        out_channels=1,
-        num_channels=widths,
-        latent_channels=4,
-        num_res_blocks=[blocks] * len(widths),
-        norm_num_groups=32,
-        norm_eps=1e-6,
-        attention_levels=[False] * len(widths),
-        with_encoder_nonlocal_attn=False,
-        with_decoder_nonlocal_attn=False,
-        num_splits=1,
-        norm_float16=False,
-        print_info=False,
-        save_mem=False,
-    ).eval()
+        spatial_dims=3, in_channels=1, out_channels=1, latent_channels=4, norm_num_groups=32, norm_eps=1e-6,
+        with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False, num_splits=1, norm_float16=False,
+        print_info=False, save_mem=False, **levels).eval()
+
+def random_maisi():
+    """MONAI's network, narrow, in which nothing starts at zero."""
+    theirs = monai_maisi((32, 64, 96))
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, p.mean().item(), 0.03)
+    return theirs
+
+def bare(state):
+    return state
+
+def under_unet_state_dict(state):
+    return {'unet_state_dict': state}
+
+def under_autoencoder(state):
+    return {'autoencoder': {f'module.{name}': tensor for name, tensor in state.items()}, 'step': 3}
 
 def test_the_default_has_maisis_parameters():
     model = ConvVAE(ConvVAEConfig())
@@ -43,221 +56,308 @@ def test_the_default_has_maisis_parameters():
     assert sum(p.numel() for p in (*model.decoder.parameters(), *model.post.parameters())) == 12_131_605
     assert model.latent_shape((128, 256, 128)) == (4, 32, 64, 32)
 
-@pytest.mark.parametrize('wrap', [lambda s: s, lambda s: {'unet_state_dict': s}, lambda s: {'autoencoder': {f'module.{k}': v for k, v in s.items()}, 'step': 3}])
+@pytest.mark.parametrize('wrap', [bare, under_unet_state_dict, under_autoencoder])
+@torch.no_grad()
 def test_maisi_weights_give_what_monai_gives(wrap):
-    theirs = monai_maisi((32, 64, 96))
-    for p in theirs.parameters():
-        torch.nn.init.normal_(p, p.mean().item(), 0.03)
+    theirs, x = random_maisi(), torch.rand(1, 1, 16, 24, 20)
     ours = load_maisi_vae(wrap(theirs.state_dict()))
-    x = torch.rand(1, 1, 16, 24, 20)
-    with torch.no_grad():
-        mu, sigma = theirs.encode(x)
-        torch.testing.assert_close(ours.encode(x)[0], mu, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(torch.exp(0.5 * ours.encode(x)[1]), sigma, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(ours.decode(mu), theirs.decode(mu), atol=1e-4, rtol=1e-4)
-        torch.manual_seed(7)
-        x_hat, mu, _ = theirs(x)
-        torch.manual_seed(7)
-        torch.testing.assert_close(ours(x)['x_hat'], x_hat, atol=1e-4, rtol=1e-4)
+    mu, sigma = theirs.encode(x)
+    close(ours.encode(x)[0], mu, 1e-4)
+    close(torch.exp(0.5 * ours.encode(x)[1]), sigma, 1e-4)
+    close(ours.decode(mu), theirs.decode(mu), 1e-4)
 
+@torch.no_grad()
+def test_a_sample_of_maisi_weights_is_the_one_that_monai_draws():
+    theirs, x = random_maisi(), torch.rand(1, 1, 16, 24, 20)
+    ours = load_maisi_vae(theirs.state_dict())
+    torch.manual_seed(7)
+    x_hat, _, _ = theirs(x)
+    torch.manual_seed(7)
+    close(ours(x)['x_hat'], x_hat, 1e-4)
+
+@torch.no_grad()
 def test_maisi_weights_of_full_size_load_and_agree():
-    theirs = monai_maisi()
+    theirs, x = monai_maisi(), torch.rand(1, 1, 16, 16, 16)
     ours = load_maisi_vae(theirs.state_dict())
     assert ours.config == ConvVAEConfig()
-    x = torch.rand(1, 1, 16, 16, 16)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            ours.decode(ours.encode(x)[0]), theirs.decode(theirs.encode(x)[0]), atol=1e-4, rtol=1e-4
-        )
+    close(ours.decode(ours.encode(x)[0]), theirs.decode(theirs.encode(x)[0]), 1e-4)
 
-def test_weights_that_do_not_fit_are_refused_by_name():
-    state = monai_maisi((32, 64, 96)).state_dict()
-    for change, words in (
-        (lambda s: s.pop('decoder.blocks.1.norm1.weight'), 'missing decoder.blocks.1.norm1.weight'),
-        (lambda s: s.update(extra=torch.zeros(1)), 'unexpected extra'),
-        (
-            lambda s: s.update({'decoder.blocks.1.norm1.weight': torch.zeros(7)}),
-            r'decoder.blocks.1.norm1.weight \(7,\) instead of \(96,\)',
-        ),
-        (lambda s: s.clear(), 'not a MAISI autoencoder'),
-    ):
-        changed = dict(state)
-        change(changed)
-        with pytest.raises(ValueError, match=words):
-            load_maisi_vae(changed)
+NAME = 'decoder.blocks.1.norm1.weight'
+
+def lose_one(state):
+    del state[NAME]
+
+def add_one(state):
+    state['extra'] = torch.zeros(1)
+
+def change_a_shape(state):
+    state[NAME] = torch.zeros(7)
+
+def lose_all(state):
+    state.clear()
+
+@pytest.mark.parametrize('change, words', [
+    (lose_one, f'missing {NAME}'), (add_one, 'unexpected extra'), (lose_all, 'not a MAISI autoencoder'),
+    (change_a_shape, rf'{NAME} \(7,\) instead of \(96,\)')])
+def test_weights_that_do_not_fit_are_refused_by_name(change, words):
+    state = dict(monai_maisi((32, 64, 96)).state_dict())
+    change(state)
+    with pytest.raises(ValueError, match=words):
+        load_maisi_vae(state)
 
 # ---------------------------------------------------------------- Stable Diffusion's layout
 
-def sd_state(widths=(32, 64, 64), latent=4, old=False):
-    """Random weights under diffusers' names, written out from its layout."""
-    g = torch.Generator().manual_seed(0)
-    state = {}
-    def put(name, *shape):
-        state[name] = torch.randn(*shape, generator=g) * 0.1 + ('norm' in name and name.endswith('weight'))
-    def conv(name, c_in, c_out, k=3):
-        put(f'{name}.weight', c_out, c_in, k, k), put(f'{name}.bias', c_out)
-    def norm(name, c):
-        put(f'{name}.weight', c), put(f'{name}.bias', c)
-    def res(name, a, b):
-        norm(f'{name}.norm1', a), conv(f'{name}.conv1', a, b), norm(f'{name}.norm2', b), conv(
-            f'{name}.conv2', b, b
-        )
-        if a != b:
-            conv(f'{name}.conv_shortcut', a, b, 1)
-    def mid(half, c):
-        res(f'{half}.mid_block.resnets.0', c, c), res(f'{half}.mid_block.resnets.1', c, c)
-        norm(f'{half}.mid_block.attentions.0.group_norm', c)
-        for p in ('query', 'key', 'value', 'proj_attn') if old else ('to_q', 'to_k', 'to_v', 'to_out.0'):
-            put(f'{half}.mid_block.attentions.0.{p}.weight', c, c), put(
-                f'{half}.mid_block.attentions.0.{p}.bias', c
-            )
-    conv('encoder.conv_in', 3, widths[0])
-    for i, (a, b) in enumerate(zip((widths[0], *widths), widths)):
-        res(f'encoder.down_blocks.{i}.resnets.0', a, b), res(f'encoder.down_blocks.{i}.resnets.1', b, b)
-        if i < len(widths) - 1:
-            conv(f'encoder.down_blocks.{i}.downsamplers.0.conv', b, b)
-    mid('encoder', widths[-1]), norm('encoder.conv_norm_out', widths[-1]), conv(
-        'encoder.conv_out', widths[-1], 2 * latent
-    )
-    conv('quant_conv', 2 * latent, 2 * latent, 1), conv('post_quant_conv', latent, latent, 1)
-    back = widths[::-1]
-    conv('decoder.conv_in', latent, back[0]), mid('decoder', back[0])
-    for i, (a, b) in enumerate(zip((back[0], *back), back)):
-        for k in range(3):
-            res(f'decoder.up_blocks.{i}.resnets.{k}', a if k == 0 else b, b)
-        if i < len(back) - 1:
-            conv(f'decoder.up_blocks.{i}.upsamplers.0.conv', b, b)
-    norm('decoder.conv_norm_out', back[-1]), conv('decoder.conv_out', back[-1], 3)
-    return state
+class SDState:
+    """state: random weights under diffusers' names, written out from its layout. old: its old names."""
+    def __init__(self, widths=(32, 64, 64), latent=4, old=False):
+        self.generator = torch.Generator().manual_seed(0)
+        self.state = {}
+        self.attention_parts = ('to_q', 'to_k', 'to_v', 'to_out.0')
+        if old:
+            self.attention_parts = ('query', 'key', 'value', 'proj_attn')
+        self.conv('encoder.conv_in', 3, widths[0])
+        c = widths[0]
+        for i, width in enumerate(widths):
+            for k in range(2):
+                self.res(f'encoder.down_blocks.{i}.resnets.{k}', c, width)
+                c = width
+            if i < len(widths) - 1:
+                self.conv(f'encoder.down_blocks.{i}.downsamplers.0.conv', width, width)
+        self.middle('encoder', c)
+        self.norm('encoder.conv_norm_out', c)
+        self.conv('encoder.conv_out', c, 2 * latent)
+        self.conv('quant_conv', 2 * latent, 2 * latent, 1)
+        self.conv('post_quant_conv', latent, latent, 1)
+        self.conv('decoder.conv_in', latent, c)
+        self.middle('decoder', c)
+        for i, width in enumerate(reversed(widths)):
+            for k in range(3):
+                self.res(f'decoder.up_blocks.{i}.resnets.{k}', c, width)
+                c = width
+            if i < len(widths) - 1:
+                self.conv(f'decoder.up_blocks.{i}.upsamplers.0.conv', width, width)
+        self.norm('decoder.conv_norm_out', c)
+        self.conv('decoder.conv_out', c, 3)
 
-def sd_functional(s, x):
-    """Mean, log-variance and decoded mean, straight from the names of diffusers' layout."""
-    conv = lambda n, x, **kw: F.conv2d(x, s[f'{n}.weight'], s[f'{n}.bias'], **kw)
-    norm = lambda n, x: F.group_norm(x, 32, s[f'{n}.weight'], s[f'{n}.bias'], 1e-6)
-    def res(n, x):
-        h = conv(f'{n}.conv1', F.silu(norm(f'{n}.norm1', x)), padding=1)
-        h = conv(f'{n}.conv2', F.silu(norm(f'{n}.norm2', h)), padding=1)
-        return h + (conv(f'{n}.conv_shortcut', x) if f'{n}.conv_shortcut.weight' in s else x)
-    def mid(half, x):
-        x, n = res(f'{half}.mid_block.resnets.0', x), f'{half}.mid_block.attentions.0'
-        t = norm(f'{n}.group_norm', x).flatten(2).transpose(1, 2)
-        q, k, v = (t @ s[f'{n}.to_{p}.weight'].T + s[f'{n}.to_{p}.bias'] for p in 'qkv')
-        y = (
-            torch.softmax(q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]), -1)
-            @ v
-            @ s[f'{n}.to_out.0.weight'].T
-            + s[f'{n}.to_out.0.bias']
-        )
-        return res(f'{half}.mid_block.resnets.1', x + y.transpose(1, 2).view_as(x))
-    levels = 1 + max(int(k.split('.')[2]) for k in s if k.startswith('encoder.down_blocks'))
-    h = conv('encoder.conv_in', x, padding=1)
-    for i in range(levels):
-        for k in range(2):
-            h = res(f'encoder.down_blocks.{i}.resnets.{k}', h)
-        if i < levels - 1:
-            h = conv(f'encoder.down_blocks.{i}.downsamplers.0.conv', F.pad(h, (0, 1, 0, 1)), stride=2)
-    h = conv('encoder.conv_out', F.silu(norm('encoder.conv_norm_out', mid('encoder', h))), padding=1)
-    mu, logvar = conv('quant_conv', h).chunk(2, 1)
-    h = mid('decoder', conv('decoder.conv_in', conv('post_quant_conv', mu), padding=1))
-    for i in range(levels):
-        for k in range(3):
-            h = res(f'decoder.up_blocks.{i}.resnets.{k}', h)
-        if i < levels - 1:
-            h = conv(
-                f'decoder.up_blocks.{i}.upsamplers.0.conv',
-                F.interpolate(h, scale_factor=2, mode='nearest'),
-                padding=1,
-            )
-    return mu, logvar, conv('decoder.conv_out', F.silu(norm('decoder.conv_norm_out', h)), padding=1)
+    def put(self, name, *shape):
+        values = torch.randn(*shape, generator=self.generator) * 0.1
+        self.state[name] = values + ('norm' in name and name.endswith('weight'))
 
+    def conv(self, name, c_in, c_out, k=3):
+        self.put(f'{name}.weight', c_out, c_in, k, k)
+        self.put(f'{name}.bias', c_out)
+
+    def norm(self, name, c):
+        self.put(f'{name}.weight', c)
+        self.put(f'{name}.bias', c)
+
+    def res(self, name, c_in, c_out):
+        self.norm(f'{name}.norm1', c_in)
+        self.conv(f'{name}.conv1', c_in, c_out)
+        self.norm(f'{name}.norm2', c_out)
+        self.conv(f'{name}.conv2', c_out, c_out)
+        if c_in != c_out:
+            self.conv(f'{name}.conv_shortcut', c_in, c_out, 1)
+
+    def middle(self, half, c):
+        self.res(f'{half}.mid_block.resnets.0', c, c)
+        self.res(f'{half}.mid_block.resnets.1', c, c)
+        self.norm(f'{half}.mid_block.attentions.0.group_norm', c)
+        for part in self.attention_parts:
+            self.put(f'{half}.mid_block.attentions.0.{part}.weight', c, c)
+            self.put(f'{half}.mid_block.attentions.0.{part}.bias', c)
+
+class SDFunctional:
+    """Stable Diffusion's autoencoder straight from the names of diffusers' layout."""
+    def __init__(self, state):
+        self.state = state
+        blocks = [name for name in state if name.startswith('encoder.down_blocks')]
+        self.levels = 1 + max(int(name.split('.')[2]) for name in blocks)
+
+    def encode(self, x):
+        """-> mean, log-variance."""
+        h = self.conv('encoder.conv_in', x, padding=1)
+        for i in range(self.levels):
+            for k in range(2):
+                h = self.res(f'encoder.down_blocks.{i}.resnets.{k}', h)
+            if i < self.levels - 1:
+                h = F.pad(h, (0, 1, 0, 1))
+                h = self.conv(f'encoder.down_blocks.{i}.downsamplers.0.conv', h, stride=2)
+        h = F.silu(self.norm('encoder.conv_norm_out', self.middle('encoder', h)))
+        return self.conv('quant_conv', self.conv('encoder.conv_out', h, padding=1)).chunk(2, 1)
+
+    def decode(self, z):
+        h = self.conv('decoder.conv_in', self.conv('post_quant_conv', z), padding=1)
+        h = self.middle('decoder', h)
+        for i in range(self.levels):
+            for k in range(3):
+                h = self.res(f'decoder.up_blocks.{i}.resnets.{k}', h)
+            if i < self.levels - 1:
+                h = F.interpolate(h, scale_factor=2, mode='nearest')
+                h = self.conv(f'decoder.up_blocks.{i}.upsamplers.0.conv', h, padding=1)
+        return self.conv('decoder.conv_out', F.silu(self.norm('decoder.conv_norm_out', h)), padding=1)
+
+    def conv(self, name, x, **kwargs):
+        return F.conv2d(x, self.state[f'{name}.weight'], self.state[f'{name}.bias'], **kwargs)
+
+    def norm(self, name, x):
+        return F.group_norm(x, 32, self.state[f'{name}.weight'], self.state[f'{name}.bias'], 1e-6)
+
+    def linear(self, name, x):
+        return F.linear(x, self.state[f'{name}.weight'], self.state[f'{name}.bias'])
+
+    def res(self, name, x):
+        h = self.conv(f'{name}.conv1', F.silu(self.norm(f'{name}.norm1', x)), padding=1)
+        h = self.conv(f'{name}.conv2', F.silu(self.norm(f'{name}.norm2', h)), padding=1)
+        if f'{name}.conv_shortcut.weight' in self.state:
+            x = self.conv(f'{name}.conv_shortcut', x)
+        return h + x
+
+    def middle(self, half, x):
+        x = self.res(f'{half}.mid_block.resnets.0', x)
+        name = f'{half}.mid_block.attentions.0'
+        rows = self.norm(f'{name}.group_norm', x).flatten(2).transpose(1, 2)
+        q, k, v = [self.linear(f'{name}.to_{part}', rows) for part in 'qkv']
+        weights = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]), -1)
+        y = self.linear(f'{name}.to_out.0', weights @ v)
+        return self.res(f'{half}.mid_block.resnets.1', x + y.transpose(1, 2).view_as(x))
+
+@torch.no_grad()
 def test_stable_diffusion_weights_give_what_their_layout_says():
-    state, x = sd_state(), torch.rand(2, 3, 16, 24) * 2 - 1
-    model = load_sd_vae(state)
-    mu, logvar, x_hat = sd_functional(state, x)
-    with torch.no_grad():
-        ours = model.encode(x)
-        torch.testing.assert_close(ours[0], mu, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(ours[1], logvar.clamp(-30, 20), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(model.decode(mu), x_hat, atol=1e-4, rtol=1e-4)
-        old = load_sd_vae(sd_state(old=True))
-        torch.testing.assert_close(old.encode(x)[0], mu, atol=1e-4, rtol=1e-4)
-        volume = torch.rand(1, 1, 8, 12, 5)
-        slice_2 = (2 * volume[..., 2] - 1).expand(-1, 3, -1, -1)
-        want = (model.decode(model.encode(F.pad(slice_2, (0, 0, 0, 0)))[0]).mean(1, keepdim=True) + 1) / 2
-        torch.testing.assert_close(model.reconstruct(volume)[..., 2], want, atol=1e-4, rtol=1e-4)
+    state, x = SDState().state, torch.rand(2, 3, 16, 24) * 2 - 1
+    model, reference = load_sd_vae(state), SDFunctional(state)
+    mu, logvar = reference.encode(x)
+    ours = model.encode(x)
+    close(ours[0], mu, 1e-4)
+    close(ours[1], logvar.clamp(-30, 20), 1e-4)
+    close(model.decode(mu), reference.decode(mu), 1e-4)
+
+@torch.no_grad()
+def test_stable_diffusion_weights_under_their_old_names_are_the_same():
+    x = torch.rand(2, 3, 16, 24) * 2 - 1
+    old, new = load_sd_vae(SDState(old=True).state), load_sd_vae(SDState().state)
+    close(old.encode(x)[0], new.encode(x)[0], 1e-4)
+
+@torch.no_grad()
+def test_stable_diffusion_reconstructs_a_volume_slice_by_slice_in_its_own_range():
+    model, volume = load_sd_vae(SDState().state), torch.rand(1, 1, 8, 12, 5)
+    image = (2 * volume[..., 2] - 1).expand(-1, 3, -1, -1)
+    expected = (model.decode(model.encode(image)[0]).mean(1, keepdim=True) + 1) / 2
+    close(model.reconstruct(volume)[..., 2], expected, 1e-4)
+
+def test_stable_diffusion_weights_with_a_part_missing_are_refused():
+    state = SDState().state
+    del state['decoder.conv_in.weight']
     with pytest.raises(ValueError, match='missing decoder.conv_in.weight'):
-        load_sd_vae({k: v for k, v in state.items() if k != 'decoder.conv_in.weight'})
+        load_sd_vae(state)
 
 def test_the_sd_layout_at_full_width_has_stable_diffusions_parameters():
     with torch.device('meta'):
         model = ConvVAE(ConvVAEConfig(dims=2, in_channels=3, widths=(128, 256, 512, 512), layout='sd'))
     assert sum(p.numel() for p in model.parameters()) == 83_653_863
 
-# ---------------------------------------------------------------- sizes, slices, slabs
+# ---------------------------------------------------------------- sizes and slices
 
-@pytest.mark.parametrize('config', [{}, dict(layout='sd'), dict(layout='sd', dims=2), dict(dims=2, slice_axis=0),
-                                    dict(bottleneck='vq', num_codes=8), dict(dims=2, bottleneck='vq', num_codes=8, num_codebooks=2)])
+CONFIGS = [{}, dict(layout='sd'), dict(layout='sd', dims=2), dict(dims=2, slice_axis=0),
+           dict(bottleneck='vq', num_codes=8), dict(dims=2, bottleneck='vq', num_codes=8, num_codebooks=2)]
+VQ = [config for config in CONFIGS if 'bottleneck' in config]
+
+@pytest.mark.parametrize('config', CONFIGS)
+@torch.no_grad()
 def test_reconstruct_and_latent_take_volumes_of_any_size(config):
-    model, x = make(**config), torch.rand(2, 1, 13, 18, 15)
-    if hasattr(model, 'quantizer'):
-        model.train()(model.prepare(x)), model.eval()
-    with torch.no_grad():
-        assert model.reconstruct(x).shape == x.shape
-        z = model.latent(x)
-        assert tuple(z.shape[1:]) == model.latent_shape(x.shape[2:])
-        if hasattr(model, 'quantizer'):
-            tokens = model.tokens(x)
-            torch.testing.assert_close(
-                model.from_tokens(tokens)[:, :, :13, :18, :15], model.reconstruct(x), atol=1e-5, rtol=1e-5
-            )
-            assert tokens.shape[-3:] == z.shape[2:] and (tokens.ndim == 5) == (model.config.num_codebooks > 1)
-        # zeros at the far ends are what a volume that divides would hold
-        whole = F.pad(x, (0, 1, 0, 2, 0, 3))
-        if model.config.dims == 3:
-            torch.testing.assert_close(
-                model.reconstruct(whole)[:, :, :13, :18, :15], model.reconstruct(x), atol=1e-5, rtol=1e-5
-            )
-    numbers = z[0].numel() * 16
-    if hasattr(model, 'quantizer'):
-        numbers = z[0, 0].numel() * 3 * model.config.num_codebooks
-    assert model.bits_per_volume(x.shape[2:]) == numbers
+    x = torch.rand(2, 1, 13, 18, 15)
+    model = with_codebook(small(**config), x)
+    assert model.reconstruct(x).shape == x.shape
+    assert model.latent(x).shape == (2, *model.latent_shape(x.shape[2:]))
+
+@pytest.mark.parametrize('config', VQ)
+@torch.no_grad()
+def test_tokens_decode_to_the_reconstruction(config):
+    x = torch.rand(2, 1, 13, 18, 15)
+    model = with_codebook(small(**config), x)
+    tokens = model.tokens(x)
+    assert tokens.shape[-3:] == model.latent(x).shape[2:]
+    assert (tokens.ndim == 5) == (model.config.num_codebooks > 1)
+    close(model.from_tokens(tokens)[:, :, :13, :18, :15], model.reconstruct(x))
+
+@pytest.mark.parametrize('config', [config for config in CONFIGS if 'dims' not in config])
+@torch.no_grad()
+def test_zeros_at_the_far_ends_are_what_a_volume_that_divides_would_hold(config):
+    x = torch.rand(2, 1, 13, 18, 15)
+    model = with_codebook(small(**config), x)
+    whole = F.pad(x, (0, 1, 0, 2, 0, 3))
+    close(model.reconstruct(whole)[:, :, :13, :18, :15], model.reconstruct(x))
+
+@pytest.mark.parametrize('config', CONFIGS)
+@torch.no_grad()
+def test_bits_are_16_a_number_or_3_for_a_code_of_8(config):
+    model, x = small(**config), torch.rand(1, 1, 13, 18, 15)
+    z = model.posterior(x)[0][0]
+    bits = 16 * z.numel()
+    if config in VQ:
+        bits = 3 * z[0].numel() * model.config.num_codebooks
+    assert model.bits_per_volume(x.shape[2:]) == bits
 
 @pytest.mark.parametrize('axis', [0, 1, 2])
+@torch.no_grad()
 def test_a_2d_model_on_a_volume_equals_slice_by_slice(axis):
-    model, x = make(dims=2, slice_axis=axis), torch.rand(1, 1, 20, 20, 20)
-    with torch.no_grad():
-        want = torch.stack([model.decode(model.encode(s)[0]) for s in x.unbind(2 + axis)], 2 + axis)
-        torch.testing.assert_close(model.reconstruct(x), want, atol=1e-5, rtol=1e-5)
-        single = x.narrow(2 + axis, 3, 1)  # a training batch: 5-D with one axis of length 1
-        assert model(single)['x_hat'].shape == single.shape
+    model, x = small(dims=2, slice_axis=axis), torch.rand(1, 1, 20, 20, 20)
+    slices = [model.decode(model.encode(image)[0]) for image in x.unbind(2 + axis)]
+    close(model.reconstruct(x), torch.stack(slices, 2 + axis))
 
-@pytest.mark.parametrize('config', [{}, dict(layout='sd'), dict(widths=(8, 8, 8, 8)), dict(bottleneck='vq', num_codes=8)])
-@pytest.mark.parametrize('slab', [1, 3, 100])
-def test_slab_by_slab_equals_the_whole_to_1e_5(config, slab):
-    model, x = make(**config), torch.rand(1, 1, 24, 16, 8)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, p.mean().item(), 0.1)
-    if hasattr(model, 'quantizer'):
-        torch.nn.init.normal_(model.quantizer.codebook)
-    with torch.no_grad():
-        whole, parts = model.reconstruct(x), model.reconstruct(x, slab=slab)
-        torch.testing.assert_close(parts, whole, atol=1e-5 * whole.abs().max().item(), rtol=1e-5)
-        torch.testing.assert_close(model.latent(x, slab=slab), model.latent(x), atol=1e-5, rtol=1e-4)
+@pytest.mark.parametrize('axis', [0, 1, 2])
+@torch.no_grad()
+def test_a_2d_model_takes_a_training_batch_of_slices_with_an_axis_of_length_1(axis):
+    x = torch.rand(1, 1, 20, 20, 20).narrow(2 + axis, 3, 1)
+    assert small(dims=2, slice_axis=axis)(x)['x_hat'].shape == x.shape
+
+@pytest.mark.parametrize('config', CONFIGS)
+@torch.no_grad()
+def test_analyse_gives_what_each_method_gives_bit_for_bit(config):
+    x = torch.rand(2, 1, 13, 18, 15)
+    model = with_codebook(small(**config), x)
+    out = model.analyse(x)
+    mean, logvar = model.posterior(x)
+    assert torch.equal(out['mean'], mean)
+    assert torch.equal(out['latent'], model.latent(x))
+    assert torch.equal(out['x_hat'], model.reconstruct(x))
+    if config in VQ:
+        assert out['logvar'] is None and logvar is None
+        assert torch.equal(out['tokens'], model.tokens(x))
+    else:
+        assert torch.equal(out['logvar'], logvar)
+        assert out['tokens'] is None
+
+def test_analyse_encodes_and_decodes_once_and_tokens_do_not_decode():
+    model, x, calls = small(bottleneck='vq', num_codes=8), torch.rand(1, 1, 16, 16, 16), []
+    model.encoder.register_forward_hook(lambda *_: calls.append('encoder'))
+    model.decoder.register_forward_hook(lambda *_: calls.append('decoder'))
+    model.analyse(x)
+    assert calls == ['encoder', 'decoder']
+    model.tokens(x)
+    assert calls == ['encoder', 'decoder', 'encoder']
+
+# ---------------------------------------------------------------- the rest
 
 def test_encode_refuses_sizes_that_do_not_divide():
     with pytest.raises(ValueError, match='multiple of 4'):
-        make().encode(torch.rand(1, 1, 16, 18, 16))
+        small().encode(torch.rand(1, 1, 16, 18, 16))
 
-@pytest.mark.parametrize('config', [dict(dims=4), dict(bottleneck='ae'), dict(layout='unet'),
-                                    dict(bottleneck='vq', num_codebooks=3, codebooks='split'), dict(bottleneck='vq', num_codebooks=2, codebooks='sum')])
+def test_an_autoencoder_without_codes_has_no_tokens():
+    with pytest.raises(ValueError, match="bottleneck='kl' has no tokens"):
+        small().tokens(torch.rand(1, 1, 16, 16, 16))
+
+@pytest.mark.parametrize('config', [
+    dict(dims=4), dict(bottleneck='ae'), dict(layout='unet'),
+    dict(bottleneck='vq', num_codebooks=3, codebooks='split'),
+    dict(bottleneck='vq', num_codebooks=2, codebooks='sum')])
 def test_configs_that_make_no_sense_are_refused(config):
     with pytest.raises(ValueError):
-        make(**config)
+        small(**config)
 
+@torch.no_grad()
 def test_the_sample_has_the_posteriors_mean_and_sd():
-    model, x = make(), torch.rand(1, 1, 8, 8, 8).expand(400, -1, -1, -1, -1)
-    with torch.no_grad():
-        out = model(x)
+    out = small()(torch.rand(1, 1, 8, 8, 8).expand(400, -1, -1, -1, -1))
     sigma = torch.exp(0.5 * out['logvar'][0])
     assert ((out['z'].mean(0) - out['mu'][0]).abs() < 5 * sigma / 20).all()
     assert ((out['z'].std(0) / sigma - 1).abs() < 0.25).all()
@@ -266,18 +366,18 @@ def test_attention_equals_torchs():
     layer, x = Attention(32, head_width=8), torch.randn(2, 32, 3, 4)
     reference = torch.nn.MultiheadAttention(32, 4, batch_first=True)
     reference.load_state_dict({
-        'in_proj_weight': layer.qkv.weight,
-        'in_proj_bias': layer.qkv.bias,
-        'out_proj.weight': layer.proj.weight,
-        'out_proj.bias': layer.proj.bias,
-    })
-    t = layer.norm(x).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(layer(x), x + reference(t, t, t)[0].transpose(1, 2).view_as(x))
+        'in_proj_weight': layer.qkv.weight, 'in_proj_bias': layer.qkv.bias,
+        'out_proj.weight': layer.proj.weight, 'out_proj.bias': layer.proj.bias})
+    rows = layer.norm(x).flatten(2).transpose(1, 2)
+    expected = reference(rows, rows, rows)[0].transpose(1, 2).view_as(x)
+    torch.testing.assert_close(layer(x), x + expected)
 
 def test_a_checkpoint_brings_the_same_model_back():
-    model = make(bottleneck='vq', num_codebooks=2, num_codes=8)
-    again = from_checkpoint({'model_args': model_args(model), 'model': model.state_dict(), 'ema': None})
-    assert again.config == model.config and all(
-        torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values())
-    )
-    assert all(v > 0 for v in step_flops(make(dims=2), (1, 16, 16)))
+    model = small(bottleneck='vq', num_codebooks=2, num_codes=8)
+    twin = from_checkpoint({'model_args': model_args(model), 'model': model.state_dict(), 'ema': None})
+    assert twin.config == model.config
+    for ours, theirs in zip(twin.state_dict().values(), model.state_dict().values()):
+        assert torch.equal(ours, theirs)
+
+def test_a_model_of_slices_has_a_cost_of_encoding_and_of_decoding():
+    assert min(step_flops(small(dims=2), (1, 16, 16))) > 0

@@ -1,22 +1,160 @@
-"""Distances between sets and label maps: closed forms and constructed cases."""
+"""What evaluate.py's tables are made of, against numpy, scipy, closed forms and constructed cases."""
+import sys
+
 import numpy as np
 import pytest
 import torch
-from scipy import linalg
+from scipy import linalg, ndimage
 
 from judge.metrics import (
-    dice, feature_moments, frechet_distance, frechet_parts, region_volumes_mm3, slice_frechet, tsne
-)
+    channel_cosine, code_use, dice, effective_rank, explained_variance, fidelity, frechet_distance,
+    frechet_parts, latent_geometry, moments, region_volumes_mm3, summarise, tsne)
+from judge.references import dct_codec
+from judge.sets import feature_moments, slice_frechet
+from losses import psnr, ssim, ssim_map
+
+# ---------------------------------------------------------------- fidelity
+
+@pytest.fixture
+def pair():
+    """A scan whose brain is an eighth of the box, and a prediction that is 0.1 off there."""
+    x = torch.zeros(1, 1, 24, 24, 24)
+    x[:, :, 6:18, 6:18, 6:18] = torch.rand(12, 12, 12) * 0.5 + 0.25
+    return torch.where(x > 0, x + 0.1, x), x
+
+def test_psnr_counts_the_whole_box_or_the_brain(pair):
+    scores = fidelity(*pair)
+    assert scores['psnr_brain'] == pytest.approx(20, abs=1e-3)
+    assert scores['psnr_whole'] == pytest.approx(20 + 10 * np.log10(8), abs=1e-3)
+
+def test_ssim_counts_the_whole_box_or_windows_centred_in_the_brain(pair):
+    x_hat, x = pair
+    scores = fidelity(x_hat, x)
+    inside = x[:, :, 5:-5, 5:-5, 5:-5] > 0  # windows of 11
+    assert scores['ssim_whole'] == pytest.approx(100 * ssim(x_hat, x).item(), abs=1e-3)
+    assert scores['ssim_brain'] == pytest.approx(100 * ssim_map(x_hat, x)[inside].mean().item(), abs=1e-3)
+
+def test_a_scan_without_brain_is_refused():
+    with pytest.raises(ValueError, match='empty mask'):
+        fidelity(torch.rand(1, 1, 16, 16, 16), torch.zeros(1, 1, 16, 16, 16))
+
+def test_summary_averages_sessions_within_subjects():
+    summary = summarise([1.0, 3.0, 8.0], ['a', 'a', 'b'])
+    assert summary['mean'] == 5
+    assert summary['sd'] == pytest.approx(np.std([2, 8], ddof=1))
+    assert (summary['n_subjects'], summary['n_sessions']) == (2, 3)
+
+def test_interval_of_two_subjects_reaches_from_one_to_the_other():
+    assert summarise([1.0, 3.0, 8.0], ['a', 'a', 'b'])['ci95'] == [2, 8]
+
+# ---------------------------------------------------------------- references
+
+def test_dct_codec_gets_better_with_more_bits():
+    rng = np.random.default_rng(0)
+    x = np.clip(ndimage.gaussian_filter(rng.random((24, 32, 24)), 2) * 3 - 1, 0, 1).astype(np.float32)
+    quality = []
+    for bits in (50, 500, 5000, 50000):
+        decoded = dct_codec(x, bits)
+        quality.append(psnr(torch.tensor(decoded)[None, None], torch.tensor(x)[None, None]).item())
+    assert quality == sorted(quality)
+    assert quality[-1] > quality[0] + 8
+
+def test_dct_codec_with_bits_to_spare_returns_the_volume():
+    rng = np.random.default_rng(0)
+    x = np.clip(ndimage.gaussian_filter(rng.random((24, 32, 24)), 2) * 3 - 1, 0, 1).astype(np.float32)
+    assert np.abs(dct_codec(x, 1e7) - x).max() < 1e-3
+
+# ---------------------------------------------------------------- codes
+
+def test_perplexity_of_two_codes_used_alike_is_2():
+    assert code_use(np.array([[5, 5, 0, 0]])) == {'used': 2, 'perplexity': pytest.approx(2), 'tokens': 10}
+
+def test_code_use_is_the_mean_over_codebooks():
+    use = code_use(np.array([[9, 0], [2, 2]]))
+    assert use == {'used': 1.5, 'perplexity': pytest.approx(1.5), 'tokens': 13}
+
+# ---------------------------------------------------------------- geometry of the latent
+
+@pytest.fixture
+def latents():
+    """Latents (B,C,d,h,w) of correlated channels with means, and the same as rows (N,C) of float64."""
+    z = torch.randn(3, 4, 5, 6, 7) @ torch.randn(7, 7) + torch.tensor([0.0, 3, -2, 9]).view(4, 1, 1, 1)
+    return z, z.double().movedim(1, -1).reshape(-1, 4).numpy()
+
+def test_centred_cosine_is_numpys_correlation(latents):
+    z, rows = latents
+    np.testing.assert_allclose(channel_cosine(z), np.abs(np.corrcoef(rows.T)), atol=1e-6)
+
+def test_raw_cosine_is_that_of_the_columns(latents):
+    z, rows = latents
+    unit = rows / np.linalg.norm(rows, axis=0)
+    np.testing.assert_allclose(channel_cosine(z, centred=False), np.abs(unit.T @ unit), atol=1e-6)
+
+def test_explained_variance_and_rank_are_those_of_numpys_covariance(latents):
+    z, rows = latents
+    values = np.sort(np.linalg.eigvalsh(np.cov(rows.T)))[::-1]
+    p = values / values.sum()
+    np.testing.assert_allclose(explained_variance(z), p, atol=1e-6)
+    assert effective_rank(z) == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-6)
+
+def test_rows_and_volumes_of_latents_are_the_same_to_a_metric(latents):
+    z, rows = latents
+    np.testing.assert_allclose(channel_cosine(torch.from_numpy(rows)), channel_cosine(z), atol=1e-9)
+
+def test_geometry_gathered_volume_by_volume_is_that_of_all_at_once(latents):
+    z, _ = latents
+    geometry = latent_geometry(sum(moments(part) for part in z.split(1)), 0.5)
+    assert geometry['effective_rank'] == pytest.approx(effective_rank(z))
+    assert geometry['explained_variance'] == pytest.approx(explained_variance(z).tolist())
+    assert geometry['pearson_abs'] == pytest.approx((channel_cosine(z).sum().item() - 4) / 12)
+
+def test_effective_rank_of_known_spectra():
+    q = torch.linalg.qr(torch.cat([torch.ones(100, 1), torch.randn(100, 4)], 1))[0][:, 1:].double()
+    assert effective_rank(q) == pytest.approx(4, abs=1e-4)
+    assert effective_rank(q[:, :1] * torch.ones(1, 4)) == pytest.approx(1, abs=1e-4)
+    assert effective_rank(q * torch.tensor([1.0, 1, 0, 0])) == pytest.approx(2, abs=1e-4)
+    assert effective_rank(5 * q + 3) == pytest.approx(4, abs=1e-4)
+
+@pytest.fixture(scope='module')
+def blobs():
+    """Three blobs of 60 points each in the plane, embedded by t-SNE, and the blob of each point."""
+    pytest.importorskip('sklearn', reason='t-SNE is that of scikit-learn')
+    rng = np.random.default_rng(0)
+    centre = np.repeat(np.eye(3) * 10, 60, 0)
+    points = tsne(np.concatenate([centre + rng.normal(size=(180, 3))], 1), perplexity=20)
+    return points, np.repeat(np.arange(3), 60)
+
+def test_tsne_keeps_neighbours(blobs):
+    points, blob = blobs
+    distance = np.linalg.norm(points[:, None] - points[None], axis=2) + 1e9 * np.eye(180)
+    assert (blob[distance.argmin(1)] == blob).mean() > 0.99
+
+def test_tsne_separates_blobs(blobs):
+    points, blob = blobs
+    means = np.stack([points[blob == k].mean(0) for k in range(3)])
+    within = max(points[blob == k].std() for k in range(3))
+    between = min(np.linalg.norm(means[a] - means[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+    assert between > 2 * within
+
+def test_tsne_without_scikit_learn_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'sklearn.manifold', None)
+    assert tsne(np.zeros((10, 3))) is None
+    assert 'pip install scikit-learn' in capsys.readouterr().out
+
+# ---------------------------------------------------------------- Frechet distances
 
 def covariance(rng, n):
     a = rng.normal(size=(n, 3 * n))
     return a @ a.T / (3 * n)
 
-def test_frechet_distance_equals_closed_forms():
-    d1, d2, m1, m2 = np.array([1.0, 4, 9]), np.array([4.0, 4, 1]), np.zeros(3), np.array([1.0, -2, 0])
+def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():
+    d1, d2 = np.array([1.0, 4, 9]), np.array([4.0, 4, 1])
+    m1, m2 = np.zeros(3), np.array([1.0, -2, 0])
     want = 5 + ((np.sqrt(d1) - np.sqrt(d2)) ** 2).sum()
     assert frechet_distance(m1, np.diag(d1), m2, np.diag(d2)) == pytest.approx(want, abs=1e-6)
     assert frechet_parts(m1, np.diag(d1), m2, np.diag(d2)) == pytest.approx((5, want - 5), abs=1e-6)
+
+def test_frechet_distance_of_a_gaussian_to_itself_and_to_a_wider_one():
     cov = covariance(np.random.default_rng(0), 20)
     assert frechet_distance(np.ones(20), cov, np.ones(20), cov) == pytest.approx(0, abs=1e-8)
     assert frechet_distance(np.ones(20), cov, np.ones(20), 4 * cov) == pytest.approx(np.trace(cov), rel=1e-9)
@@ -31,51 +169,75 @@ def test_frechet_distance_equals_scipys_square_root(rank):
     want = np.trace(a + b - 2 * linalg.sqrtm(a @ b).real)
     assert frechet_distance(np.zeros(64), a, np.zeros(64), b) == pytest.approx(want, rel=1e-4)
 
-def test_dice_and_volumes_of_constructed_maps():
-    a, b = np.zeros((10, 10, 10), int), np.zeros((10, 10, 10), int)
-    a[:4], b[2:6], a[8], b[9] = 1, 1, 2, 2
-    found = dice(a, b, (1, 2, 3))
-    assert found[1] == 0.5 and found[2] == 0 and np.isnan(found[3]) and dice(a, a, (1,)) == {1: 1.0}
-    assert region_volumes_mm3(a, (1, 2, 3), (1, 2, 0.5)) == {1: 400.0, 2: 100.0, 3: 0.0}
-    assert region_volumes_mm3(a, {'both': (1, 2)}, 2.0) == {'both': 4000.0}
-    with pytest.raises(ValueError, match='shapes'):
-        dice(a, b[:5], (1,))
+def three_features(slices):
+    """Mean, standard deviation and maximum of slices (n,1,h,w)."""
+    return torch.stack([slices.mean((1, 2, 3)), slices.std((1, 2, 3)), slices.amax((1, 2, 3))], 1)
 
-def test_streamed_slice_features_give_the_distance_of_all_of_them_at_once():
+@pytest.fixture
+def volumes():
+    """Two sets of volumes, six and five of them."""
     torch.manual_seed(0)
-    extractor = lambda s: torch.stack([s.mean((1, 2, 3)), s.std((1, 2, 3)), s.amax((1, 2, 3))], 1)
-    a, b = [torch.rand(1, 1, 8, 10, 12) for _ in range(6)], [
-        torch.rand(1, 1, 8, 10, 12) ** 1.5 for _ in range(5)
-    ]
-    found = slice_frechet(feature_moments(a, extractor, batch=3), feature_moments(iter(b), extractor))
-    for axis, plane in enumerate(('sagittal', 'coronal', 'axial')):
-        fa, fb = (
-            np.concatenate([extractor(torch.stack(v[0, 0].unbind(axis))[:, None]) for v in s]) for s in (a, b)
-        )
-        assert found[plane] == pytest.approx(
-            frechet_distance(fa.mean(0), np.cov(fa.T), fb.mean(0), np.cov(fb.T)), rel=1e-5
-        )
-        assert found['slices'][plane] == (6 * (8, 10, 12)[axis], 5 * (8, 10, 12)[axis])
-    assert found['mean'] == pytest.approx(found['mean_part'] + found['covariance_part'])
-    central = feature_moments(a, extractor, 'central')
-    assert central['coronal'][-1, -1] == 6 * 4
-    same = slice_frechet(feature_moments(a, extractor), feature_moments(a, extractor))
-    assert abs(same['mean']) < 1e-9
+    one = [torch.rand(1, 1, 8, 10, 12) for _ in range(6)]
+    other = [torch.rand(1, 1, 8, 10, 12) ** 1.5 for _ in range(5)]
+    return one, other
+
+@pytest.mark.parametrize('axis, plane', [(0, 'sagittal'), (1, 'coronal'), (2, 'axial')])
+def test_streamed_slices_give_the_distance_of_all_of_them_at_once(volumes, axis, plane):
+    one, other = volumes
+    sums = feature_moments(one, three_features, batch=3), feature_moments(iter(other), three_features)
+    statistics = []
+    for volumes_of_set in volumes:
+        slices = torch.cat([v[0, 0].movedim(axis, 0) for v in volumes_of_set])[:, None]
+        features = three_features(slices).numpy()
+        statistics += [features.mean(0), np.cov(features.T)]
+    distance = slice_frechet(*sums)
+    assert distance[plane] == pytest.approx(frechet_distance(*statistics), rel=1e-5)
+    assert distance['slices'][plane] == (6 * (8, 10, 12)[axis], 5 * (8, 10, 12)[axis])
+
+def test_the_parts_of_a_distance_add_up(volumes):
+    distance = slice_frechet(*(feature_moments(v, three_features) for v in volumes))
+    assert distance['mean'] == pytest.approx(distance['mean_part'] + distance['covariance_part'])
+
+def test_a_set_is_at_no_distance_from_itself(volumes):
+    sums = feature_moments(volumes[0], three_features)
+    assert abs(slice_frechet(sums, sums)['mean']) < 1e-9
+
+def test_central_slices_are_40_percent_of_a_plane(volumes):
+    assert feature_moments(volumes[0], three_features, 'central')['coronal'][-1, -1] == 6 * 4
+
+def nine_features(slices):
+    return slices.flatten(1)[:, :9]
 
 def test_too_few_slices_for_the_features_are_refused_with_both_numbers():
-    few = feature_moments([torch.rand(1, 1, 4, 4, 4)], lambda s: s.flatten(1)[:, :9])
+    few = feature_moments([torch.rand(1, 1, 4, 4, 4)], nine_features)
     with pytest.raises(ValueError, match='4 sagittal slices for 9 features'):
         slice_frechet(few, few)
-    with pytest.raises(ValueError, match='all or central'):
-        feature_moments([], None, 'some')
 
-def test_tsne_separates_three_blobs():
-    rng = np.random.default_rng(0)
-    centre = np.repeat(np.eye(3) * 10, 60, 0)
-    y = tsne(np.concatenate([centre + rng.normal(size=(180, 3))], 1), perplexity=20, iterations=300).numpy()
-    label = np.repeat(np.arange(3), 60)
-    distance = np.linalg.norm(y[:, None] - y[None], axis=2) + 1e9 * np.eye(180)
-    assert (label[distance.argmin(1)] == label).mean() > 0.99
-    means = np.stack([y[label == k].mean(0) for k in range(3)])
-    within = max(y[label == k].std() for k in range(3))
-    assert min(np.linalg.norm(means[a] - means[b]) for a, b in ((0, 1), (0, 2), (1, 2))) > 2 * within
+def test_slices_are_all_or_central():
+    with pytest.raises(ValueError, match='all or central'):
+        feature_moments([torch.rand(1, 1, 4, 4, 4)], nine_features, 'some')
+
+# ---------------------------------------------------------------- label maps
+
+@pytest.fixture
+def maps():
+    """Two label maps: label 1 overlaps by half, label 2 not at all."""
+    a, b = np.zeros((10, 10, 10), int), np.zeros((10, 10, 10), int)
+    a[:4], a[8] = 1, 2
+    b[2:6], b[9] = 1, 2
+    return a, b
+
+def test_dice_of_constructed_maps(maps):
+    a, b = maps
+    scores = dice(a, b, (1, 2, 3))
+    assert scores[1] == 0.5 and scores[2] == 0
+    assert np.isnan(scores[3])  # in neither
+    assert dice(a, a, (1,)) == {1: 1.0}
+
+def test_volumes_of_constructed_maps(maps):
+    assert region_volumes_mm3(maps[0], (1, 2, 3), (1, 2, 0.5)) == {1: 400.0, 2: 100.0, 3: 0.0}
+    assert region_volumes_mm3(maps[0], {'both': (1, 2)}, 2.0) == {'both': 4000.0}
+
+def test_maps_of_different_shapes_are_refused(maps):
+    with pytest.raises(ValueError, match='shapes'):
+        dice(maps[0], maps[1][:5], (1,))

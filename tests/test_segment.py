@@ -1,4 +1,4 @@
-"""SynthSeg's surroundings (flip, pieces, padding, resampling) with a network whose answer is known, and segmenters that are commands."""
+"""SynthSeg's surroundings with a network whose answer is known, and segmenters that are commands."""
 import sys
 
 import numpy as np
@@ -6,53 +6,85 @@ import pytest
 import torch
 
 from judge import segment
-from pretrained import SYNTHSEG_LABELS
+from judge.anatomy import MERGED, RIGHT, SIDED_NAMES, compare_labels
 from judge.segment import (
-    MERGED, RIGHT, CommandSegmenter, SynthSegSegmenter, clean_posteriors, largest_part, make_segmenter
-)
+    CommandSegmenter, SynthSegSegmenter, clean_posteriors, largest_part, make_segmenter)
+from pretrained import SYNTHSEG_LABELS
 from test_pretrained import synthseg_file
 
-def test_labels_come_in_pairs_and_every_one_has_a_name():
-    named = {label for pair in MERGED.values() for label in pair}
-    assert named == set(SYNTHSEG_LABELS) - {0} and set(RIGHT.values()) <= set(SYNTHSEG_LABELS)
+# ---------------------------------------------------------------- labels
 
-def test_largest_part():
+def test_every_label_has_a_name():
+    named = {label for labels in MERGED.values() for label in labels}
+    assert named == set(SYNTHSEG_LABELS) - {0} == SIDED_NAMES.keys()
+
+def test_right_labels_are_synthsegs():
+    assert set(RIGHT.values()) <= set(SYNTHSEG_LABELS)
+
+def test_a_map_compared_with_itself_has_a_dice_of_1_and_equal_volumes():
+    labels = np.zeros((8, 8, 8), np.int16)
+    labels[:4], labels[4:6] = 11, 50
+    scan = compare_labels(labels, labels, 2.0)
+    assert scan['dice'] == {'left caudate': 1.0, 'right caudate': 1.0}
+    assert scan['mm3'] == scan['mm3_truth']
+    assert scan['mm3']['caudate'] == 8 * 6 * 64
+
+# ---------------------------------------------------------------- post-processing
+
+def test_the_largest_part_is_kept():
     mask = np.zeros((8, 8, 8), bool)
-    mask[0:2, 0, 0], mask[4:8, 4:8, 4] = True, True
+    mask[0:2, 0, 0] = True
+    mask[4:8, 4:8, 4] = True
     kept = largest_part(mask)
-    assert kept.sum() == 16 and not kept[:2].any() and not largest_part(np.zeros((3, 3, 3), bool)).any()
+    assert kept.sum() == 16 and not kept[:2].any()
 
-def test_islands_of_a_structure_are_removed_and_posteriors_add_to_one():
+def test_an_empty_mask_has_no_part():
+    assert not largest_part(np.zeros((3, 3, 3), bool)).any()
+
+@pytest.fixture
+def cleaned():
+    """Posteriors of white matter with a caudate inside, an island of caudate and one of cortex, cleaned."""
     p = np.zeros((33, 24, 24, 24), np.float32)
     p[0] = 1
-    def put(label, at):
-        p[:, *at], p[(SYNTHSEG_LABELS.index(label), *at)] = 0, 1
-    put(2, (slice(4, 20), slice(4, 20), slice(4, 20)))
-    put(11, (slice(8, 14), slice(8, 14), slice(8, 14)))
-    put(11, (slice(16, 18),) * 3)  # an island inside white matter
-    put(3, (slice(0, 2),) * 3)     # and one outside the brain
-    cleaned = clean_posteriors(p)
+
+    def put(label, box):
+        p[:, *box] = 0
+        p[SYNTHSEG_LABELS.index(label), *box] = 1
+
+    put(2, (slice(4, 20),) * 3)
+    put(11, (slice(8, 14),) * 3)
+    put(11, (slice(16, 18),) * 3)  # inside white matter
+    put(3, (slice(0, 2),) * 3)     # outside the brain
+    return clean_posteriors(p)
+
+def test_islands_of_a_structure_are_removed(cleaned):
     labels = np.array(SYNTHSEG_LABELS)[cleaned.argmax(0)]
-    assert (
-        (labels[9:13, 9:13, 9:13] == 11).all()
-        and not (labels[15:19, 15:19, 15:19] == 11).any()
-        and labels[0, 0, 0] == 0
-    )
-    np.testing.assert_allclose(cleaned.sum(0)[cleaned.sum(0) > 0], 1, atol=1e-4)
+    assert (labels[9:13, 9:13, 9:13] == 11).all()
+    assert not (labels[15:19, 15:19, 15:19] == 11).any()
+    assert labels[0, 0, 0] == 0
+
+def test_posteriors_add_to_one(cleaned):
+    total = cleaned.sum(0)
+    np.testing.assert_allclose(total[total > 0], 1, atol=1e-4)
+
+# ---------------------------------------------------------------- SynthSeg
 
 class Halves(torch.nn.Module):
-    """Calls bright voxels of the left half white matter of the left, of the right half cortex of the right, unless shown a mirror image."""
+    """Calls bright voxels of the left half white matter of the left, of the right half cortex of the right.
+
+    Shown a mirror image it takes one side for the other, as any network does.
+    """
     def __init__(self):
         super().__init__()
         self.likelihood = torch.nn.Conv3d(1, 33, 1)
+
     def forward(self, x):
+        assert all(n % 32 == 0 for n in x.shape[2:])
         p = torch.zeros(1, 33, *x.shape[2:])
         left = torch.arange(x.shape[2])[:, None, None] < x.shape[2] // 2
         bright = x[0, 0] > 0.5
-        for label, where in ((2, bright & left), (41, bright & ~left)):
+        for label, where in ((2, bright & left), (41, bright & ~left), (0, ~bright)):
             p[0, SYNTHSEG_LABELS.index(label)][where] = 1
-        p[0, 0][~bright] = 1
-        assert all(n % 32 == 0 for n in x.shape[2:])
         return p
 
 @pytest.mark.parametrize('spacing', [1.0, 2.0, (1.5, 1.0, 2.0)])
@@ -62,34 +94,43 @@ def test_sides_stay_theirs_through_flip_padding_and_resampling(monkeypatch, spac
     volume[5:25, 5:20, 5:15] = 100
     labels = SynthSegSegmenter('x.h5', 'cpu')(volume, spacing)
     assert labels.shape == volume.shape
-    assert (
-        (labels[6:14, 7:18, 7:13] == 2).all()
-        and (labels[16:24, 7:18, 7:13] == 41).all()
-        and (labels[:3] == 0).all()
-        and (labels[:, :3] == 0).all()
-    )
+    assert (labels[6:14, 7:18, 7:13] == 2).all()
+    assert (labels[16:24, 7:18, 7:13] == 41).all()
+    assert (labels[:3] == 0).all() and (labels[:, :3] == 0).all()
 
-def test_a_segmenter_with_real_layout_runs_at_any_size(tmp_path):
+def test_a_segmenter_of_a_weights_file_runs_at_any_size(tmp_path):
     synthseg_file(tmp_path / 's.h5')
-    labels = make_segmenter(str(tmp_path / 's.h5'), 'cpu')(
-        np.random.default_rng(0).random((20, 33, 18)).astype(np.float32), 1.0
-    )
-    assert labels.shape == (20, 33, 18) and set(np.unique(labels)) <= set(SYNTHSEG_LABELS)
+    volume = np.random.default_rng(0).random((20, 33, 18)).astype(np.float32)
+    labels = make_segmenter(str(tmp_path / 's.h5'), 'cpu')(volume, 1.0)
+    assert labels.shape == (20, 33, 18)
+    assert set(np.unique(labels)) <= set(SYNTHSEG_LABELS)
+
+def test_weights_of_another_version_are_refused(tmp_path):
     synthseg_file(tmp_path / 'old.h5', labels=32)
     with pytest.raises(SystemExit, match='32 labels'):
         make_segmenter(str(tmp_path / 'old.h5'), 'cpu')
 
-def test_a_command_is_run_on_files_and_its_failure_told(tmp_path):
-    script = tmp_path / 'seg.py'
-    script.write_text(
-        'import sys, nibabel as nib, numpy as np\nx = nib.load(sys.argv[1])\n'
-        'nib.save(nib.Nifti1Image((x.get_fdata() > 0.5).astype(np.int16) * 17, x.affine), sys.argv[2])\n'
-    )
+# ---------------------------------------------------------------- commands
+
+HIPPOCAMPUS = """
+import sys, nibabel as nib, numpy as np
+x = nib.load(sys.argv[1])
+nib.save(nib.Nifti1Image((x.get_fdata() > 0.5).astype(np.int16) * 17, x.affine), sys.argv[2])
+"""
+
+def test_a_command_is_run_on_files(tmp_path):
+    script = tmp_path / 'segment.py'
+    script.write_text(HIPPOCAMPUS)
     volume = np.zeros((10, 12, 8), np.float32)
     volume[3:6, 3:9, 2:6] = 1
     labels = make_segmenter(f'{sys.executable} {script} {{in}} {{out}}', 'cpu')(volume, (1, 2, 1))
     np.testing.assert_array_equal(labels, 17 * (volume > 0.5))
+
+def test_a_command_that_fails_is_told():
+    segmenter = CommandSegmenter(f'{sys.executable} -c "import sys; sys.exit(3)" {{in}} {{out}}')
     with pytest.raises(ValueError, match='segmenter ended with 3'):
-        CommandSegmenter(f'{sys.executable} -c "import sys; sys.exit(3)" {{in}} {{out}}')(volume, 1)
+        segmenter(np.zeros((10, 12, 8), np.float32), 1)
+
+def test_what_is_neither_weights_nor_a_command_is_refused():
     with pytest.raises(SystemExit, match='neither'):
         make_segmenter('synthseg', 'cpu')

@@ -1,0 +1,89 @@
+"""Does a reconstruction keep the anatomy? Dice and region volumes of its label map against that of the scan.
+
+Labels are FreeSurfer's numbers, left and right apart.
+"""
+import os
+
+import numpy as np
+
+from judge.metrics import dice, region_volumes_mm3, summarise
+
+NAMES = {
+    2: 'cerebral white matter', 3: 'cerebral cortex', 4: 'lateral ventricle', 5: 'inferior lateral ventricle',
+    7: 'cerebellum white matter', 8: 'cerebellum cortex', 10: 'thalamus', 11: 'caudate', 12: 'putamen',
+    13: 'pallidum', 14: '3rd ventricle', 15: '4th ventricle', 16: 'brain stem', 17: 'hippocampus',
+    18: 'amygdala', 24: 'CSF', 26: 'accumbens', 28: 'ventral DC'}
+RIGHT = {  # of each left label
+    2: 41, 3: 42, 4: 43, 5: 44, 7: 46, 8: 47, 10: 49, 11: 50, 12: 51, 13: 52, 17: 53, 18: 54, 26: 58, 28: 60}
+MERGED = {}       # structure: its labels, left and right together
+SIDED_NAMES = {}  # label: its name with its side
+for label, name in NAMES.items():
+    if label in RIGHT:
+        MERGED[name] = (label, RIGHT[label])
+        SIDED_NAMES |= {label: f'left {name}', RIGHT[label]: f'right {name}'}
+    else:
+        MERGED[name] = (label,)
+        SIDED_NAMES[label] = name
+
+def given_labels(row, column):
+    """The label map (D,H,W) that a row of the index names in a column. ValueError if there is none."""
+    path = os.path.join(row['folder'], row.get(column) or '(none)')
+    try:
+        return np.load(path)
+    except (OSError, EOFError, ValueError):
+        raise ValueError(f'{path}: no label map; '
+                         f'--labels={column} must be a column of subjects.tsv with .npy files')
+
+def compare_labels(labels, truth, voxel_mm):
+    """Dice of every label of the true map, and volumes of every structure in both, as a dict."""
+    present = [label for label in np.unique(truth) if label in SIDED_NAMES]
+    return {
+        'dice': {SIDED_NAMES[label]: value for label, value in dice(labels, truth, present).items()},
+        'mm3': region_volumes_mm3(labels, MERGED, voxel_mm),
+        'mm3_truth': region_volumes_mm3(truth, MERGED, voxel_mm)}
+
+def add_anatomy(run, scan, x_hat, segment, column):
+    """Add what compare_labels says of a reconstruction (D,H,W) to run.anatomy, or why it cannot.
+
+    After such a reason nothing of that modality is segmented. column: of given label maps; '' for the
+    segmenter's of the scan.
+    """
+    results, voxel_mm = run.anatomy[scan.modality], run.sessions.voxel_mm
+    if results and 'reason' in results[-1]: return
+    try:
+        if scan.labels is None:
+            scan.labels = given_labels(scan.row, column) if column else segment(scan.volume, voxel_mm)
+        labels = segment(np.where(scan.volume > 0, x_hat, 0), voxel_mm)
+        results.append({'subject': scan.row['subject'], **compare_labels(labels, scan.labels, voxel_mm)})
+    except ValueError as e:
+        results.append({'reason': str(e)})
+
+def anatomy_rows(runs, seed, reason=''):
+    """Mean Dice of each run and modality, and its scans; or a reason. reason: why there is no segmenter."""
+    if reason: return [{'row': 'Dice', 'modality': '', 'reason': reason}]
+    rows = []
+    for run in runs:
+        for modality in run.modalities:
+            scans = run.anatomy[modality] or [{'reason': f'no {modality} scan'}]
+            row = {'row': run.name, 'modality': modality}
+            if 'reason' in scans[-1]:
+                rows.append(row | scans[-1])
+                continue
+            per_scan = [np.nanmean(list(scan['dice'].values()) or [np.nan]) for scan in scans]
+            subjects = [scan['subject'] for scan in scans]
+            rows.append(row | {'mean_dice': summarise(per_scan, subjects, seed=seed), 'scans': scans})
+    return rows
+
+def volume_boxes(rows, structures):
+    """For figures.boxes: volumes in cm3 of each structure, the truth of each modality, then each row's."""
+    panels = {}
+    for name in structures:
+        truth, others = {}, []
+        for row in rows:
+            if 'reason' in row: continue
+            modality, scans = row['modality'], row['scans']
+            truth.setdefault(f'{modality}\nground truth', [scan['mm3_truth'][name] / 1000 for scan in scans])
+            others.append((f"{modality}\n{row['row']}", [scan['mm3'][name] / 1000 for scan in scans]))
+        if others:
+            panels[name] = [*truth.items(), *others]
+    return panels

@@ -1,0 +1,104 @@
+"""Reference rows: what scores without learning anything. They stand under every table of reconstructions."""
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import fft, ndimage
+from tqdm import tqdm
+
+from judge.metrics import fidelity, summarise_scores
+
+def dct_codec(x, bits):
+    """x (D,H,W) after a transform codec that spends at most `bits`.
+
+    It is a DCT of the whole volume, a quantiser with a dead zone, and per frequency band the entropy of its
+    own histogram. The brain mask is free. A real codec of this kind needs more bits.
+    """
+    c = fft.dctn(x, norm='ortho')
+    squares = [(np.arange(n) / n) ** 2 for n in x.shape]
+    radius = np.sqrt(sum(np.meshgrid(*squares, indexing='ij')))
+    band = np.minimum((radius * 48).astype(np.int64), 63)
+    largest = np.abs(c).max()
+    fine, coarse = largest * 1e-6, largest * 1.01
+    for _ in range(26):
+        middle = math.sqrt(fine * coarse)
+        if code_length(c, band, middle) <= bits:
+            coarse = middle
+        else:
+            fine = middle
+    symbol = np.trunc(c / coarse)
+    magnitude = (np.abs(symbol) + 0.5) * (symbol != 0)
+    decoded = fft.idctn(np.sign(symbol) * magnitude * coarse, norm='ortho')
+    return np.where(x > 0, decoded, 0).astype(np.float32)
+
+def code_length(c, band, step):
+    """Bits for coefficients c in steps of `step`; band: the frequency band 0..63 of each."""
+    symbol = np.trunc(c / step).astype(np.int64)
+    coded = symbol != 0
+    keys, counts = np.unique((band[coded] << 40) + symbol[coded], return_counts=True)
+    band_of_key = (keys + (1 << 39)) >> 40
+    size = np.bincount(band.ravel(), minlength=64)
+    zeros = size - np.bincount(band_of_key, counts, minlength=64)
+    return ideal_bits(counts, size[band_of_key]) + ideal_bits(zeros, size)
+
+def ideal_bits(counts, totals):
+    """Bits of symbols that occur `counts` times among `totals`."""
+    return (counts * np.log2(np.maximum(totals, 1) / np.maximum(counts, 1))).sum()
+
+def sessions_with(sessions, m, n):
+    """Which of the first n sessions of a data.Sessions have modality index m."""
+    return [i for i in range(n) if m in sessions.present(i)]
+
+def training_mean(train, m):
+    """Mean volume (D,H,W) of modality index m over the training sessions that have it."""
+    chosen = sessions_with(train, m, train.n)
+    total = sum(train.volume(i, m).astype(np.float64) for i in tqdm(chosen, 'training mean', leave=False))
+    return (total / len(chosen)).astype(np.float32)
+
+class NearestScan:
+    """Finds the training volume of modality index m with the smallest mean squared error to a volume.
+
+    Above about 48 voxels a side, means of blocks are compared: those of the training set fit in memory.
+    """
+    def __init__(self, train, m):
+        self.train, self.m = train, m
+        self.block = max(1, max(train.shape) // 48)
+        self.chosen = sessions_with(train, m, train.n)
+        progress = tqdm(self.chosen, 'nearest scan', leave=False)
+        self.library = torch.stack([self.small(train.volume(i, m)) for i in progress])
+
+    def small(self, volume):
+        x = torch.tensor(np.asarray(volume, np.float32))[None]
+        return F.avg_pool3d(x, self.block)[0].flatten()
+
+    def find(self, volume):
+        errors = (self.library - self.small(volume)).square().mean(1)
+        return self.train.volume(self.chosen[int(errors.argmin())], self.m)
+
+def reference_rows(test, train, n, rates, lpips, device, seed):
+    """Fidelity of every reference on the first n sessions, as rows of table.json.
+
+    test, train: data.Sessions of the same modalities. rates: bits, one row of the codec for each.
+    """
+    scored = {}
+    for m, modality in enumerate(test.modalities):
+        mean, nearest = training_mean(train, m), NearestScan(train, m)
+        for i in tqdm(sessions_with(test, m, n), f'references {modality}', leave=False):
+            volume = test.volume(i, m)
+            predictions = {
+                'population mean of the training set': mean,
+                'nearest training scan': nearest.find(volume)}
+            for bits in rates:
+                predictions[f'DCT codec at {bits:.0f} bits'] = dct_codec(volume, bits)
+            predictions['blur, sigma 1 voxel (codes nothing)'] = ndimage.gaussian_filter(volume, 1.0)
+            for name, prediction in predictions.items():
+                x_hat, x = (torch.tensor(v, device=device)[None, None] for v in (prediction, volume))
+                pairs = scored.setdefault(name, {known: [] for known in test.modalities})[modality]
+                pairs.append((test.rows[i]['subject'], fidelity(x_hat, x, lpips)))
+    rows = []
+    for name, pairs in scored.items():
+        bits = name.split()[-2] if 'DCT' in name else ''
+        summaries = {modality: summarise_scores(pairs[modality], seed) for modality in test.modalities}
+        rows.append({'name': name, 'f': '', 'latent': '', 'bits': bits, 'dft': '', 'fidelity': summaries})
+    return rows

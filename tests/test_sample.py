@@ -1,0 +1,140 @@
+"""sample.py on NIfTI scans as a user runs it, with small autoencoders that are trained once."""
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from common import load_checkpoint
+from conftest import play, refuses
+from model import from_checkpoint
+from test_evaluate import data, kl, neuroquant, vq2d  # noqa: F401, fixtures
+from test_nifti import head, store
+
+@pytest.fixture
+def scan(tmp_path):
+    """Path of an oblique scan in LPS with voxels of its own."""
+    return store(str(tmp_path / 't1.nii.gz'), head((26, 40, 28)), 'LPS', (1.2, 0.9, 1.0), turn=0.1)
+
+def sampling(checkpoint, mode, scan, output, *args):
+    return ['sample.py', f'--mode={mode}', f'--ckpt={checkpoint}', f'--input={scan}', f'--output={output}',
+            '--device=cpu', *args]
+
+def values(path):
+    return nib.load(path).get_fdata()
+
+# ---------------------------------------------------------------- on the scan's own grid
+
+@pytest.fixture(scope='module', params=['reconstruct', 'translate'])
+def overlay(request, neuroquant, tmp_path_factory):
+    """A scan and what became of it, as NIfTI images."""
+    folder = tmp_path_factory.mktemp('overlay')
+    path = store(str(folder / 't1.nii.gz'), head((26, 40, 28)), 'LPS', (1.2, 0.9, 1.0), turn=0.1)
+    play(*sampling(neuroquant, request.param, path, folder / 'out.nii.gz'))
+    return nib.load(path), nib.load(folder / 'out.nii.gz')
+
+def test_output_has_the_grid_of_the_input(overlay):
+    scan, output = overlay
+    assert scan.shape == output.shape
+    assert nib.aff2axcodes(output.affine) == ('L', 'P', 'S')
+    np.testing.assert_allclose(scan.affine, output.affine, atol=1e-5)
+
+def test_output_is_0_away_from_the_brain_and_finite_everywhere(overlay):
+    x, y = (image.get_fdata() for image in overlay)
+    outside = ndimage.distance_transform_edt(x == 0) > 4
+    assert (y[outside] == 0).all()
+    assert np.isfinite(y).all()
+
+def test_output_fills_the_brain(overlay):
+    x, y = (image.get_fdata() for image in overlay)
+    overlap = 2 * ((x > 0) & (y != 0)).sum() / ((x > 0).sum() + (y != 0).sum())
+    assert overlap > 0.85
+    inside = ndimage.binary_erosion(x > 0, iterations=2)
+    assert (y[inside] != 0).mean() > 0.9
+
+def test_reconstruction_is_the_models_own(neuroquant, tmp_path):
+    """On a grid the model's box equals, the file holds the network's output in the scan's intensities."""
+    volume = head((32, 48, 32))
+    brain = volume != 0
+    volume[brain.any((1, 2)).argmax(), 24, 16] = 100
+    brain = volume != 0
+    store(str(tmp_path / 't1.nii.gz'), volume)
+    play(*sampling(neuroquant, 'reconstruct', tmp_path / 't1.nii.gz', tmp_path / 'out.nii'))
+
+    low, high = np.percentile(volume[brain], [0.5, 99.5])
+    scaled = np.where(brain, np.clip((volume - low) / (high - low), 1e-4, 1), 0).astype(np.float32)
+    places = np.argwhere(brain)
+    first, last = places.min(0), places.max(0) + 1
+    start = (first + last - np.array(volume.shape)) // 2
+    box = np.roll(scaled, -start, (0, 1, 2))
+    model = from_checkpoint(load_checkpoint(neuroquant))
+    with torch.no_grad():
+        x_hat = model.reconstruct(torch.tensor(box)[None, None], 'T1w')[0, 0].clamp(1e-4, 1).numpy()
+    on_grid = np.roll(x_hat, start, (0, 1, 2))
+    want = np.where(brain, low + on_grid * (high - low), 0)
+    np.testing.assert_allclose(values(tmp_path / 'out.nii'), want, atol=0.05)
+
+@pytest.mark.parametrize('kind', ['kl', 'vq2d'])
+def test_other_autoencoders_reconstruct_on_the_scans_grid_too(kind, request, scan, tmp_path):
+    play(*sampling(request.getfixturevalue(kind), 'reconstruct', scan, tmp_path / 'out.nii.gz'))
+    assert nib.load(tmp_path / 'out.nii.gz').shape == nib.load(scan).shape
+
+# ---------------------------------------------------------------- tokens
+
+@pytest.fixture
+def tokens(neuroquant, scan, tmp_path):
+    """Path of a scan's tokens."""
+    play(*sampling(neuroquant, 'tokens', scan, tmp_path / 't1.npy'))
+    return tmp_path / 't1.npy'
+
+def test_tokens_are_code_numbers(tokens):
+    numbers = np.load(tokens)
+    assert numbers.shape == (2, 3, 2) and numbers.dtype == np.int32
+    assert 0 <= numbers.min() and numbers.max() < 16
+
+def test_tokens_and_back_equal_the_models_translation(neuroquant, scan, tokens, tmp_path):
+    back, direct = tmp_path / 'back.nii.gz', tmp_path / 'direct.nii.gz'
+    play(*sampling(neuroquant, 'tokens', tokens, back, '--target=T2w', f'--like={scan}'))
+    play(*sampling(neuroquant, 'translate', scan, direct))
+    np.testing.assert_allclose(values(back), values(direct), atol=1e-5)
+
+def test_tokens_without_a_scan_give_the_models_box(neuroquant, tokens, tmp_path):
+    play(*sampling(neuroquant, 'tokens', tokens, tmp_path / 'box.nii.gz'))
+    box = nib.load(tmp_path / 'box.nii.gz')
+    assert box.shape == (32, 48, 32)
+    assert nib.aff2axcodes(box.affine) == ('R', 'A', 'S')
+
+def test_tokens_of_several_codebooks_go_both_ways(vq2d, scan, tmp_path):
+    play(*sampling(vq2d, 'tokens', scan, tmp_path / 't1.npy'))
+    assert np.load(tmp_path / 't1.npy').shape == (2, 8, 12, 32)
+    play(*sampling(vq2d, 'tokens', tmp_path / 't1.npy', tmp_path / 'back.nii.gz'))
+    assert nib.load(tmp_path / 'back.nii.gz').shape == (32, 48, 32)
+
+# ---------------------------------------------------------------- refusals
+
+@pytest.mark.parametrize('mode, output, args, words', [
+    ('dream', 'o.nii', [], ['--mode=dream']),
+    ('reconstruct', 'o.png', [], ['.nii or .nii.gz']),
+    ('tokens', 'o.nii', [], ['.npy']),
+    ('reconstruct', 'o.nii', ['--source=PD'], ["'PD'", 'T1w, T2w']),
+    ('translate', 'o.nii', ['--target=FLAIR'], ["'FLAIR'"]),
+    ('reconstruct', 'file/o.nii', [], ['file/o.nii', 'cannot write']),
+    ('reconstruct', 'o.nii', ['--input=/nowhere.nii'], ['/nowhere.nii', 'no such file']),
+    ('reconstruct', 'o.nii', ['--ckpt=/nowhere.pt'], ['/nowhere.pt', 'no such checkpoint']),
+    ('tokens', 'o.nii', ['--input=FOLDER/bad.npy'], ['bad.npy'])])
+def test_refusals_leave_one_line_and_no_file(neuroquant, scan, tmp_path, mode, output, args, words):
+    (tmp_path / 'file').write_text('')  # a file where a folder would have to be
+    np.save(tmp_path / 'bad.npy', np.full((2, 3, 2), 99))
+    before = sorted(tmp_path.iterdir())
+    args = [arg.replace('FOLDER', str(tmp_path)) for arg in args]
+    line = refuses(*sampling(neuroquant, mode, scan, tmp_path / output, *args))
+    assert all(word in line for word in words)
+    assert sorted(tmp_path.iterdir()) == before
+
+def test_a_model_without_codes_has_no_tokens(kl, scan, tmp_path):
+    assert 'no tokens' in refuses(*sampling(kl, 'tokens', scan, tmp_path / 't.npy'))
+
+@pytest.mark.parametrize('kind', ['kl', 'vq2d'])
+def test_a_model_without_film_does_not_translate(kind, request, scan, tmp_path):
+    checkpoint = request.getfixturevalue(kind)
+    assert 'translates' in refuses(*sampling(checkpoint, 'translate', scan, tmp_path / 't.nii'))

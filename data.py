@@ -245,12 +245,12 @@ class Sessions:
         """The same as float32 in [0, 1]."""
         return as_float(self.stored(i, m))
 
-    def labels(self, i, box=...):
-        """Part of session i's label map (column dseg) as int16. SystemExit with one line if it has none."""
+    def labels(self, i):
+        """Session i's label map (column dseg) as int16. SystemExit with one line if it has none."""
         row = self.rows[i]
         path = os.path.join(row['folder'], row.get('dseg') or '(no dseg)')
         try:
-            return np.asarray(open_npy(path)[box], np.int16)
+            return np.asarray(open_npy(path), np.int16)
         except (OSError, EOFError, ValueError) as e:
             raise SystemExit(f"{path}: no label map of {row['subject']} to draw images from ({e})")
 
@@ -290,7 +290,8 @@ class Sessions:
     def session_batch(self, step, batch_size, patch=(), labels=False, micro_steps=1):
         """Batch of sessions, every modality that each has, whole or as patches at one random position.
 
-        batch_size: sessions per process. labels: also labels (B,1,D,H,W) int16, the sessions' label maps.
+        batch_size: sessions per process. labels: also labels (B,1,D,H,W) int16, the sessions' whole label
+        maps, and starts, where the patches begin.
         micro_steps: so many successive batches make a step, of which the shares are parts.
         returns a batch as above with, besides, session (B,) int64, row of the index; pairs (P,2) int64, every
             ordered pair (source, target) of rows of one session; pair_share, this process's part of the
@@ -311,7 +312,7 @@ class Sessions:
                 sample_index.append(position * len(self.modalities) + m)
                 files.append(self.file(i, m))
                 if labels:
-                    maps.append(self.labels(i, box))
+                    maps.append((self.labels(i), start.tolist()))
             rows = range(first_row, len(x))
             pairs += [(source, target) for source in rows for target in rows if source != target]
         batch = as_batch(x, modality, sample_index, files, maps)
@@ -348,7 +349,7 @@ class Sessions:
             modality.append(m)
             files.append(self.file(i, m))
             if labels:
-                maps.append(self.labels(i, box))
+                maps.append((self.labels(i), start))
         return as_batch(x, modality, sample_index, files, maps)
 
     def slice_batch(self, step, batch_size, axis=None, min_brain=0.02, per_volume=8):
@@ -401,7 +402,9 @@ def as_batch(x, modality, sample_index, files, maps=()):
         'share': 1.0,
     }
     if maps:
-        batch['labels'] = torch.from_numpy(np.stack(maps))[:, None]
+        labels, starts = zip(*maps)
+        batch['labels'] = torch.from_numpy(np.stack(labels))[:, None]
+        batch['starts'] = starts
     return batch
 
 # ---------------------------------------------------------------- loading ahead

@@ -494,7 +494,7 @@ if __name__ == '__main__':
         for step in micro_steps(it):
             batch = log.next_batch(batches)
             if 'labels' in batch:
-                batch['x'] = redraw(batch, modalities, synthesise, seed)
+                batch['x'] = redraw(batch, modalities, synthesise, seed, train_set.box)
             # to(), since contiguous() would leave a single channel as it is
             batch['x'] = batch['x'].to(memory_format=torch.channels_last_3d)
             discriminators.requires_grad_(False)  # the generator's step leaves them no gradient

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
 
 # ---------------------------------------------------------------- settings
 
@@ -183,7 +184,41 @@ def peak_flops(device):
     name = torch.cuda.get_device_name(device)
     return next((peak for card, peak in peaks.items() if card in name), 0.0)
 
-# ---------------------------------------------------------------- weights and checkpoints
+def step_flops(model, shape):
+    """FLOP (2 per multiply-add) of an autoencoder to encode and to decode one (D,H,W) volume or slice."""
+    c = model.config
+    if getattr(c, 'dims', 3) == 2:
+        shape = [n for n in shape if n != 1]
+    with torch.device('meta'):  # a twin without weights
+        twin = type(model)(c).eval()
+        x = torch.empty(1, getattr(c, 'in_channels', 1), *shape)
+    (z, z_mod), encoding = count_flops(twin.encode, x)
+    film = [twin.film(z_mod, 0)] if hasattr(twin, 'film') else []
+    return encoding, count_flops(twin.decode, z, *film)[1]
+
+def unet_flops(model, shape):
+    """FLOP of one forward pass of a FlowUNet on a (C,d,h,w) latent."""
+    with torch.device('meta'):
+        return count_flops(type(model)(model.config), torch.empty(1, *shape), torch.empty(1))[1]
+
+def count_flops(function, *args):
+    with FlopCounterMode(display=False) as counter:
+        result = function(*args)
+    return result, counter.get_total_flops()
+
+# ---------------------------------------------------------------- optimiser, weights and checkpoints
+
+def cosine(it, lr, min_lr, warmup, decay):
+    """Rate of step `it`: linear warm-up, cosine from lr to min_lr at step `decay`, constant afterwards."""
+    if it < warmup: return lr * (it + 1) / warmup
+    p = min(1.0, (it - warmup) / max(1, decay - warmup))
+    return min_lr + 0.5 * (1 + math.cos(math.pi * p)) * (lr - min_lr)
+
+def adamw(parameters, lr, betas, eps, weight_decay):
+    """AdamW without decay on biases and norms."""
+    groups = [{'params': [p for p in parameters if p.ndim > 1], 'weight_decay': weight_decay},
+              {'params': [p for p in parameters if p.ndim <= 1], 'weight_decay': 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 @torch.no_grad()
 def update_average(average, model, decay):

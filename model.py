@@ -12,7 +12,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from quantize import make_quantizer, move_or_hold, sum_over_ranks
 
@@ -838,28 +837,6 @@ class FlowUNet(nn.Module):
 
 KINDS = {'neuroquant': (NeuroQuant, NeuroQuantConfig), 'convvae': (ConvVAE, ConvVAEConfig),
          'flowunet': (FlowUNet, FlowUNetConfig)}
-
-def step_flops(model, shape):
-    """FLOP (2 per multiply-add) to encode and to decode one (D,H,W) volume or slice."""
-    c = model.config
-    if getattr(c, 'dims', 3) == 2:
-        shape = [n for n in shape if n != 1]
-    with torch.device('meta'):
-        twin = type(model)(c).eval()
-        x = torch.empty(1, getattr(c, 'in_channels', 1), *shape)
-    (z, z_mod), encoding = count_flops(twin.encode, x)
-    film = [twin.film(z_mod, 0)] if isinstance(twin, NeuroQuant) else []
-    return encoding, count_flops(twin.decode, z, *film)[1]
-
-def unet_flops(model, shape):
-    """FLOP of one forward pass of a FlowUNet on a (C,d,h,w) latent."""
-    with torch.device('meta'):
-        return count_flops(FlowUNet(model.config), torch.empty(1, *shape), torch.empty(1))[1]
-
-def count_flops(function, *args):
-    with FlopCounterMode(display=False) as counter:
-        result = function(*args)
-    return result, counter.get_total_flops()
 
 def model_args(model):
     """What builds the model again: its kind and every field of its config."""

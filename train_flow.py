@@ -18,12 +18,12 @@ import torch.distributed as dist
 
 from common import (StepLog, all_reduce_mean, autocast, catch_signals, configure, explain_failures,
                     git_commit, load_checkpoint, make_out_dir, print0, refuse_changes, save_checkpoint,
-                    start_processes, stop_processes, update_average)
+                    start_processes, stop_processes, unet_flops, update_average)
 from data import fingerprint, prefetch, refuse_other_data
 from flow import draw_times, flow_matching_loss, sample
 from judge.figures import views
 from latents import Latents, encode_sessions
-from model import FlowUNet, FlowUNetConfig, encoder_hash, from_checkpoint, model_args, unet_flops
+from model import FlowUNet, FlowUNetConfig, encoder_hash, from_checkpoint, model_args
 
 # ---------------------------------------------------------------- settings; the defaults are DeCo-VAE's
 # in and out

@@ -1,10 +1,9 @@
 """Train an autoencoder on prepared data (prepare.py).
 
-    python train_vae.py config/demo.py                                      # phantoms, minutes on a laptop
-    python train_vae.py config/neuroquant.py --data_dir=data/mine           # the paper's run on one GPU
+    python train_vae.py config/demo.py                              # phantoms, minutes on a laptop
+    python train_vae.py config/neuroquant.py --data_dir=data/mine   # the paper's run on one GPU
     torchrun --nproc_per_node=8 train_vae.py config/neuroquant.py --data_dir=data/mine
-    python train_vae.py config/neuroquant.py --init_from=resume             # go on where it stopped
-    python train_vae.py config/decovae_vad.py --data_dir=data/mine          # another autoencoder: see config/
+    python train_vae.py config/neuroquant.py --init_from=resume     # go on where it stopped
 
 Writes out_dir/ckpt.pt (resume), best.pt (best validation PSNR), log.jsonl and config.py; NeuroQuant also
 ckpt_3d.pt, the end of its 3D phase.
@@ -15,20 +14,21 @@ import math
 import os
 import random
 import sys
+from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from common import (StepLog, all_reduce_mean, autocast, catch_signals, changes, configure, explain_failures,
-                    git_commit, load_checkpoint, make_out_dir, print0, refuse_changes, save_checkpoint,
-                    start_processes, stop_processes, update_average)
+from common import (StepLog, adamw, all_reduce_mean, autocast, catch_signals, changes, configure, cosine,
+                    explain_failures, git_commit, load_checkpoint, make_out_dir, print0, refuse_changes,
+                    save_checkpoint, start_processes, step_flops, stop_processes, update_average)
 from data import (Sessions, fingerprint, generators, prefetch, prepare_absent, read_index,
                   refuse_other_data)
 from losses import (ModalityClassifier, PatchDiscriminator, cov_loss, discriminator_term, generator_term,
                     grad_reverse, kl_loss, perceptual_loss, psnr, reconstruction_loss, sid_loss, ssim,
                     var_loss)
-from model import KINDS, model_args, step_flops
+from model import KINDS, model_args
 from pretrained import LPIPS
 from quantize import collapse, code_use, count_codes, hold_statistics, move_statistics, perplexity
 from synth import TISSUE, is_random, redraw
@@ -173,10 +173,7 @@ def check_settings():
 # ---------------------------------------------------------------- schedules
 
 def get_lr(it):
-    """Linear warm-up, cosine from lr to min_lr at lr_decay_iters, constant afterwards."""
-    if it < warmup_iters: return lr * (it + 1) / warmup_iters
-    p = min(1.0, (it - warmup_iters) / max(1, lr_decay_iters - warmup_iters))
-    return min_lr + 0.5 * (1 + math.cos(math.pi * p)) * (lr - min_lr)
+    return cosine(it, lr, min_lr, warmup_iters, lr_decay_iters)
 
 def get_w_cross(it):
     return w_cross * min(1.0, max(0.0, (it - cross_start) / max(1, cross_ramp)))
@@ -370,12 +367,6 @@ def load_start():
     raw_model.load_state_dict(start['model'])
     return start
 
-def make_optimizer(parameters):
-    """AdamW without decay on biases and norms."""
-    groups = [{'params': [p for p in parameters if p.ndim > 1], 'weight_decay': weight_decay},
-              {'params': [p for p in parameters if p.ndim <= 1], 'weight_decay': 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=adam_eps, fused=True)
-
 def take_step(optimizer, parameters, it):
     """Clip the gradients and update the weights; returns the gradients' norm."""
     for group in optimizer.param_groups:
@@ -450,8 +441,9 @@ if __name__ == '__main__':
     # ---- optimisers, and the state of a resumed run
     model_parameters = [p for p in raw_model.parameters() if p.requires_grad]
     trained = model_parameters + (list(classifier.parameters()) if classifier else [])
-    optimizer = make_optimizer(trained)
-    discriminator_optimizer = make_optimizer(list(discriminators.parameters())) if discriminators else None
+    adam = partial(adamw, lr=lr, betas=(beta1, beta2), eps=adam_eps, weight_decay=weight_decay)
+    optimizer = adam(trained)
+    discriminator_optimizer = adam(list(discriminators.parameters())) if discriminators else None
     parts = {'ema': ema, 'classifier': classifier, 'optimizer': optimizer, 'discriminators': discriminators,
              'discriminator_optimizer': discriminator_optimizer}
     it, best_val = 0, -math.inf

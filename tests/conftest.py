@@ -21,9 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+import common
 import model
 
-step_flops = model.step_flops
+step_flops = common.step_flops
 
 @functools.cache
 def flops_of(kind, fields, shape):
@@ -31,11 +32,11 @@ def flops_of(kind, fields, shape):
     return step_flops(network(config(**dict(fields))), shape)
 
 def cached_step_flops(network, shape):
-    """model.step_flops, counted once per kind of network in a test process."""
+    """common.step_flops, counted once per kind of network in a test process."""
     fields = tuple(vars(network.config).items())
     return flops_of(model.model_args(network)['kind'], fields, tuple(shape))
 
-model.step_flops = cached_step_flops
+common.step_flops = cached_step_flops
 
 def run(script, *args):
     """A script of the project as a user runs it; returns the finished process with its text output.

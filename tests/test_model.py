@@ -4,9 +4,9 @@ import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import (
-    AxialAttention, Conv, Conv3d, NeuroQuant, NeuroQuantConfig, double, from_checkpoint, halve, model_args,
-    step_flops)
+from common import step_flops
+from model import (AxialAttention, Conv, Conv3d, NeuroQuant, NeuroQuantConfig, double, from_checkpoint, halve,
+                   model_args)
 
 TINY = dict(widths=(16, 16, 16, 16), anat_dim=8, mod_dim=4, modality_dim=4, num_codes=16)
 

@@ -64,7 +64,7 @@ def check_settings():
 # ---------------------------------------------------------------- models
 
 def check_model(model):
-    """SystemExit with one line if this model of --ckpt cannot do what --mode asks for."""
+    """SystemExit with one line if the model of --ckpt cannot do --mode."""
     flow = isinstance(model, FlowUNet)
     if mode == 'generate' and not flow:
         raise SystemExit(f'{ckpt}: an autoencoder; generate wants a flow (train_flow.py)')
@@ -88,11 +88,11 @@ def load_decoder(flow_checkpoint):
     return in_slabs(model), tuple(checkpoint['config']['modalities'])
 
 def in_slabs(model):
-    """The autoencoder, slab by slab if --slab asks for that; ValueError if it cannot."""
+    """The autoencoder, slab by slab with --slab; ValueError if it cannot."""
     return slabwise(model, slab) if slab else model
 
 def placed(x):
-    """x where the autoencoder takes it; slab by slab, activations stay on the CPU."""
+    """x where the autoencoder takes it; with --slab, activations stay on the CPU."""
     return x.cpu() if slab else x.to(device)
 
 # ---------------------------------------------------------------- one scan
@@ -152,7 +152,7 @@ def from_tokens(model, checkpoint):
     print(f'{indices.numel()} tokens as {target}: {output}')
 
 def read_tokens(model, shape):
-    """--input as (1,d,h,w) int64; ValueError if it holds no tokens of this model for a volume (D,H,W)."""
+    """--input as (1,d,h,w) int64; ValueError if it holds no tokens of this model."""
     try:
         indices = np.load(input, allow_pickle=False)
     except (OSError, EOFError, ValueError) as e:
@@ -176,7 +176,7 @@ def box_grid(checkpoint):
 # ---------------------------------------------------------------- new volumes
 
 def generate(flow, checkpoint):
-    """Write new volumes, their latents, a montage, and the table of nearest training scans."""
+    """Write new volumes, latents.npy, montage.png and nearest.md."""
     autoencoder, modalities = load_decoder(checkpoint)
     z = flow.denormalise(draw_latents(flow, checkpoint, modalities))
     make_out_dir(output)
@@ -193,7 +193,7 @@ def generate(flow, checkpoint):
     compare_with_training(checkpoint['config'], modalities, z.cpu().numpy(), volumes)
 
 def draw_latents(flow, checkpoint, modalities):
-    """(n,C,d,h,w) as the flow sees them, one at a time: a batch would change the last bits."""
+    """(n,C,d,h,w), drawn one at a time: a batch would change the last bits."""
     cond = wanted_conditions(checkpoint['conditions'], modalities)
     latents, shape = [], (1, *checkpoint['latent_shape'])
     for i in range(n):

@@ -337,7 +337,6 @@ if __name__ == '__main__':
     on_gpu = device.startswith('cuda')
     if not on_gpu:
         dtype, compile = 'float32', False
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     if samplers:

@@ -7,6 +7,9 @@ posterior-anterior, inferior-superior).
 import csv
 import json
 import os
+import shlex
+import subprocess
+import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -22,6 +25,15 @@ from scipy.spatial.transform import Rotation
 
 # keys of dataset.json that say how scans got into their box: arguments of nifti.conform
 BOX = ('shape', 'spacing_mm', 'resize', 'percentiles', 'percentiles_of', 'clip')
+
+def prepare_absent(data_dir, flags):
+    """Run prepare.py with the flags, a command line, where data_dir holds no data; nothing if they are ''."""
+    if not flags or ',' in data_dir: return
+    if os.path.exists(os.path.join(data_dir, 'subjects.tsv')): return
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'prepare.py')
+    command = [sys.executable, script, *shlex.split(flags), f'--out_dir={data_dir}']
+    if subprocess.run(command).returncode:
+        raise SystemExit(f'{data_dir}: prepare.py {flags} did not finish')
 
 def read_folder(folder):
     """The rows of subjects.tsv of one prepared folder as dicts, with 'folder' added; and dataset.json.
@@ -233,12 +245,12 @@ class Sessions:
         """The same as float32 in [0, 1]."""
         return as_float(self.stored(i, m))
 
-    def labels(self, i, box=...):
-        """Part of session i's label map (column dseg) as int16. SystemExit with one line if it has none."""
+    def labels(self, i):
+        """Session i's label map (column dseg) as int16. SystemExit with one line if it has none."""
         row = self.rows[i]
         path = os.path.join(row['folder'], row.get('dseg') or '(no dseg)')
         try:
-            return np.asarray(open_npy(path)[box], np.int16)
+            return np.asarray(open_npy(path), np.int16)
         except (OSError, EOFError, ValueError) as e:
             raise SystemExit(f"{path}: no label map of {row['subject']} to draw images from ({e})")
 
@@ -275,23 +287,24 @@ class Sessions:
         """(D,H,W) of a patch, at most the volume's size per axis; () for whole volumes."""
         return tuple(min(p, n) for p, n in zip(patch or self.shape, self.shape))
 
-    def session_batch(self, step, batch_size, patch=(), labels=False):
+    def session_batch(self, step, batch_size, patch=(), labels=False, micro_steps=1):
         """Batch of sessions, every modality that each has, whole or as patches at one random position.
 
-        batch_size: sessions per process. labels: also labels (B,1,D,H,W) int16, the sessions' label maps.
+        batch_size: sessions per process. labels: also labels (B,1,D,H,W) int16, the sessions' whole label
+        maps, and starts, where the patches begin.
+        micro_steps: so many successive batches make a step, of which the shares are parts.
         returns a batch as above with, besides, session (B,) int64, row of the index; pairs (P,2) int64, every
             ordered pair (source, target) of rows of one session; pair_share, this process's part of the
             joined batch's pairs
         """
         size = self.patch_size(patch)
-        positions = step * batch_size * self.world + np.arange(batch_size * self.world)  # of the joined batch
-        chosen = [self.choose(self.session_groups, int(p)) for p in positions]
-        mine = slice(self.rank * batch_size, (self.rank + 1) * batch_size)
+        first = (step * self.world + self.rank) * batch_size  # position in the run
         x, modality, session, sample_index, files, maps, pairs = [], [], [], [], [], [], []
-        for position, i in zip(positions[mine].tolist(), chosen[mine]):
+        for position in range(first, first + batch_size):
+            i = self.choose(self.session_groups, position)
             start = random(self.seed, 1, position).integers(0, np.subtract(self.shape, size) + 1)
             box = box_at(start.tolist(), size)
-            first = len(x)
+            first_row = len(x)
             for m in self.present(i):
                 x.append(as_float(self.stored(i, m)[box]))
                 modality.append(m)
@@ -299,17 +312,25 @@ class Sessions:
                 sample_index.append(position * len(self.modalities) + m)
                 files.append(self.file(i, m))
                 if labels:
-                    maps.append(self.labels(i, box))
-            rows = range(first, len(x))
+                    maps.append((self.labels(i), start.tolist()))
+            rows = range(first_row, len(x))
             pairs += [(source, target) for source in rows for target in rows if source != target]
         batch = as_batch(x, modality, sample_index, files, maps)
         batch['session'] = torch.tensor(session)
         batch['pairs'] = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
-        counts = np.array([len(self.present(i)) for i in chosen]).reshape(self.world, batch_size)
-        volumes, pair_counts = counts.sum(1), (counts * (counts - 1)).sum(1)  # per process
-        batch['share'] = self.world * volumes[self.rank] / volumes.sum()
-        batch['pair_share'] = self.world * pair_counts[self.rank] / max(pair_counts.sum(), 1)
+        batch['share'], batch['pair_share'] = self.shares(step, batch_size, micro_steps)
         return batch
+
+    def shares(self, step, batch_size, micro_steps):
+        """This batch's parts of the volumes and of the pairs of its step, over equal parts."""
+        first = (step - step % micro_steps) * batch_size * self.world
+        positions = range(first, first + micro_steps * batch_size * self.world)
+        counts = [len(self.present(self.choose(self.session_groups, p))) for p in positions]
+        counts = np.array(counts).reshape(micro_steps, self.world, batch_size)
+        volumes = counts.sum(2)
+        pairs = (counts * (counts - 1)).sum(2)
+        mine = step % micro_steps, self.rank
+        return volumes.size * volumes[mine] / volumes.sum(), pairs.size * pairs[mine] / max(pairs.sum(), 1)
 
     def scan_batch(self, step, batch_size, patch=(), augment=False, labels=False):
         """Batch of single scans, of whichever modality, whole or as patches at random places.
@@ -328,7 +349,7 @@ class Sessions:
             modality.append(m)
             files.append(self.file(i, m))
             if labels:
-                maps.append(self.labels(i, box))
+                maps.append((self.labels(i), start))
         return as_batch(x, modality, sample_index, files, maps)
 
     def slice_batch(self, step, batch_size, axis=None, min_brain=0.02, per_volume=8):
@@ -381,7 +402,9 @@ def as_batch(x, modality, sample_index, files, maps=()):
         'share': 1.0,
     }
     if maps:
-        batch['labels'] = torch.from_numpy(np.stack(maps))[:, None]
+        labels, starts = zip(*maps)
+        batch['labels'] = torch.from_numpy(np.stack(labels))[:, None]
+        batch['starts'] = starts
     return batch
 
 # ---------------------------------------------------------------- loading ahead

@@ -45,6 +45,7 @@ lpips_trunk = ''            # its two files
 lpips_lin = ''
 segmenter = ''              # Dice and volumes: path of synthseg_2.0.h5, or a command with {in} and {out}
 labels = ''                 # column of subjects.tsv with true label maps, such as dseg; '': the segmenter's
+volumes_by = 'voxels'       # or 'posteriors', which SynthSeg itself adds up
 table = ''                  # neuroquant1, neuroquant2, deco1 ... deco5: only print that table of the papers
 runs = 'out'                # beside what is found in this folder
 latent_figures = False      # also latent.png and tsne.png
@@ -68,6 +69,8 @@ def check_settings():
         raise SystemExit(f'--probe_networks={probe_networks}: of latent and volume, with --probe=COLUMN')
     if fid_slices not in ('all', 'central'):
         raise SystemExit(f'--fid_slices={fid_slices}: all or central')
+    if volumes_by not in ('voxels', 'posteriors'):
+        raise SystemExit(f'--volumes_by={volumes_by}: voxels or posteriors')
 
 # ---------------------------------------------------------------- runs
 
@@ -95,6 +98,8 @@ def load_runs(paths, checkpoints):
         known += new
         folder = folders.pop(0) if folders else ''
         loaded.append(Run(path, checkpoint, model, sessions, count_used(sessions), new, folder))
+    if folders:
+        raise SystemExit(f'--generated={generated}: {",".join(folders)} has no checkpoint in --ckpt')
     return loaded, known
 
 # ---------------------------------------------------------------- one pass over the scans
@@ -145,7 +150,7 @@ def judge_session(run, scans, is_pictured):
         if extractor:
             add_slices(run, scan, x_hat, extractor, fid_slices)
         if segment:
-            add_anatomy(run, scan, x_hat[0, 0].cpu().numpy(), segment, labels)
+            add_anatomy(run, scan, x_hat[0, 0].cpu().numpy(), segment, labels, volumes_by)
         if is_pictured:
             run.shown[scan.modality] = scan.volume, x_hat[0, 0].cpu().numpy()
 

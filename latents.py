@@ -1,6 +1,7 @@
 """The latents of a trained autoencoder: written once per scan, read as batches, with their conditions."""
 import json
 import os
+from itertools import islice
 
 import numpy as np
 import torch
@@ -200,12 +201,20 @@ def encode_conditions(values, conditions, modalities):
 def nearest(queries, library):
     """For each query array the key and root-mean-square distance of the nearest array.
 
-    library: an iterable of (key, array), read once.
+    library: an iterable of (key, array), read once, some at a time. Squared lengths and products find the
+    nearest of those; its distance is then taken from the differences, since lengths cancel.
     """
+    queries = np.stack([np.ravel(query) for query in queries]).astype(np.float32)
     best = [(None, np.inf)] * len(queries)
-    for key, array in library:
-        for q, query in enumerate(queries):
-            distance = float(np.sqrt(np.mean((query - array) ** 2)))
+    library = iter(library)
+    at_once = max(1, 2 ** 26 // queries.shape[1])
+    while True:
+        chunk = list(islice(library, at_once))
+        if not chunk:
+            return best
+        arrays = np.stack([np.ravel(array) for _, array in chunk]).astype(np.float32)
+        order = (arrays ** 2).sum(1) - 2 * queries @ arrays.T  # |q|^2 is the same for all
+        for q, k in enumerate(order.argmin(1)):
+            distance = float(np.sqrt(np.mean((queries[q] - arrays[k]) ** 2)))
             if distance < best[q][1]:
-                best[q] = key, distance
-    return best
+                best[q] = chunk[k][0], distance

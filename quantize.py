@@ -1,4 +1,5 @@
 """Vector quantisation with a codebook that follows by moving average, and its control without a codebook."""
+import contextlib
 import math
 
 import torch
@@ -23,22 +24,101 @@ def gather_over_ranks(x):
     dist.all_gather(parts, F.pad(x, (0, 0, 0, max(sizes) - len(x))))  # all_gather wants equal shapes
     return torch.cat([p[:n] for p, n in zip(parts, sizes)])
 
+@contextlib.contextmanager
+def full_float32():
+    """Products of float32 keep their 24 bits inside, whatever the process allows: TF32 keeps 11.
+
+    The distances to two codes may differ in the last bits alone.
+    """
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+def from_first_rank(x):
+    """x of the first process, on every process, in place."""
+    if dist.is_initialized():
+        dist.broadcast(x, 0)
+    return x
+
 def perplexity(counts):
-    """exp(entropy) of the use of K codes, counts (K,): K when uniform, 1 when one code is left."""
-    p = counts / counts.sum().clamp(min=1e-5)
-    return torch.exp(-torch.xlogy(p, p).sum())
+    """exp(entropy) of the use of K codes: K when uniform, 1 when one code is left.
+
+    counts: (K,), or (num_codebooks, K) for the mean over codebooks.
+    """
+    p = counts / counts.sum(-1, keepdim=True).clamp(min=1e-5)
+    return torch.exp(-torch.xlogy(p, p).sum(-1)).mean()
+
+def count_codes(tokens, x, num_codes, num_codebooks=1):
+    """How often each code is used -> (2, num_codebooks, K) int64: for background, and for brain.
+
+    tokens (B, *grid), with several codebooks (B, num_codebooks, *grid), of volumes x (B, 1, D, H, W). A token
+    is brain where any of its voxels is above 0.
+    """
+    brain = F.adaptive_max_pool3d(x.float(), tokens.shape[-3:])[:, 0] > 0  # (B, *grid)
+    books = tokens if num_codebooks > 1 else tokens[:, None]
+    counts = torch.zeros(2, books.shape[1], num_codes, dtype=torch.int64)
+    for k, book in enumerate(books.unbind(1)):
+        for part, where in enumerate((~brain, brain)):
+            counts[part, k] = torch.bincount(book[where], minlength=num_codes).cpu()
+    return counts
+
+def code_use(counts):
+    """What count_codes says over a data set: perplexity and number of codes in use, means over codebooks.
+
+    returns {name: value}: perplexity and codes_used of all tokens, and of those of brain and of background
+    """
+    use = {}
+    for name, part in (('', counts.sum(0)), ('_brain', counts[1]), ('_background', counts[0])):
+        use[f'perplexity{name}'] = perplexity(part).item()
+        use[f'codes_used{name}'] = (part > 0).sum().item() / len(part)
+    return use
+
+def collapse(use, num_codes, tokens):
+    """One line if less than a tenth is used of the codes that so many tokens could use; else ''."""
+    if use['codes_used'] >= 0.1 * min(num_codes, tokens): return ''
+    return (f"only {use['codes_used']:.0f} of {num_codes} codes are in use: the codebook has collapsed; raise "
+            'revive, or lower num_codes or w_commit')
+
+# ---------------------------------------------------------------- moving averages, once per step
+
+def hold_statistics(model):
+    """From here on the codebooks and moving averages of a model stand still until move_statistics."""
+    for module in model.modules():
+        if hasattr(module, 'held'):
+            module.held = []
+
+def move_or_hold(module, new):
+    """Move a module's averages by the statistics of a batch, or keep these for move_statistics."""
+    if module.held is None:
+        module.move(new)
+    else:
+        module.held.append(new)
+
+def move_statistics(model):
+    """One step of a model's averages, by the sum of what its micro-steps held; False if there is nothing."""
+    holding = [module for module in model.modules() if getattr(module, 'held', None)]
+    for module in holding:
+        module.move(sum(module.held))
+        module.held = []
+    return len(holding) > 0
+
+# ---------------------------------------------------------------- quantisers
 
 class VectorQuantizer(nn.Module):
     """Nearest-code quantiser with a codebook by EMA (van den Oord et al. 2017, A.1); NeuroQuant eq. 5-7.
 
-    num_codes K, dim C. decay: of the EMA. eps: Laplace smoothing of the code counts. revive: a code used less
-    than this fraction of the mean use is replaced by a random encoder vector of the batch. A new codebook is
-    all dead, so the first batches fill it: data-driven start and revival are one rule. Any number of
-    processes has the codebook of one process on the joined batch, if all draw from equally seeded generators.
+    num_codes K, dim C. decay: of the EMA. eps: Laplace smoothing of the code counts.
+    revive: a code used less than this fraction of the mean use is replaced by a random encoder vector of the
+    batch. A new codebook is all dead, so the first batches fill it: data-driven start and revival are one
+    rule. Any number of processes has the codebook of one process on the joined batch. After hold_statistics
+    the same holds for any number of micro-steps; the first of a step revives codes.
 
     Buffers: codebook (K, C); cluster_size (K,), EMA of how many vectors chose each code; embed_sum (K, C),
-    EMA of their sum. Departs: the EMA does the work of eq. 7's codebook term, so that only commitment is
-    returned.
+    EMA of their sum.
+    Departs: the EMA does the work of eq. 7's codebook term, so that only commitment is returned.
     """
     def __init__(self, num_codes, dim, decay=0.99, eps=1e-5, revive=0.1):
         super().__init__()
@@ -49,6 +129,8 @@ class VectorQuantizer(nn.Module):
         self.decay = decay
         self.eps = eps
         self.revive = revive
+        self.held = None  # a list after hold_statistics
+        self.step_counts = None  # (K,) tokens of the last step, of all processes
         self.register_buffer('codebook', torch.zeros(num_codes, dim))
         self.register_buffer('cluster_size', torch.zeros(num_codes))
         self.register_buffer('embed_sum', torch.zeros(num_codes, dim))
@@ -68,11 +150,12 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):  # float32: squared distances cancel in bf16
             z = z.float()
             flat = z.movedim(1, -1).reshape(-1, self.dim)  # (N, C)
-            if self.training and update:
+            writes = self.training and update
+            if writes and not self.held:
                 self.revive_dead(flat.detach())
             indices = self.nearest(flat.detach())
-            if self.training and update:
-                self.update_codes(flat.detach(), indices)
+            if writes:
+                move_or_hold(self, self.counts_and_sums(flat.detach(), indices))
             indices = indices.view(z.shape[0], *z.shape[2:])
             z_q = self.lookup(indices)
             commit = F.mse_loss(z, z_q)
@@ -86,8 +169,8 @@ class VectorQuantizer(nn.Module):
 
     def nearest(self, flat):
         """(N, C) -> (N,) index of the code at the smallest Euclidean distance, NeuroQuant eq. 6."""
-        # |z|^2 is the same for every code
-        distance = self.codebook.square().sum(1) - 2 * flat @ self.codebook.T  # (N, K)
+        with full_float32():  # |z|^2 is left out: it is the same for every code
+            distance = self.codebook.square().sum(1) - 2 * flat @ self.codebook.T  # (N, K)
         return distance.argmin(1)
 
     def lookup(self, indices):
@@ -99,7 +182,7 @@ class VectorQuantizer(nn.Module):
         """Give each dead code a vector of the joined batch, no vector twice. It starts at the mean use."""
         flat = gather_over_ranks(flat)
         dead = self.cluster_size <= self.revive * self.cluster_size.mean()
-        order = torch.randperm(len(flat), device=flat.device)[:self.num_codes]
+        order = from_first_rank(torch.randperm(len(flat), device=flat.device))[:self.num_codes]
         turn = dead.cumsum(0) - 1  # the n-th dead code takes the n-th vector
         dead &= turn < len(order)
         vector = flat[order[turn.clamp(0, len(order) - 1)]]
@@ -108,12 +191,16 @@ class VectorQuantizer(nn.Module):
         self.embed_sum.copy_(torch.where(dead[:, None], vector * mean_use, self.embed_sum))
         self.cluster_size.copy_(torch.where(dead, mean_use, self.cluster_size))
 
-    @torch.no_grad()
-    def update_codes(self, flat, indices):
-        """One EMA step over every process: each code moves to the smoothed mean of its vectors."""
+    def counts_and_sums(self, flat, indices):
+        """(K, C + 1): the sum of each code's vectors, and in the last column their number."""
         new = flat.new_zeros(self.num_codes, self.dim + 1)
-        new.index_add_(0, indices, F.pad(flat, (0, 1), value=1.0))  # the last column counts
+        return new.index_add_(0, indices, F.pad(flat, (0, 1), value=1.0))
+
+    @torch.no_grad()
+    def move(self, new):
+        """One EMA step over every process: each code moves to the smoothed mean of its vectors."""
         new = sum_over_ranks(new)
+        self.step_counts = new[:, -1]
         self.embed_sum.lerp_(new[:, :-1], 1 - self.decay)
         self.cluster_size.lerp_(new[:, -1], 1 - self.decay)
         total = self.cluster_size.sum()
@@ -143,6 +230,8 @@ class FiniteScalarQuantizer(nn.Module):
         self.num_codes = num_codes
         self.dim = dim
         self.decay = decay
+        self.held = None
+        self.step_counts = None
         self.down = nn.Linear(dim, len(levels))
         self.up = nn.Linear(len(levels), dim)
         self.register_buffer('levels', torch.tensor(levels), persistent=False)
@@ -158,7 +247,8 @@ class FiniteScalarQuantizer(nn.Module):
             rounded = bounded + (bounded.round() - bounded).detach()
             indices = self.index(rounded.detach())
             if self.training and update:
-                self.count(indices)
+                counts = torch.bincount(indices.flatten(), minlength=self.num_codes)
+                move_or_hold(self, counts.float())
             z_q = self.up(2 * rounded / self.levels).movedim(-1, 1)
             return z_q, indices, torch.zeros((), device=z.device)
 
@@ -184,11 +274,10 @@ class FiniteScalarQuantizer(nn.Module):
             return self.up(2 * rounded / self.levels).movedim(-1, 1)
 
     @torch.no_grad()
-    def count(self, indices):
-        """One EMA step of the counts, over every process."""
-        new = torch.zeros_like(self.cluster_size)
-        new.index_add_(0, indices.flatten(), torch.ones_like(indices.flatten(), dtype=torch.float32))
-        self.cluster_size.lerp_(sum_over_ranks(new), 1 - self.decay)
+    def move(self, counts):
+        """One EMA step of the counts (K,), over every process."""
+        self.step_counts = sum_over_ranks(counts)
+        self.cluster_size.lerp_(self.step_counts, 1 - self.decay)
 
     def perplexity(self):
         return perplexity(self.cluster_size)
@@ -247,6 +336,10 @@ class MultiQuantizer(nn.Module):
     def perplexity(self):
         """Mean over the codebooks."""
         return sum(part.perplexity() for part in self.parts) / self.num_codebooks
+
+    @property
+    def step_counts(self):
+        return torch.stack([part.step_counts for part in self.parts])
 
 def make_quantizer(num_codes, dim, decay=0.99, revive=0.1, num_codebooks=1, codebooks='residual',
                    quantizer='ema'):

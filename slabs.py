@@ -32,8 +32,9 @@ def slabwise(model, slab):
         twin.quantizer = at_weights(model.quantizer, 'nearest_indices', 'lookup')
     return twin
 
-def device_of(module):
-    return next(chain(module.parameters(), module.buffers())).device
+def device_of(module, x):
+    """Where a module's weights lie; that of x, if it has none."""
+    return next(chain(module.parameters(), module.buffers(), [x])).device
 
 def at_weights(module, *methods):
     """A copy that shares the weights; its methods (by default forward) take x there and the result back."""
@@ -44,7 +45,7 @@ def at_weights(module, *methods):
 
 def there_and_back(module, method):
     def call(x):
-        return method(x.to(device_of(module))).to(x.device)
+        return method(x.to(device_of(module, x))).to(x.device)
     return call
 
 class SlabStack(Stack):
@@ -69,7 +70,7 @@ def conv_layer(layer, x, slab):
 def res_block(block, x, slab):
     h = norm_conv(block.norm1, block.conv1, x, slab)  # (B, c_out, D, H, W)
     h = norm_conv(block.norm2, block.conv2, h, slab)  # (B, c_out, D, H, W)
-    device = device_of(block)
+    device = device_of(block, x)
     for h_part, x_part in zip(h.split(slab, 2), x.split(slab, 2)):
         h_part += block.skip(x_part.to(device)).to(h.device)
     return h
@@ -98,7 +99,7 @@ def in_slabs(fn, module, x, slab, up=1, down=1, halo=1):
 
     fn changes D by up / down and reaches `halo` coarse voxels far. slab: coarse voxels. x (B, C, D, H, W).
     """
-    device = device_of(module)
+    device = device_of(module, x)
     n, y = x.shape[2] // down, None
     for start in range(0, n, slab):
         stop = min(start + slab, n)
@@ -112,7 +113,8 @@ def in_slabs(fn, module, x, slab, up=1, down=1, halo=1):
 
 def whole_norm(norm, x, slab):
     """Group norm as a function of slabs of x, with the statistics of all of x, gathered in float32."""
-    device = device_of(norm)
+    if isinstance(norm, torch.nn.Identity): return norm
+    device = device_of(norm, x)
     def groups():
         for part in x.split(slab, 2):
             yield part.to(device).float().reshape(len(x), norm.num_groups, -1)  # (B, groups, N)

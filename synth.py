@@ -4,6 +4,7 @@ Arrays are (D, H, W) = (left-right, posterior-anterior, inferior-superior), RAS+
 to the front and to the top. Labels are FreeSurfer numbers. All randomness comes from an explicit generator.
 """
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -325,11 +326,22 @@ def phantom(index, shape, seed=0, modalities=('T1w', 'T2w', 'FLAIR')):
         labels = coarsen(labels, fine)
     return dict(subject=f'sub-{index:03d}', session='ses-01', sex=sex, age=age, labels=labels, images=images)
 
-def render(labels, modalities, generators, noise=0.02, bias=0.08):
+def scale_like_prepared(image, mask, percentiles=(0.5, 99.5), percentiles_of='brain', clip=True):
+    """nifti.scale_intensity in torch: what is drawn while training lies where prepared scans lie.
+
+    image, mask: (D, H, W). A seventh of the voxels tells a percentile well enough.
+    """
+    values = image[mask] if percentiles_of == 'brain' else torch.where(mask, image, 0.0).flatten()
+    ends = torch.tensor(percentiles, device=image.device) / 100
+    low, high = torch.quantile(values[::7], ends.float())
+    scaled = ((image - low) / (high - low)).clamp(1e-4, 1 if clip else None)
+    return torch.where(mask, scaled, 0.0)
+
+def render(labels, modalities, generators, noise=0.02, bias=0.08, scale=scale_like_prepared):
     """images_from_labels in torch, on the device of the label maps: an augmentation.
 
-    labels: (B, 1, D, H, W) int64, of brain_labels. modalities: B names. generators: B of a CPU.
-    returns (B, 1, D, H, W) float32 in [0, 1], background exactly 0, brain above 0
+    labels: (B, 1, D, H, W) int64, whole maps of brain_labels. modalities: B names. generators: B of a CPU.
+    scale: a function of an image and its mask. returns (B, 1, D, H, W) float32, background exactly 0
     """
     device, grid = labels.device, labels.shape[2:]
     images = []
@@ -347,14 +359,14 @@ def render(labels, modalities, generators, noise=0.02, bias=0.08):
         g = torch.Generator(device).manual_seed(int(torch.randint(2 ** 31, (1,), generator=g)))
         real, imaginary = noise * torch.randn(2, *grid, generator=g, device=device)
         image = torch.hypot(clean[0, 0] * torch.exp(bias * field[0, 0]) + real, imaginary)
-        image = image / torch.quantile(image[one > 0][::7], 0.995)  # a seventh of the voxels tells enough
-        images.append(torch.where(one > 0, image.clamp(1e-4, 1), 0.0))
+        images.append(scale(image, one > 0))
     return torch.stack(images)[:, None]
 
-def redraw(batch, modalities, share, seed):
+def redraw(batch, modalities, share, seed, box):
     """x of a training batch, each volume with probability `share` an image drawn anew of its label map.
 
-    What is drawn depends on the sample's index and the seed alone; the modality stays.
+    What is drawn depends on the sample's index and the seed alone; the modality stays. box: how the data set
+    was made, see data.Sessions. The whole map is drawn and scaled, then cut: a patch has other percentiles.
     """
     seeds = [(seed << 44) + (1 << 43) + k for k in batch['sample_index'].tolist()]
     draws = [torch.Generator().manual_seed(s) for s in seeds]
@@ -362,7 +374,13 @@ def redraw(batch, modalities, share, seed):
     if not rows: return batch['x']
     names = [modalities[m] for m in batch['modality'].tolist()]
     x = batch['x'].clone()
-    x[rows] = render(batch['labels'][rows].long(), [names[b] for b in rows], [draws[b] for b in rows])
+    how = {key: box[key] for key in ('percentiles', 'percentiles_of', 'clip') if key in box}
+    drawn = render(batch['labels'][rows].long(), [names[b] for b in rows], [draws[b] for b in rows],
+                   scale=partial(scale_like_prepared, **how))
+    D, H, W = x.shape[2:]
+    for b, image in zip(rows, drawn):
+        d, h, w = batch['starts'][b]
+        x[b] = image[:, d:d + D, h:h + H, w:w + W]
     return x
 
 # ---------------------------------------------------------------- label maps of real heads

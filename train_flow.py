@@ -228,7 +228,6 @@ if __name__ == '__main__':
 
     # ---- model
     torch.manual_seed(seed)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     raw_model = make_model()
     resumed = load_resumed()

@@ -14,8 +14,6 @@ import dataclasses
 import math
 import os
 import random
-import shlex
-import subprocess
 import sys
 
 import torch
@@ -25,12 +23,14 @@ import torch.nn.functional as F
 from common import (StepLog, all_reduce_mean, autocast, catch_signals, changes, configure, explain_failures,
                     git_commit, load_checkpoint, make_out_dir, print0, refuse_changes, save_checkpoint,
                     start_processes, stop_processes, update_average)
-from data import Sessions, fingerprint, generators, prefetch, read_index, refuse_other_data
+from data import (Sessions, fingerprint, generators, prefetch, prepare_absent, read_index,
+                  refuse_other_data)
 from losses import (ModalityClassifier, PatchDiscriminator, cov_loss, discriminator_term, generator_term,
                     grad_reverse, kl_loss, perceptual_loss, psnr, reconstruction_loss, sid_loss, ssim,
                     var_loss)
 from model import KINDS, model_args, step_flops
 from pretrained import LPIPS
+from quantize import collapse, code_use, count_codes, hold_statistics, move_statistics, perplexity
 from synth import TISSUE, is_random, redraw
 
 # ---------------------------------------------------------------- settings; NeuroQuant's by default
@@ -72,6 +72,7 @@ modality_dim = 32
 dims = 3                 # of convvae, to slice_axis
 in_channels = 1
 layout = 'maisi'
+norm = 'group'
 latent_dim = 4
 bottleneck = 'kl'
 signed = False
@@ -213,7 +214,7 @@ def make_batch(step):
     if step.what == 'scans':
         return train_set.scan_batch(step.number, batch_size, patch, augment, synthesise > 0)
     if step.what == 'sessions':
-        return train_set.session_batch(step.number, batch_size, patch, synthesise > 0)
+        return train_set.session_batch(step.number, batch_size, patch, synthesise > 0, grad_accum)
     if kind == 'convvae':
         return train_set.slice_batch(step.number, batch_size, slice_axis)
     return train_set.slice_batch(step.number, batch_size_2d)
@@ -243,8 +244,7 @@ def neuroquant_terms(batch, what, it):
     """Unweighted terms of a micro-batch, each a mean over the joined batch, and x_hat."""
     x, modality, share = batch['x'], batch['modality'], batch['share']
     pairs = batch.get('pairs', ())
-    cross = len(pairs) > 0 and get_w_cross(it) > 0
-    out = model(x, modality, pairs if cross else None)
+    out = model(x, modality, pairs if len(pairs) and get_w_cross(it) > 0 else None)
     terms = {
         'recon': share * reconstruction_loss(out['x_hat'], x, w_ssim, recon),
         'commit': share * out['commit'],
@@ -254,8 +254,11 @@ def neuroquant_terms(batch, what, it):
     if classifier:
         logits = classifier(grad_reverse(out['z_anat'].float(), get_alpha(it)))
         terms['adv'] = share * F.cross_entropy(logits.float(), modality)
-    if cross:
-        terms['cross'] = batch['pair_share'] * reconstruction_loss(out['x_cross'], x[pairs[:, 1]], 0.0, recon)
+    if get_w_cross(it) > 0:  # by the schedule alone: every process has the same terms
+        terms['cross'] = torch.zeros((), device=device)
+        if len(pairs):
+            error = reconstruction_loss(out['x_cross'], x[pairs[:, 1]], 0.0, recon)
+            terms['cross'] = batch['pair_share'] * error
     return terms, out['x_hat']
 
 def convvae_terms(batch, what, it):
@@ -288,27 +291,39 @@ def convvae_terms(batch, what, it):
 
 @torch.no_grad()
 def validate():
-    """Whole-volume PSNR of the (averaged) model on the first eval_sessions validation sessions.
+    """The (averaged) model on eval_sessions validation sessions: whole-volume PSNR and use of the codes.
 
-    returns val/psnr_db/<modality>, val/psnr_db, their mean, and val/n_sessions
+    returns val/psnr_db/<modality>, val/psnr_db, their mean, val/n_sessions, and what quantize.code_use gives
     """
     averaged = ema or raw_model
     averaged.eval()
     sums = torch.zeros(len(modalities), 2, dtype=torch.float64)  # of PSNR, and of volumes
+    books = num_codebooks if hasattr(averaged, 'quantizer') else 0
+    counts = torch.zeros(2, books, num_codes, dtype=torch.int64)
     n = val_set.n if eval_sessions < 0 else min(eval_sessions, val_set.n)
     for i in range(rank, n, world):
         for m in val_set.present(i):
             x = torch.tensor(val_set.volume(i, m), device=device)[None, None]
             with autocast(device, dtype):
-                x_hat = averaged.reconstruct(x, m)
-            sums[m, 0] += psnr(x_hat.clamp(0, 1), x.clamp(0, 1)).item()
+                view = averaged.analyse(x, m)
+            sums[m, 0] += psnr(view['x_hat'].clamp(0, 1), x.clamp(0, 1)).item()
             sums[m, 1] += 1
+            if books:
+                counts += count_codes(view['tokens'], x, num_codes, num_codebooks)
     if world > 1:
         dist.all_reduce(sums)
+        dist.all_reduce(counts)
     train_mode()
     totals = zip(modalities, *sums.T.tolist())
     record = {f'val/psnr_db/{name}': total / count for name, total, count in totals if count}
-    return record | {'val/psnr_db': sum(record.values()) / len(record), 'val/n_sessions': n}
+    record |= {'val/psnr_db': sum(record.values()) / len(record), 'val/n_sessions': n}
+    if books:
+        use = code_use(counts)
+        record |= {f'val/{name}': value for name, value in use.items()}
+        warning = collapse(use, num_codes, counts.sum().item() // books)
+        if warning:
+            print0(warning)
+    return record
 
 def train_mode():
     raw_model.train()
@@ -326,15 +341,6 @@ def save(name):
         'best_val': best_val, 'git_commit': git_commit()})
 
 # ---------------------------------------------------------------- parts of the start
-
-def prepare_data():
-    """Run prepare.py with the flags of `prepare` where data_dir holds no data."""
-    if not prepare or ',' in data_dir: return
-    if os.path.exists(os.path.join(data_dir, 'subjects.tsv')): return
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'prepare.py')
-    command = [sys.executable, script, *shlex.split(prepare), f'--out_dir={data_dir}']
-    if subprocess.run(command).returncode:
-        raise SystemExit(f'{data_dir}: prepare.py {prepare} did not finish')
 
 def make_model():
     """The model of the settings; SystemExit with one line if there is none, or none for this size."""
@@ -403,7 +409,7 @@ if __name__ == '__main__':
     # ---- data
     if rank == 0:
         make_out_dir(out_dir)
-        prepare_data()
+        prepare_absent(data_dir, prepare)
     if world > 1:
         dist.barrier()
     train_set = Sessions(data_dir, modalities, 'train', temperature, seed, rank, world)
@@ -420,7 +426,6 @@ if __name__ == '__main__':
 
     # ---- model
     torch.manual_seed(seed)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     raw_model = make_model()
     classifier, lpips = None, None
@@ -459,6 +464,7 @@ if __name__ == '__main__':
     del resumed
     model = raw_model
     compute_terms = neuroquant_terms if kind == 'neuroquant' else convvae_terms
+    hold_statistics(raw_model)
     if compile:  # part by part: the quantiser between them stays eager, so no graph breaks
         model.encoder.compile(dynamic=False)
         model.decoder.compile(dynamic=False)
@@ -488,7 +494,7 @@ if __name__ == '__main__':
         for step in micro_steps(it):
             batch = log.next_batch(batches)
             if 'labels' in batch:
-                batch['x'] = redraw(batch, modalities, synthesise, seed)
+                batch['x'] = redraw(batch, modalities, synthesise, seed, train_set.box)
             # to(), since contiguous() would leave a single channel as it is
             batch['x'] = batch['x'].to(memory_format=torch.channels_last_3d)
             discriminators.requires_grad_(False)  # the generator's step leaves them no gradient
@@ -512,6 +518,7 @@ if __name__ == '__main__':
         gradient = take_step(optimizer, model_parameters, it)
         if adversary:
             take_step(discriminator_optimizer, discriminators.parameters(), it)
+        codes_moved = move_statistics(raw_model)
         if ema:  # a short average while weights move fast
             update_average(ema, raw_model, min(ema_decay, (1 + it) / (10 + it)))
         it += 1
@@ -522,20 +529,22 @@ if __name__ == '__main__':
         if log.due(it) or validates:
             log.check()
         if log.due(it):
-            if hasattr(raw_model, 'quantizer'):
-                terms['perplexity'] = raw_model.quantizer.perplexity()
+            if codes_moved:  # of the step's tokens: the codebook's own average counts revived codes as used
+                terms['perplexity'] = perplexity(raw_model.quantizer.step_counts)
             log.step(it, terms, gradient, get_lr(it - 1))
         if validates:
             if val_set and not stopped_by:
                 record = {'iter': it} | validate()
                 log.write(record)
-                print0(f'iter {it}: ' + ' | '.join(f'{k} {v:.2f}' for k, v in record.items() if 'psnr' in k))
+                shown = {k: v for k, v in record.items() if 'psnr' in k or 'brain' in k}
+                print0(f'iter {it}: ' + ' | '.join(f'{k} {v:.2f}' for k, v in shown.items()))
                 if record['val/psnr_db'] > best_val:
                     best_val = record['val/psnr_db']
                     save('best.pt')
-            save('ckpt.pt')
             if it == iters_3d and joint == 'sequential':
+                best_val = -math.inf  # best.pt is of the last phase
                 save('ckpt_3d.pt')
+            save('ckpt.pt')
             log.restart(it)
         if stopped_by:
             print0(f'stopped by signal {stopped_by} after iteration {it}; go on with --init_from=resume')

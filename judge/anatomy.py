@@ -3,6 +3,7 @@
 Labels are FreeSurfer's numbers, left and right apart.
 """
 import os
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,35 +27,54 @@ for label, name in NAMES.items():
         SIDED_NAMES[label] = name
 
 def given_labels(row, column):
-    """The label map (D,H,W) that a row of the index names in a column. ValueError if there is none."""
+    """Segmentation that a row of the index names in a column. ValueError if there is none."""
     path = os.path.join(row['folder'], row.get(column) or '(none)')
     try:
-        return np.load(path)
+        return Segmentation(np.load(path))
     except (OSError, EOFError, ValueError):
         raise ValueError(f'{path}: no label map; '
                          f'--labels={column} must be a column of subjects.tsv with .npy files')
 
-def compare_labels(labels, truth, voxel_mm):
-    """Dice of every label of the true map, and volumes of every structure in both, as a dict."""
-    present = [label for label in np.unique(truth) if label in SIDED_NAMES]
-    return {
-        'dice': {SIDED_NAMES[label]: value for label, value in dice(labels, truth, present).items()},
-        'mm3': region_volumes_mm3(labels, MERGED, voxel_mm),
-        'mm3_truth': region_volumes_mm3(truth, MERGED, voxel_mm)}
+@dataclass
+class Segmentation:
+    """Label map (D,H,W) of a volume, and where a segmenter gives them the sums of its posteriors in mm3."""
+    labels: np.ndarray
+    posterior_mm3: dict = None  # {label: mm3}
 
-def add_anatomy(run, scan, x_hat, segment, column):
+def structure_volumes(segmentation, voxel_mm, by):
+    """mm3 of every structure. by: 'voxels' of its labels, or 'posteriors', as SynthSeg itself measures."""
+    if by == 'voxels': return region_volumes_mm3(segmentation.labels, MERGED, voxel_mm)
+    posterior = segmentation.posterior_mm3
+    if posterior is None:
+        raise ValueError('volumes of label maps are counted: --volumes_by=posteriors needs SynthSeg')
+    volumes = {}
+    for name, labels in MERGED.items():
+        volumes[name] = sum(posterior[label] for label in labels)
+    return volumes
+
+def compare_labels(segmentation, truth, voxel_mm, by='voxels'):
+    """Dice of every label of the true map, and volumes of every structure in both, as a dict."""
+    present = [label for label in np.unique(truth.labels) if label in SIDED_NAMES]
+    overlap = dice(segmentation.labels, truth.labels, present)
+    return {
+        'dice': {SIDED_NAMES[label]: value for label, value in overlap.items()},
+        'mm3': structure_volumes(segmentation, voxel_mm, by),
+        'mm3_truth': structure_volumes(truth, voxel_mm, by)}
+
+def add_anatomy(run, scan, x_hat, segment, column, by):
     """Add what compare_labels says of a reconstruction (D,H,W) to run.anatomy, or why it cannot.
 
-    After such a reason nothing of that modality is segmented. column: of given label maps; '' for the
-    segmenter's of the scan.
+    What the decoder made is segmented as it is: cut out by the scan's own mask, it would be given the border
+    of the brain. After a reason nothing of that modality is segmented. column: of given label maps; '' for
+    the segmenter's of the scan. by: see structure_volumes.
     """
     results, voxel_mm = run.anatomy[scan.modality], run.sessions.voxel_mm
     if results and 'reason' in results[-1]: return
     try:
-        if scan.labels is None:
-            scan.labels = given_labels(scan.row, column) if column else segment(scan.volume, voxel_mm)
-        labels = segment(np.where(scan.volume > 0, x_hat, 0), voxel_mm)
-        results.append({'subject': scan.row['subject'], **compare_labels(labels, scan.labels, voxel_mm)})
+        if scan.truth is None:
+            scan.truth = given_labels(scan.row, column) if column else segment(scan.volume, voxel_mm)
+        comparison = compare_labels(segment(x_hat, voxel_mm), scan.truth, voxel_mm, by)
+        results.append({'subject': scan.row['subject'], **comparison})
     except ValueError as e:
         results.append({'reason': str(e)})
 

@@ -50,17 +50,21 @@ def fidelity(x_hat, x, lpips=None):
 def summarise(values, subjects, draws=2000, seed=0):
     """Mean, sd and n over subjects of a value per session; a subject's sessions are averaged first.
 
-    subjects: those of the sessions. ci95: the 95 % interval of the mean, by bootstrap of subjects.
+    subjects: those of the sessions. ci95: the 95 % interval of the mean, by bootstrap of subjects. One
+    subject has neither sd nor interval. identical: sessions without any error, whose PSNR is infinite; with
+    one of them there is no mean either.
     """
     values, subjects = np.asarray(values), np.asarray(subjects)
     means = np.array([values[subjects == subject].mean() for subject in np.unique(subjects)])
-    boot = means[random(seed, 0).integers(len(means), size=(draws, len(means)))].mean(1)
-    return {
-        'mean': float(means.mean()),
-        'sd': float(means.std(ddof=1)) if len(means) > 1 else 0.0,
-        'n_subjects': len(means),
-        'n_sessions': len(values),
-        'ci95': [float(q) for q in np.quantile(boot, [0.025, 0.975])]}
+    summary = {'mean': None, 'sd': None, 'n_subjects': len(means), 'n_sessions': len(values), 'ci95': None,
+               'identical': int(np.isposinf(values).sum())}
+    if summary['identical']: return summary
+    summary['mean'] = float(means.mean())
+    if len(means) > 1:
+        boot = means[random(seed, 0).integers(len(means), size=(draws, len(means)))].mean(1)
+        summary['sd'] = float(means.std(ddof=1))
+        summary['ci95'] = [float(q) for q in np.quantile(boot, [0.025, 0.975])]
+    return summary
 
 def summarise_scores(scored, seed):
     """[(subject, scores)] -> {metric: summary over subjects}; empty without scans."""

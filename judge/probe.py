@@ -190,18 +190,38 @@ def network_probe(load, y, groups, device='cpu', epochs=30, batch_size=8, lr=1e-
 # ---------------------------------------------------------------- the latents of runs
 
 class Latent:
-    """A run's latent and mean of a scan, each (C,d,h,w) float32, and which positions are inside the brain."""
+    """What a run codes of a scan: its latent and mean, each (C,d,h,w) float32, and style, a vector or None.
+
+    NeuroQuant's latent is z_q, its style GAP(z_mod): the decoder gets no more. brain: which positions are.
+    """
     def __init__(self, scan, out):
         self.row, self.modality = scan.row, scan.modality
         self.latent, self.mean = (out[key][0].float().cpu() for key in ('latent', 'mean'))
+        self.style = None
+        if 'z_q' in out:
+            self.latent = out['z_q'][0].float().cpu()
+            if out['z_mod'] is not None:
+                self.style = out['z_mod'][0].float().mean((1, 2, 3)).cpu()
         inside = F.interpolate((scan.x.cpu() > 0).float(), size=self.mean.shape[1:], mode='area')
         self.brain = inside.flatten() > 0.5
+
+    def volume(self, with_style):
+        """(C,d,h,w), the style as channels that are constant."""
+        if not with_style: return self.latent
+        grid = self.latent.shape[1:]
+        return torch.cat([self.latent, self.style[:, None, None, None].expand(-1, *grid)])
+
+    def features(self, with_style):
+        """The same as a vector, the style once."""
+        if not with_style: return self.latent.flatten()
+        return torch.cat([self.latent.flatten(), self.style])
 
 def probe_rows(runs, column, networks, epochs, device, dtype, seed):
     """What the latents of each run tell: list of dicts, with a reason where a probe cannot be made.
 
-    column: of the index; z_anat is also asked for the modality. networks: what SEResNet-152 is trained on
-    besides, 'latent', 'volume' (the scans, once per modality) or both.
+    Folds are made by subject, within the sessions of the runs. column: of the index; z_anat is also asked for
+    the modality. networks: what SEResNet-152 is trained on besides, 'latent', 'volume' (the scans, once per
+    modality) or both. bits: of what a probe sees, as in the table of reconstructions.
     """
     rows = []
     for run in runs:
@@ -209,29 +229,37 @@ def probe_rows(runs, column, networks, epochs, device, dtype, seed):
         subject = np.array([z.row['subject'] for z in run.latents])
         modality = np.array([z.modality for z in run.latents])
         scans = [(i, m) for i, m in run.sessions.scans if i < run.n]
+        bits = run.model.bits_per_volume(run.sessions.shape)
+        with_style = any(z.style is not None for z in run.latents)
+        parts = {'latent': (with_style, f'{bits + run.model.style_bits():.0f}')}
+        if with_style:
+            parts['z_q alone'] = False, f'{bits:.0f}'
 
-        def linear(seen, target, part, y, keep):
-            z = np.array([getattr(run.latents[k], part).numpy() for k in keep])
-            rows.append(attempt(lambda: linear_probe(z, y[keep], subject[keep], seed=seed),
-                                row=run.name, probe='linear', seen=seen, target=target))
-
-        def network(name, seen, load, keep):
+        def linear(features, y, keep, **row):
             def measure():
-                return network_probe(lambda row: load(keep[row]), value[keep], subject[keep], device, epochs,
+                return linear_probe(np.array([features(k) for k in keep]), y[keep], subject[keep], seed=seed)
+            rows.append(attempt(measure, probe='linear', **row))
+
+        def network(load, keep, **row):
+            def measure():
+                return network_probe(lambda k: load(keep[k]), value[keep], subject[keep], device, epochs,
                                      seed=seed, dtype=dtype)
-            rows.append(attempt(measure, row=name, probe='SEResNet-152', seen=seen, target=column))
+            rows.append(attempt(measure, probe='SEResNet-152', target=column, **row))
 
         for name in run.modalities:
             keep = np.flatnonzero((modality == name) & ~np.isin(value, ('', 'n/a', 'nan')))
-            linear(f'latent, {name}', column, 'latent', value, keep)
-            if 'latent' in networks:
-                network(run.name, f'latent, {name}', lambda k: run.latents[k].latent, keep)
+            for part, (style, size) in parts.items():
+                seen = {'row': run.name, 'seen': f'{part}, {name}', 'bits': size}
+                linear(lambda k: run.latents[k].features(style).numpy(), value, keep, target=column, **seen)
+                if 'latent' in networks:
+                    network(lambda k: run.latents[k].volume(style), keep, **seen)
             if 'volume' in networks and name in run.new_modalities:
-                network('the scans', f'volume, {name}',
-                        lambda k: torch.tensor(run.sessions.volume(*scans[k]))[None], keep)
+                network(lambda k: torch.tensor(run.sessions.volume(*scans[k]))[None], keep,
+                        row='the scans', seen=f'volume, {name}', bits='')
         for a, b in combinations(run.modalities, 2) if hasattr(run.model, 'translate') else ():
             keep = np.flatnonzero(np.isin(modality, (a, b)))
-            linear('z_anat', f'modality: {a} or {b}', 'mean', modality, keep)
+            linear(lambda k: run.latents[k].mean.numpy(), modality, keep, row=run.name, seen='z_anat',
+                   bits='', target=f'modality: {a} or {b}')
     return rows
 
 def embed_latents(runs, count, seed):

@@ -39,7 +39,7 @@ def report(results):
     if 'diversity' in results:
         lines += diversity_table(results['diversity'])
     if 'anatomy' in results:
-        lines += anatomy_table(results['anatomy'], settings['labels'])
+        lines += anatomy_table(results['anatomy'], settings['labels'], settings['volumes_by'])
     else:
         lines += ['', 'Dice, region volumes: not computed; give --segmenter=synthseg_2.0.h5 '
                   '(github.com/BBillot/SynthSeg), or a command with {in} and {out}']
@@ -49,20 +49,26 @@ def report(results):
 
 # ---------------------------------------------------------------- cells
 
-def digits_of(summary):
+def digits_of(value):
     """Four for distances, which are far below 1."""
-    return 2 if abs(summary['mean']) >= 1 else 4
+    return 2 if abs(value) >= 1 else 4
 
-def mean_sd(summary):
+def mean_sd(summary, factor=1):
+    """Mean and sd of a metrics.summarise; the value alone of a single subject."""
     if not summary: return ''
-    digits = digits_of(summary)
-    return f"{summary['mean']:.{digits}f} +- {summary['sd']:.{digits}f}"
+    if summary['mean'] is None:
+        return f"identical in {summary['identical']} of {summary['n_sessions']}"
+    mean = factor * summary['mean']
+    digits = digits_of(mean)
+    if summary['sd'] is None: return f'{mean:.{digits}f} (n = 1)'
+    return f"{mean:.{digits}f} +- {factor * summary['sd']:.{digits}f}"
 
-def interval(summary):
-    """The 95 % interval of the mean."""
-    if not summary: return ''
-    digits = digits_of(summary)
-    return f"{summary['ci95'][0]:.{digits}f} to {summary['ci95'][1]:.{digits}f}"
+def interval(summary, factor=1):
+    """The 95 % interval of the mean; '' of a single subject, which has none."""
+    if not summary or summary['ci95'] is None: return ''
+    low, high = (factor * end for end in summary['ci95'])
+    digits = digits_of(factor * summary['mean'])
+    return f'{low:.{digits}f} to {high:.{digits}f}'
 
 def number(value, digits=4):
     return '' if value is None else f'{value:.{digits}f}'
@@ -167,27 +173,27 @@ def diversity_table(rows):
     return ['', 'MS-SSIM between pairs of volumes (1: all alike); real: one scan per subject', '',
             *table_of(rows, {'set': 'row', 'modality': 'modality'}, ['MS-SSIM', 'pairs', 'volumes'], cells)]
 
-def anatomy_table(rows, labels):
+def anatomy_table(rows, labels, volumes_by):
     head = ['Dice', '95 % interval']
     for name in SHOWN:
         head += [f'{name}: reconstruction', 'ground truth']
 
     def cells(r):
-        mean, sd, (low, high) = (np.multiply(100, r['mean_dice'][key]) for key in ('mean', 'sd', 'ci95'))
         volumes = []
         for name in SHOWN:
             for key in ('mm3', 'mm3_truth'):
                 volumes.append(f"{np.mean([scan[key][name] for scan in r['scans']]):.0f}")
-        return [f'{mean:.2f} +- {sd:.2f}', f'{low:.2f} to {high:.2f}', *volumes]
+        return [mean_sd(r['mean_dice'], 100), interval(r['mean_dice'], 100), *volumes]
 
     against = f"the given label maps ('{labels}')" if labels else "the segmenter's labels of the input"
-    return ['', f'Dice x 100 against {against}, mean over foreground structures, then over subjects; '
-            'volumes, left + right, in mm3', '',
+    return ['', f'Dice x 100 against {against}, mean over foreground structures, then over subjects. The '
+            'reconstruction is segmented as the decoder made it, background and all. Volumes, left + right, '
+            f'in mm3 of {volumes_by}', '',
             *table_of(rows, {'model': 'row', 'modality': 'modality'}, head, cells)]
 
 def probe_table(rows, epochs):
     """epochs: of the networks among the probes, 0 if there are none."""
-    keys = {'model': 'row', 'probe': 'probe', 'of': 'seen', 'target': 'target'}
+    keys = {'model': 'row', 'probe': 'probe', 'of': 'seen', 'bits': 'bits', 'target': 'target'}
     head = ['accuracy', '95 % interval', 'balanced', 'AUC', 'by subject', 'scans (subjects)']
 
     def cells(r):
@@ -196,7 +202,7 @@ def probe_table(rows, epochs):
                 f"{r['n']} ({r['n_groups']})"]
 
     networks = f'. SEResNet-152: trained anew for each fold, {epochs} epochs' if epochs else ''
-    return ['', 'Probes, 5 folds by subject. Linear: standardised latent, ridge-logistic '
+    return ['', 'Probes, 5 folds by subject within the split. Linear: standardised features, ridge-logistic '
             f'regression{networks}', '', *table_of(rows, keys, head, cells)]
 
 # ---------------------------------------------------------------- the papers' tables
@@ -268,7 +274,8 @@ TABLES = {  # name: title, columns, rows
 def collect(runs):
     """What every table.json below a folder holds: {run: facts}; of several files on a run the latest counts.
 
-    facts: {(kind, key, modality): number}, and 'dft', 'yes' or 'no', and 'source', the data.
+    facts: {(kind, key, modality): number}, and 'ckpt', 'dft', 'yes' or 'no', and 'source', the data. What
+    random features measured is neither an LPIPS nor a Frechet distance of the papers, and left out.
     """
     facts = {}
     paths = glob.glob(os.path.join(runs, '**', 'table.json'), recursive=True)
@@ -286,14 +293,20 @@ def add_facts(facts, results):
     for row in results['rows']:
         if 'ckpt' not in row: continue
         run = facts.setdefault(row['name'], {})
+        if run.get('ckpt', row['ckpt']) != row['ckpt']:
+            raise SystemExit(f"two runs are called {row['name']}: {run['ckpt']} and {row['ckpt']}; "
+                             'rename one folder, or give a --runs that holds one of them')
+        run['ckpt'] = row['ckpt']
         run['dft'] = row['dft']
         run['source'] = f"{results['split']} of {results['data_dir']}"
         for modality, metrics in row['fidelity'].items():
             for key, summary in metrics.items():
-                run['fidelity', key, modality] = summary['mean']
+                if not (key.startswith('lpips') and results['settings']['lpips'] == 'random'):
+                    run['fidelity', key, modality] = summary['mean']
         for key, value in row['geometry'].items():
             run['geometry', key, ''] = value
-    for row in results.get('frechet', ()):
+    real_features = 'RANDOM' not in results.get('frechet_features', '')
+    for row in results.get('frechet', ()) if real_features else ():
         name, _, kind = row['row'].rpartition(' ')
         if kind in ('rFID', 'gFID') and 'mean' in row:
             for key in (*PLANES, 'mean'):
@@ -317,17 +330,18 @@ def paper_table(name, runs):
     ours = collect(runs)
     lines = []
     for label, (run, paper) in rows.items():
-        facts = ours.get(run, {})
+        name = f'{run}/ckpt' if f'{run}/ckpt' in ours else f'{run}/best'  # the end of a run, if it was judged
+        facts = ours.get(name, {})
         tuned = 'yes' if run.endswith('_dft') else 'no'
         if facts and facts['dft'] != tuned:
-            raise SystemExit(f"{runs}/{run}: fine-tuned: {facts['dft']}, the row '{label}' is not the same; "
+            raise SystemExit(f"{runs}/{name}: fine-tuned: {facts['dft']}, the row '{label}' is not the same; "
                              'rename the run')
         cells = []
         for (kind, key, modality, factor), printed in zip(columns.values(), paper):
             value = facts.get((kind, key, modality))
             measured = '' if value is None else f'{factor * value:.4g} '
             cells.append(f'{measured}({printed:g})')
-        lines.append([label, run, tuned, *cells, facts.get('source', '')])
+        lines.append([label, name if facts else run, tuned, *cells, facts.get('source', '')])
     head = ['row', 'run', 'DFT', *columns, 'measured on']
     title += f'. Ours, from {runs}, with the paper in brackets.'
     return '\n'.join([title, '', *markdown_table(head, lines)]) + '\n'

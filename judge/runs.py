@@ -24,7 +24,8 @@ class Run:
     generated: str        # folder of volumes drawn with it, or ''
 
     def __post_init__(self):
-        self.name = os.path.basename(os.path.dirname(self.path)) or self.path
+        folder, file = os.path.split(os.path.abspath(self.path))
+        self.name = f'{os.path.basename(folder)}/{file.removesuffix(".pt")}'
         self.modalities = self.sessions.modalities
         self.keys = {key_of(row) for row in self.sessions.rows[:self.n]}
         self.subjects = sorted({subject for _, subject, _ in self.keys})
@@ -46,4 +47,4 @@ class Scan:
     volume: np.ndarray         # (D,H,W)
     x: torch.Tensor            # the same as (1,1,D,H,W) on the device
     features: dict = None      # see sets.slice_features
-    labels: np.ndarray = None  # (D,H,W)
+    truth: object = None       # its anatomy.Segmentation

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from judge.anatomy import RIGHT
+from judge.anatomy import RIGHT, Segmentation
 from pretrained import SYNTHSEG_LABELS, load_synthseg
 from scans import nifti
 
-# labels whose joint posterior is kept in one piece
+# labels that are kept in one piece together
 JOINED = [(2, 3, 4, 5), (41, 42, 43, 44), (7, 8), (46, 47)]
 ALONE = [label for label in SYNTHSEG_LABELS if label not in (0, 24, *sum(JOINED, ()))]
 TOPOLOGY = [*JOINED, *[(label,) for label in ALONE]]
@@ -26,12 +26,15 @@ def largest_part(mask):
     return mask if count < 2 else parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
 
 def clean_posteriors(p):
-    """SynthSeg's post-processing of posteriors (33,D,H,W): smooth, one piece for each topological class."""
+    """SynthSeg's post-processing of posteriors (33,D,H,W): smooth, one piece for each topological class.
+
+    The piece of a class is the largest one of where any of its labels has a posterior above 0.25.
+    """
     p = np.stack([ndimage.gaussian_filter(channel, 0.5) for channel in p])
     p[1:] *= largest_part(p[1:].sum(0) > 0.25)
     for labels in TOPOLOGY:
         channels = [SYNTHSEG_LABELS.index(label) for label in labels]
-        p[channels] *= largest_part(p[channels].sum(0) > 0.25)
+        p[channels] *= largest_part((p[channels] > 0.25).any(0))
     return p / np.maximum(p.sum(0), 1e-6)
 
 def to_grid(labels, affine, target_affine, shape):
@@ -40,7 +43,7 @@ def to_grid(labels, affine, target_affine, shape):
     return ndimage.affine_transform(labels, step[:3, :3], step[:3, 3], shape, order=0)
 
 class SynthSegSegmenter:
-    """Volume (D,H,W), spacing in mm -> label map (D,H,W) int16, by SynthSeg 2.0 (Billot et al. 2023)."""
+    """Volume (D,H,W), spacing in mm -> Segmentation, by SynthSeg 2.0 (Billot et al. 2023)."""
     def __init__(self, h5_path, device):
         self.network, self.device = load_synthseg(h5_path).to(device), device
         channels = self.network.likelihood.out_channels
@@ -53,13 +56,15 @@ class SynthSegSegmenter:
     def __call__(self, volume, spacing_mm):
         spacing = np.broadcast_to(np.asarray(spacing_mm, float), 3)
         affine = np.diag([*spacing, 1.0])
-        if np.abs(spacing - 1).max() <= 0.05: return self.label(volume)
+        if np.abs(spacing - 1).max() <= 0.05: return self.segment(volume, spacing.prod())
         mm_affine, shape = nifti.grid(affine, volume.shape, 1.0)
         volume_1mm = nifti.resample(np.asarray(volume, np.float32), affine, mm_affine, shape)
-        return to_grid(self.label(volume_1mm), mm_affine, affine, volume.shape)
+        segmentation = self.segment(volume_1mm, 1.0)
+        segmentation.labels = to_grid(segmentation.labels, mm_affine, affine, volume.shape)
+        return segmentation
 
-    def label(self, volume):
-        """Label map of a volume at 1 mm, by the mean over it and its mirror image."""
+    def segment(self, volume, voxel_mm3):
+        """Segmentation of a volume at 1 mm, by the mean over it and its mirror image."""
         low, high = np.percentile(volume, [0.5, 99.5])
         x = np.clip((volume - low) / max(high - low, 1e-6), 0, 1).astype(np.float32)
         pad = [(-n % 32 // 2, -n % 32 - -n % 32 // 2) for n in x.shape]
@@ -67,7 +72,8 @@ class SynthSegSegmenter:
         p = (self.network(x)[0] + self.network(x.flip(2))[0].flip(1)[self.mirrored]) / 2
         inner = [slice(before, before + n) for (before, _), n in zip(pad, volume.shape)]
         p = clean_posteriors(p.cpu().numpy())[:, *inner]
-        return np.array(SYNTHSEG_LABELS, np.int16)[p.argmax(0)]
+        labels = np.array(SYNTHSEG_LABELS, np.int16)[p.argmax(0)]
+        return Segmentation(labels, dict(zip(SYNTHSEG_LABELS, voxel_mm3 * p.sum((1, 2, 3), np.float64))))
 
 class CommandSegmenter:
     """A shell command with {in} and {out}, such as 'mri_synthseg --i {in} --o {out}', run on NIfTI files."""
@@ -91,8 +97,9 @@ class CommandSegmenter:
                 raise ValueError(f'segmenter ended with {done.returncode}: {said[-1]}')
             labels, affine, _ = nifti.read(target)
         labels = labels.astype(np.int16)
-        if labels.shape == volume.shape: return labels
-        return to_grid(labels, affine, native.affine, volume.shape)
+        if labels.shape != volume.shape:
+            labels = to_grid(labels, affine, native.affine, volume.shape)
+        return Segmentation(labels)
 
 def make_segmenter(setting, device):
     """setting: a .h5 file of SynthSeg weights, or a command."""

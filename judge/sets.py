@@ -113,12 +113,19 @@ def frechet_rows(runs, extractor, rule, device, reason=''):
 
 # ---------------------------------------------------------------- generated sets
 
-def generated_files(folder, name):
-    return sorted(glob.glob(os.path.join(folder, f'sample_{name}.nii.gz')))
+def generated_files(folder, modality=''):
+    """Paths of the volumes of sample.py in a folder, in order: those that name the modality, '' for none."""
+    numbers = {}
+    for path in glob.glob(os.path.join(glob.escape(folder), 'sample_*.nii.gz')):
+        name = os.path.basename(path).removesuffix('.nii.gz').removeprefix('sample_')
+        number, _, named = name.partition('_')
+        if number.isdigit() and named == modality:
+            numbers[int(number)] = path
+    return [numbers[k] for k in sorted(numbers)]
 
 def read_generated(folder, modality, device='cpu'):
     """Yield the volumes of sample.py in a folder; those of one modality where the files name one."""
-    paths = generated_files(folder, f'*_{modality}') or generated_files(folder, '???')
+    paths = generated_files(folder, modality) or generated_files(folder)
     if not paths: raise ValueError(f'{folder}: no sample_*.nii.gz of {modality}')
     for path in paths:
         yield torch.from_numpy(nifti.read(path)[0])[None, None].to(device)
@@ -164,7 +171,7 @@ def sample_views(runs, shown=4):
     blocks = []
     for run in runs:
         if not run.generated: continue
-        named = [modality for modality in run.modalities if generated_files(run.generated, f'*_{modality}')]
+        named = [modality for modality in run.modalities if generated_files(run.generated, modality)]
         for modality in named or run.modalities[:1]:
             try:
                 volumes = list(islice(read_generated(run.generated, modality), shown))

@@ -176,7 +176,6 @@ if __name__ == '__main__':
     if not on_gpu:
         dtype, compile = 'float32', False
     side, latent_side = size or (96 if on_gpu else 48), 32 if on_gpu else 16
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     if only:

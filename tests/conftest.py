@@ -15,6 +15,8 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
 
 import numpy as np
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -104,6 +106,25 @@ def refused(process, *words):
     assert 'Traceback' not in process.stderr, process.stderr
     assert all(w in message[-1] for w in words), (message[-1:], words)
     return True
+
+class Precision(TorchDispatchMode):
+    """Remembers for every matrix product, forward and backward, whether a GPU might have used TF32 for it."""
+    def __init__(self):
+        super().__init__()
+        self.allowed = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+            self.allowed.append(torch.backends.cuda.matmul.allow_tf32)
+        return op(*args, **kwargs or {})
+
+@pytest.fixture
+def tf32_allowed():
+    """A process that lets GPUs use TF32, as many trainers do."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
 
 def make_tiny_data(folder):
     """Twelve sessions of smooth random 32x48x32 volumes, T1w and T2w, in a new folder.

@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from common import configure, load_checkpoint, save_checkpoint, update_average, warn_of_slow_convolutions
+from common import (configure, load_checkpoint, save_checkpoint, start_processes, update_average,
+                    warn_of_slow_convolutions)
 from conftest import ROOT
 
 def settings():
@@ -92,6 +93,15 @@ def test_average_follows_weights_and_copies_buffers():
 def test_slow_versions_are_warned_of(device, version, cudnn, warned, capsys):
     warn_of_slow_convolutions(device, version, cudnn)
     assert ('cuDNN' in capsys.readouterr().out) == warned
+
+def test_float32_is_float32_in_every_script(tf32_allowed):
+    torch.backends.cudnn.allow_tf32 = True
+    start_processes('cpu')
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+    for script in ('train_vae', 'train_flow', 'evaluate', 'sample', 'bench'):
+        with open(os.path.join(ROOT, f'{script}.py')) as f:
+            source = f.read()
+        assert 'start_processes(device)' in source and 'allow_tf32' not in source, script
 
 def run_code(code):
     return subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)

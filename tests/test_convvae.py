@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import Attention, ConvVAE, ConvVAEConfig, model_args, from_checkpoint, step_flops
+from model import (Attention, ConvVAE, ConvVAEConfig, depth_to_space, from_checkpoint, model_args,
+                   space_to_depth, step_flops)
 from pretrained import load_maisi_vae, load_sd_vae
 
 def small(**kwargs):
@@ -338,6 +339,22 @@ def test_analyse_encodes_and_decodes_once_and_tokens_do_not_decode():
     assert calls == ['encoder', 'decoder', 'encoder']
 
 # ---------------------------------------------------------------- the rest
+
+def test_blocks_of_voxels_become_channels_and_come_back():
+    x = torch.rand(2, 3, 4, 6, 8)
+    folded = space_to_depth(x)
+    assert torch.equal(depth_to_space(folded), x)
+    assert torch.equal(folded[:, :8, 1, 2, 3].view(2, 2, 2, 2), x[:, 0, 2:4, 4:6, 6:8])
+
+@torch.no_grad()
+def test_without_norm_a_patch_is_coded_as_that_part_of_the_volume():
+    """Group norm sees the statistics of the patch, and codes it otherwise."""
+    x = torch.rand(1, 1, 64, 16, 16)
+    for norm, equal in (('none', True), ('group', False)):
+        model = small(layout='fold', norm=norm, widths=(8, 16))
+        inside = model.latent(x)[:, :, 4:8]
+        of_patch = model.latent(x[:, :, :56])[:, :, 4:8]
+        assert torch.allclose(inside, of_patch, atol=1e-6) == equal
 
 def test_encode_refuses_sizes_that_do_not_divide():
     with pytest.raises(ValueError, match='multiple of 4'):

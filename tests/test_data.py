@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import data
-from conftest import TINY, refuses
+from conftest import TINY, play, refuses
 from data import Sessions, augmented, open_npy, prefetch, read_index
 from prepare import stored
+from scans.nifti import scale_intensity
+from synth import GROUPS, redraw, scale_like_prepared
 
 MODALITIES = ('T1w', 'T2w')
 PATCH = (16, 48, 16)
@@ -60,6 +62,14 @@ def test_the_shares_of_processes_weigh_scans_and_pairs_as_one_process_would(tiny
         for share, items in (('share', 'x'), ('pair_share', 'pairs')):
             counts = np.array([len(part[items]) for part in parts])
             assert [part[share] for part in parts] == pytest.approx(world * counts / counts.sum())
+
+def test_the_shares_of_micro_steps_weigh_scans_as_one_batch_would(tiny_data):
+    sessions = sessions_of(tiny_data)
+    for first in (0, 2, 4, 6):
+        parts = [sessions.session_batch(step, 1, PATCH, micro_steps=2) for step in (first, first + 1)]
+        for share, items in (('share', 'x'), ('pair_share', 'pairs')):
+            counts = np.array([len(part[items]) for part in parts])
+            assert [part[share] for part in parts] == pytest.approx(2 * counts / counts.sum())
 
 def test_an_epoch_sees_every_session_once_and_missing_modalities_are_left_out(tiny_data):
     sessions = sessions_of(tiny_data)
@@ -161,6 +171,48 @@ def test_an_augmented_patch_is_that_part_of_the_augmented_whole(tiny_data):
     for seed in range(60):
         patch = variant(volume, seed, (5, 9, 3), (16, 32, 16))
         np.testing.assert_allclose(patch, variant(volume, seed)[5:21, 9:41, 3:19], atol=1e-6)
+
+# ---------------------------------------------------------------- images drawn anew
+
+@pytest.fixture(scope='module')
+def drawn(tmp_path_factory):
+    """Prepared phantoms with their label maps."""
+    folder = tmp_path_factory.mktemp('drawn') / 'data'
+    play('prepare.py', '--source=phantom', '--n=6', '--shape=32,48,32', '--split=1,0,0', '--workers=1',
+         '--modalities=T1w,T2w', f'--out_dir={folder}')
+    return sessions_of(folder)
+
+def test_white_matter_drawn_anew_is_as_bright_as_prepared(drawn):
+    """Scaled by the upper percentile alone, it was 0.355 in T2w where prepare.py makes 0.095."""
+    batch = drawn.session_batch(0, 4, labels=True)
+    new = redraw(batch, MODALITIES, 1.0, 0, drawn.box)
+    assert not torch.equal(new, batch['x'])
+    for m in range(2):
+        rows = batch['modality'] == m
+        white = torch.isin(batch['labels'][rows], torch.tensor(GROUPS['white']))
+        prepared = batch['x'][rows][white].mean().item()
+        assert new[rows][white].mean().item() == pytest.approx(prepared, abs=0.06)
+
+@pytest.mark.parametrize('how', [
+    dict(), dict(percentiles=(0, 99.5), percentiles_of='volume'), dict(percentiles=(5, 90), clip=False)])
+def test_images_drawn_anew_are_scaled_as_prepared_ones(how):
+    image = 7 + 100 * np.random.default_rng(0).random((30, 32, 34), np.float32)
+    mask = np.zeros(image.shape, bool)
+    mask[5:25, 5:25, 5:25] = True
+    image[~mask] = 0
+    options = {'of' if key == 'percentiles_of' else key: value for key, value in how.items()}
+    want, _, _ = scale_intensity(image, mask, **options)
+    scaled = scale_like_prepared(torch.from_numpy(image), torch.from_numpy(mask), **how)
+    np.testing.assert_allclose(scaled.numpy(), want, atol=0.02)
+
+def test_a_patch_drawn_anew_is_that_part_of_the_volume(drawn):
+    """Percentiles of a patch are not those of its volume."""
+    whole = drawn.session_batch(0, 2, labels=True)
+    patch = drawn.session_batch(0, 2, (16, 16, 16), labels=True)
+    volumes = redraw(whole, MODALITIES, 1.0, 0, drawn.box)
+    patches = redraw(patch, MODALITIES, 1.0, 0, drawn.box)
+    for volume, image, (d, h, w) in zip(volumes, patches, patch['starts']):
+        assert torch.equal(image, volume[:, d:d + 16, h:h + 16, w:w + 16])
 
 # ---------------------------------------------------------------- reading
 

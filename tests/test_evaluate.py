@@ -100,7 +100,7 @@ def test_scores_are_those_of_the_models_reconstructions(data, neuroquant, twice)
 
 def test_references_stand_under_the_models(twice):
     names = [row['name'] for row in twice[2]['rows']]
-    assert names[:4] == ['nq', 'nq', 'population mean of the training set', 'nearest training scan']
+    assert names[:4] == ['nq/ckpt', 'nq/ckpt', 'population mean of the training set', 'nearest training scan']
     assert names[4].startswith('DCT codec at 112 bits')
     assert 'blur' in names[5]
     assert len(names) == 6
@@ -133,8 +133,20 @@ def test_results_lie_beside_the_first_checkpoint_unless_told_otherwise(data, neu
     play('evaluate.py', f'--ckpt={neuroquant}', '--device=cpu', '--reference_sessions=0')
     assert (neuroquant.parent / 'table.json').exists()
 
+def test_two_files_of_a_run_have_rows_of_their_own(data, neuroquant, tmp_path):
+    shutil.copy(neuroquant, neuroquant.parent / 'ckpt_3d.pt')
+    _, table = evaluate([neuroquant, neuroquant.parent / 'ckpt_3d.pt'], data, tmp_path)
+    assert [row['name'] for row in table['rows']] == ['nq/ckpt', 'nq/ckpt_3d']
+
+def test_one_subject_has_no_interval(data, neuroquant, tmp_path):
+    printed, table = evaluate([neuroquant], data, tmp_path, '--max_sessions=1')
+    assert table['rows'][0]['fidelity']['T1w']['psnr_whole']['ci95'] is None
+    assert '(n = 1)' in printed and '+- 0.00' not in printed
+
 @pytest.mark.parametrize('args, words', [
     (['--split=other'], "split 'other'"),
+    (['--generated=a,b'], 'b has no checkpoint'),
+    (['--volumes_by=weight'], 'voxels or posteriors'),
     (['--data_dir=/nowhere'], '/nowhere'),
     (['--ckpt=/nowhere.pt'], '/nowhere.pt'),
     (['--colour=1'], "'colour'"),
@@ -224,12 +236,12 @@ class Evaluation:
         self.picture = drawn['reconstructions.png']
 
     def row(self, name):
-        """The row of a run, or of a reference, without what a run is asked for elsewhere."""
-        return next(row for row in self.table['rows'] if row['name'] == name)
+        """The row of a run."""
+        return next(row for row in self.table['rows'] if row['name'] == f'{name}/ckpt')
 
     def rows(self, judge, name):
         """A judge's rows of a run: of 'frechet' the rFID, of 'anatomy', of 'probes'."""
-        names = (name, f'{name} rFID')
+        names = (f'{name}/ckpt', f'{name}/ckpt rFID')
         return [row for row in self.table[judge] if row['row'] in names]
 
 @pytest.fixture(scope='module', params=['nq,kl', 'kl,nq', 'nq,kl of three sessions'])
@@ -269,7 +281,7 @@ def test_dice_compares_a_scan_with_its_own_subjects_labels(joint_and_alone, gaps
 @pytest.mark.parametrize('name', ['nq', 'kl'])
 def test_a_joint_call_shows_what_a_call_alone_shows(joint_and_alone, name):
     joint, alone = joint_and_alone
-    for heading in ('T1w input', f'T1w {name}'):
+    for heading in ('T1w input', f'T1w {name}/ckpt'):
         np.testing.assert_array_equal(joint.picture[heading], alone[name].picture[heading])
 
 def test_each_run_counts_its_own_sessions(gaps, neuroquant, kl, tmp_path):
@@ -278,10 +290,8 @@ def test_each_run_counts_its_own_sessions(gaps, neuroquant, kl, tmp_path):
     for row in table['rows']:
         for modality, scores in row['fidelity'].items():
             counts[row['name'], modality] = scores['psnr_whole']['n_sessions']
-    assert counts == {('nq', 'T1w'): 9, ('nq', 'T2w'): 9, ('kl', 'T1w'): 9}
+    assert counts == {('nq/ckpt', 'T1w'): 9, ('nq/ckpt', 'T2w'): 9, ('kl/ckpt', 'T1w'): 9}
 
-# the nearest training scan is the scan itself, with a PSNR of infinity
-@pytest.mark.filterwarnings('ignore:invalid value encountered')
 def test_references_do_not_depend_on_the_runs_they_stand_under(gaps, neuroquant, kl, tmp_path):
     args = ['--split=train', '--reference_sessions=50']
     _, joint = evaluate([neuroquant, kl], gaps, tmp_path, *args)
@@ -291,6 +301,14 @@ def test_references_do_not_depend_on_the_runs_they_stand_under(gaps, neuroquant,
         for row in alone['rows'][1:]:
             for modality, scores in row['fidelity'].items():
                 np.testing.assert_equal(joint_rows[row['name']]['fidelity'][modality], scores)
+
+def test_identical_images_are_said_to_be_that(data, neuroquant, tmp_path):
+    """The nearest training scan of a training scan is itself: a PSNR of infinity has no mean."""
+    printed, table = evaluate([neuroquant], data, tmp_path, '--split=train', '--reference_sessions=2')
+    nearest = next(row for row in table['rows'] if row['name'] == 'nearest training scan')
+    assert nearest['fidelity']['T1w']['psnr_whole']['mean'] is None
+    assert 'identical in 2 of 2' in printed and 'inf' not in printed
+    assert 'Infinity' not in (tmp_path / 'table.json').read_text()
 
 # ---------------------------------------------------------------- anatomy and probes
 
@@ -317,6 +335,19 @@ def test_dice_is_0_for_structures_that_the_segmenter_never_finds(judged):
     assert dice['left thalamus'] == 0
     assert 0 < dice['left cerebral cortex'] < 1
 
+def test_what_the_decoder_made_is_what_is_segmented(data, neuroquant, judged):
+    """Cut out by the scan's mask, a reconstruction would be given the border of the brain."""
+    model = from_checkpoint(load_checkpoint(neuroquant))
+    scan = first_scan(judged[2])
+    x = torch.tensor(np.load(data / f"{scan['subject']}_ses-01_T1w.npy"))[None, None]
+    with torch.no_grad():
+        bright = model.reconstruct(x, 'T1w').clamp(0, 1) > 0.5
+    voxel = np.prod(json.loads((data / 'dataset.json').read_text())['voxel_mm'])
+    assert scan['mm3']['cerebellum cortex'] == pytest.approx(voxel * (~bright).sum().item(), rel=1e-3)
+
+def test_the_table_says_what_is_segmented(judged):
+    assert 'segmented as the decoder made it' in judged[1] and 'in mm3 of voxels' in judged[1]
+
 def test_volumes_are_tabled_and_drawn(judged):
     out, printed, _ = judged
     assert 'cerebellum cortex: reconstruction' in printed
@@ -325,9 +356,11 @@ def test_volumes_are_tabled_and_drawn(judged):
 
 def test_probes_ask_each_modality_and_z_anat(judged):
     _, printed, table = judged
-    asked = {(row['seen'], row['target']) for row in table['probes']}
-    assert asked == {('latent, T1w', 'sex'), ('latent, T2w', 'sex'), ('z_anat', 'modality: T1w or T2w')}
-    assert '| linear | z_anat | modality: T1w or T2w |' in printed
+    asked = {(row['seen'], row['bits'], row['target']) for row in table['probes']}
+    assert asked == {('latent, T1w', '112', 'sex'), ('z_q alone, T1w', '48', 'sex'),
+                     ('latent, T2w', '112', 'sex'), ('z_q alone, T2w', '48', 'sex'),
+                     ('z_anat', '', 'modality: T1w or T2w')}
+    assert '| linear | z_anat |  | modality: T1w or T2w |' in printed
 
 def test_without_given_labels_the_segmenter_labels_the_input(data, neuroquant, segmenter, tmp_path):
     printed, _ = evaluate([neuroquant], data, tmp_path, segmenter, '--max_sessions=1')
@@ -340,7 +373,7 @@ def test_without_given_labels_the_segmenter_labels_the_input(data, neuroquant, s
 def test_labels_that_cannot_be_had_cost_one_line_and_no_other_row(data, neuroquant, segmenter, tmp_path, args,
                                                                   reason):
     printed, _ = evaluate([neuroquant], data, tmp_path, segmenter, '--max_sessions=1', *args)
-    assert reason in printed and '| nq | 16x |' in printed
+    assert reason in printed and '| nq/ckpt | 16x |' in printed
     lines = [line for line in printed.splitlines() if line.startswith('| ')]
     for above, line in zip(lines, lines[1:]):
         if not line.startswith(('| model', '| source')):

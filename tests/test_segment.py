@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from judge import segment
-from judge.anatomy import MERGED, RIGHT, SIDED_NAMES, compare_labels
+from judge.anatomy import MERGED, RIGHT, SIDED_NAMES, Segmentation, compare_labels, structure_volumes
 from judge.segment import (
     CommandSegmenter, SynthSegSegmenter, clean_posteriors, largest_part, make_segmenter)
 from pretrained import SYNTHSEG_LABELS
@@ -24,7 +24,7 @@ def test_right_labels_are_synthsegs():
 def test_a_map_compared_with_itself_has_a_dice_of_1_and_equal_volumes():
     labels = np.zeros((8, 8, 8), np.int16)
     labels[:4], labels[4:6] = 11, 50
-    scan = compare_labels(labels, labels, 2.0)
+    scan = compare_labels(Segmentation(labels), Segmentation(labels), 2.0)
     assert scan['dice'] == {'left caudate': 1.0, 'right caudate': 1.0}
     assert scan['mm3'] == scan['mm3_truth']
     assert scan['mm3']['caudate'] == 8 * 6 * 64
@@ -63,6 +63,26 @@ def test_islands_of_a_structure_are_removed(cleaned):
     assert not (labels[15:19, 15:19, 15:19] == 11).any()
     assert labels[0, 0, 0] == 0
 
+def test_a_class_lies_where_any_of_its_posteriors_is_high():
+    """Faint cortex and faint white matter together must not make an island part of the cerebrum."""
+    p = np.zeros((33, 24, 24, 24), np.float32)
+    p[0] = 1
+    def put(label, box, value):
+        p[0, *box] -= value
+        p[SYNTHSEG_LABELS.index(label), *box] = value
+    put(2, (slice(2, 14),) * 3, 1.0)
+    for label in (2, 3):
+        put(label, (slice(14, 22), slice(2, 10), slice(2, 10)), 0.2)
+    assert clean_posteriors(p)[1:, 16:20, 4:8, 4:8].max() == 0
+
+def test_volumes_are_voxels_or_posteriors():
+    labels = np.full((4, 4, 4), 11, np.int16)
+    segmentation = Segmentation(labels, dict.fromkeys(SYNTHSEG_LABELS, 0.0) | {11: 40.5, 50: 3.0})
+    assert structure_volumes(segmentation, 2.0, 'voxels')['caudate'] == 64 * 8
+    assert structure_volumes(segmentation, 2.0, 'posteriors')['caudate'] == 43.5
+    with pytest.raises(ValueError, match='needs SynthSeg'):
+        structure_volumes(Segmentation(labels), 2.0, 'posteriors')
+
 def test_posteriors_add_to_one(cleaned):
     total = cleaned.sum(0)
     np.testing.assert_allclose(total[total > 0], 1, atol=1e-4)
@@ -88,11 +108,20 @@ class Halves(torch.nn.Module):
         return p
 
 @pytest.mark.parametrize('spacing', [1.0, 2.0, (1.5, 1.0, 2.0)])
+def test_summed_posteriors_are_the_volume_in_mm3(monkeypatch, spacing):
+    monkeypatch.setattr(segment, 'load_synthseg', lambda path: Halves())
+    volume = np.zeros((30, 26, 20), np.float32)
+    volume[5:25, 5:20, 5:15] = 100
+    mm3 = SynthSegSegmenter('x.h5', 'cpu')(volume, spacing).posterior_mm3
+    want = 20 * 15 * 10 * np.prod(np.broadcast_to(spacing, 3))
+    assert mm3[2] + mm3[41] == pytest.approx(want, rel=0.1)
+
+@pytest.mark.parametrize('spacing', [1.0, 2.0, (1.5, 1.0, 2.0)])
 def test_sides_stay_theirs_through_flip_padding_and_resampling(monkeypatch, spacing):
     monkeypatch.setattr(segment, 'load_synthseg', lambda path: Halves())
     volume = np.zeros((30, 26, 20), np.float32)
     volume[5:25, 5:20, 5:15] = 100
-    labels = SynthSegSegmenter('x.h5', 'cpu')(volume, spacing)
+    labels = SynthSegSegmenter('x.h5', 'cpu')(volume, spacing).labels
     assert labels.shape == volume.shape
     assert (labels[6:14, 7:18, 7:13] == 2).all()
     assert (labels[16:24, 7:18, 7:13] == 41).all()
@@ -101,7 +130,7 @@ def test_sides_stay_theirs_through_flip_padding_and_resampling(monkeypatch, spac
 def test_a_segmenter_of_a_weights_file_runs_at_any_size(tmp_path):
     synthseg_file(tmp_path / 's.h5')
     volume = np.random.default_rng(0).random((20, 33, 18)).astype(np.float32)
-    labels = make_segmenter(str(tmp_path / 's.h5'), 'cpu')(volume, 1.0)
+    labels = make_segmenter(str(tmp_path / 's.h5'), 'cpu')(volume, 1.0).labels
     assert labels.shape == (20, 33, 18)
     assert set(np.unique(labels)) <= set(SYNTHSEG_LABELS)
 
@@ -123,7 +152,7 @@ def test_a_command_is_run_on_files(tmp_path):
     script.write_text(HIPPOCAMPUS)
     volume = np.zeros((10, 12, 8), np.float32)
     volume[3:6, 3:9, 2:6] = 1
-    labels = make_segmenter(f'{sys.executable} {script} {{in}} {{out}}', 'cpu')(volume, (1, 2, 1))
+    labels = make_segmenter(f'{sys.executable} {script} {{in}} {{out}}', 'cpu')(volume, (1, 2, 1)).labels
     np.testing.assert_array_equal(labels, 17 * (volume > 0.5))
 
 def test_a_command_that_fails_is_told():

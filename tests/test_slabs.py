@@ -5,7 +5,8 @@ import torch
 from model import Conv3d, ConvVAE, ConvVAEConfig, NeuroQuant, NeuroQuantConfig, encoder_hash, model_args
 from slabs import slabwise
 
-CONFIGS = [{}, dict(layout='sd'), dict(widths=(8, 8, 8, 8)), dict(bottleneck='vq', num_codes=8)]
+CONFIGS = [{}, dict(layout='sd'), dict(widths=(8, 8, 8, 8)), dict(bottleneck='vq', num_codes=8),
+           dict(layout='fold', norm='none', widths=(8, 16))]
 
 def random_vae(**kwargs):
     """A small ConvVAE in eval mode in which nothing starts at zero, one or the identity."""

@@ -15,13 +15,16 @@ def test_mean_gfid_of_the_paper_is_that_of_its_planes():
     for _, paper in DECO.values():
         assert sum(paper[4:7]) / 3 == pytest.approx(paper[7], abs=0.0011)
 
-def write(folder, run, dft='no', **judges):
+def write(folder, run, dft='no', psnr=31.25, lpips='random', **judges):
     """The table.json of a run with a row of its own and one of a reference; judges: other lists of rows."""
-    row = {'name': run, 'ckpt': 'x', 'dft': dft, 'geometry': {'cos_raw': 0.25, 'effective_rank': 3.5},
-           'fidelity': {'T1w': {'psnr_whole': {'mean': 31.25}, 'ssim_uniform_whole': {'mean': 95.5}}}}
-    results = {'split': 'test', 'data_dir': 'data/x', 'rows': [row, {'name': 'blur'}], **judges}
-    (folder / run).mkdir()
-    (folder / run / 'table.json').write_text(json.dumps(results))
+    scores = {'psnr_whole': {'mean': psnr}, 'ssim_uniform_whole': {'mean': 95.5}, 'lpips_sum': {'mean': 0.5}}
+    row = {'name': run, 'ckpt': f'{folder}/{run}.pt', 'dft': dft, 'fidelity': {'T1w': scores},
+           'geometry': {'cos_raw': 0.25, 'effective_rank': 3.5}}
+    results = {'split': 'test', 'data_dir': 'data/x', 'settings': {'lpips': lpips},
+               'rows': [row, {'name': 'blur'}], **judges}
+    path = folder / run.replace('/', '_')
+    path.mkdir(parents=True)
+    (path / 'table.json').write_text(json.dumps(results))
 
 def cells(text):
     """{label: the other cells} of a markdown table."""
@@ -32,14 +35,15 @@ def cells(text):
 def measured(tmp_path):
     """Folder of runs with one of decovae_vad, whose gFID could not be computed."""
     frechet = [
-        {'row': 'decovae_vad rFID', 'modality': 'T1w', 'axial': 1, 'coronal': 2, 'sagittal': 3, 'mean': 2.0},
-        {'row': 'decovae_vad gFID', 'modality': 'T1w', 'reason': 'few'}]
-    write(tmp_path, 'decovae_vad', frechet=frechet)
+        {'row': 'decovae_vad/ckpt rFID', 'modality': 'T1w', 'mean': 2.0, 'axial': 1, 'coronal': 2,
+         'sagittal': 3},
+        {'row': 'decovae_vad/ckpt gFID', 'modality': 'T1w', 'reason': 'few'}]
+    write(tmp_path, 'decovae_vad/ckpt', frechet=frechet, frechet_features='RadImageNet')
     return tmp_path
 
 def test_ours_land_in_their_cells(measured):
     row = cells(paper_table('deco4', measured))['VAD']
-    assert row[:6] == ['decovae_vad', 'no', '31.25 (33.17)', '0.955 (0.978)', '(0.025)', '2 (6.251)']
+    assert row[:6] == ['decovae_vad/ckpt', 'no', '31.25 (33.17)', '0.955 (0.978)', '(0.025)', '2 (6.251)']
     assert '0.25 (0.0971) | 3.5 (3.97)' in paper_table('deco1', measured)
 
 def test_a_row_says_what_it_was_measured_on(measured):
@@ -51,17 +55,36 @@ def test_a_row_of_a_run_that_is_not_there_has_the_papers_numbers(measured):
 
 def test_what_could_not_be_measured_is_an_empty_cell(tmp_path):
     anatomy = [{'row': 'Dice', 'modality': '', 'reason': 'no segmenter'},
-               {'row': 'neuroquant', 'modality': 'T1w', 'reason': 'no scan'}]
-    probes = [{'row': 'neuroquant', 'probe': 'SEResNet-152', 'seen': 'latent, T1w', 'target': 'sex',
+               {'row': 'neuroquant/best', 'modality': 'T1w', 'reason': 'no scan'}]
+    probes = [{'row': 'neuroquant/best', 'probe': 'SEResNet-152', 'seen': 'latent, T1w', 'target': 'sex',
                'reason': 'one class'}]
     frechet = [{'row': 'rFID, gFID', 'modality': '', 'reason': 'no file'}]
-    write(tmp_path, 'neuroquant', anatomy=anatomy, probes=probes, frechet=frechet)
+    write(tmp_path, 'neuroquant/best', anatomy=anatomy, probes=probes, frechet=frechet)
     row = cells(paper_table('neuroquant1', tmp_path))['NeuroQuant']
     assert row[2] == '31.25 (28.89)'
     assert row[4:6] == ['(79.09)', '(95.25)']
 
+def test_the_end_of_a_run_is_what_the_papers_rows_show(tmp_path):
+    for k, file in enumerate(('ckpt_3d', 'ckpt', 'best')):
+        write(tmp_path, f'neuroquant/{file}', psnr=16 + k)
+    row = cells(paper_table('neuroquant1', tmp_path))['NeuroQuant']
+    assert row[0] == 'neuroquant/ckpt' and row[2] == '17 (28.89)'
+
+def test_two_runs_of_one_name_are_refused_with_both(tmp_path):
+    for folder in ('a', 'b'):
+        write(tmp_path / folder, 'neuroquant/ckpt')
+    with pytest.raises(SystemExit, match='two runs are called neuroquant/ckpt: .*a/neuro.* and .*b/neuro'):
+        paper_table('neuroquant1', tmp_path)
+
+def test_random_features_never_stand_beside_the_papers_distances(tmp_path):
+    frechet = [{'row': 'maisi/ckpt rFID', 'modality': 'T1w', 'mean': 2.0, 'axial': 1, 'coronal': 2,
+                'sagittal': 3}]
+    write(tmp_path, 'maisi/ckpt', frechet=frechet, frechet_features='RANDOM features (no FID)')
+    row = cells(paper_table('deco4', tmp_path))['L_VAE (MAISI-VAE)']
+    assert row[4:6] == ['(0.027)', '(6.426)']
+
 def test_a_fine_tuned_run_under_a_plain_name_is_refused(tmp_path):
-    write(tmp_path, 'maisi', dft='yes')
+    write(tmp_path, 'maisi/ckpt', dft='yes')
     with pytest.raises(SystemExit, match='rename the run'):
         paper_table('deco2', tmp_path)
 

@@ -117,6 +117,14 @@ def test_nearest_finds_a_memorised_one_at_distance_0():
     assert memorised == (3, 0.0)
     assert close[0] == 1 and close[1] == pytest.approx(0.1)
 
+def test_nearest_is_that_of_one_distance_at_a_time():
+    rng = np.random.default_rng(0)
+    library = rng.normal(size=(40, 6, 5)).astype(np.float32) + 7
+    queries = rng.normal(size=(9, 6, 5)).astype(np.float32) + 7
+    distances = np.sqrt(np.square(queries[:, None] - library).mean((2, 3)))
+    for row, (key, distance) in zip(distances, nearest(queries, enumerate(library))):
+        assert key == row.argmin() and distance == pytest.approx(row.min(), rel=1e-6)
+
 def test_encoder_hash_names_the_encoder_alone(run):
     model = load_model(run / 'vae' / 'ckpt.pt')
     name = encoder_hash(model)

@@ -79,8 +79,8 @@ def code_use(counts):
 def collapse(use, num_codes, tokens):
     """One line if less than a tenth is used of the codes that so many tokens could use; else ''."""
     if use['codes_used'] >= 0.1 * min(num_codes, tokens): return ''
-    return (f"only {use['codes_used']:.0f} of {num_codes} codes are in use: the codebook has collapsed; raise "
-            'revive, or lower num_codes or w_commit')
+    return (f"only {use['codes_used']:.0f} of {num_codes} codes are in use: the codebook has collapsed; "
+            'raise revive, or lower num_codes or w_commit')
 
 # ---------------------------------------------------------------- moving averages, once per step
 

@@ -7,14 +7,16 @@
     python sample.py --mode=generate --ckpt=out/FLOW/best.pt --output=DIR --sex=F --age=40
 
 A scan goes through the steps of prepare.py into the model's box and back onto its own grid: a viewer overlays
-input and output voxel by voxel. What does not fit the box comes back as 0. generate writes volumes (with
-NeuroQuant one per modality, aligned), latents.npy, montage.png and nearest.md.
+input and output voxel by voxel. What does not fit the box comes back as 0, and so does the background of the
+input unless --mask=False. generate writes volumes (with NeuroQuant one per modality, aligned), latents.npy,
+montage.png and nearest.md.
 """
 import os
 import sys
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from common import (autocast, configure, load_checkpoint, make_out_dir, markdown_table, start_processes,
                     write_text)
@@ -34,6 +36,7 @@ input = ''                # .nii or .nii.gz; for tokens also .npy
 output = ''
 source = 'T1w'            # modality of the input
 target = 'T2w'            # of translate, and of tokens back to a volume
+mask = True               # the input's background is 0 in the output too; False: what the decoder made of it
 like = ''                 # scan whose grid a volume from tokens gets; '' for the box itself, centred at 0 mm
 # of generate; sample i of a seed is the same however many are drawn and whichever decoder shows it
 n = 4
@@ -64,7 +67,7 @@ def check_settings():
 # ---------------------------------------------------------------- models
 
 def check_model(model):
-    """SystemExit with one line if the model of --ckpt cannot do --mode."""
+    """SystemExit with one line if this model of --ckpt cannot do what --mode asks for."""
     flow = isinstance(model, FlowUNet)
     if mode == 'generate' and not flow:
         raise SystemExit(f'{ckpt}: an autoencoder; generate wants a flow (train_flow.py)')
@@ -88,11 +91,11 @@ def load_decoder(flow_checkpoint):
     return in_slabs(model), tuple(checkpoint['config']['modalities'])
 
 def in_slabs(model):
-    """The autoencoder, slab by slab with --slab; ValueError if it cannot."""
+    """The autoencoder, slab by slab if --slab asks for that; ValueError if it cannot."""
     return slabwise(model, slab) if slab else model
 
 def placed(x):
-    """x where the autoencoder takes it; with --slab, activations stay on the CPU."""
+    """x where the autoencoder takes it; slab by slab, activations stay on the CPU."""
     return x.cpu() if slab else x.to(device)
 
 # ---------------------------------------------------------------- one scan
@@ -112,7 +115,9 @@ class Scan:
     def write(self, path, box, own_scale):
         """box (1,1,D,H,W) onto the scan's grid; in the scan's intensities, or in [0,1]."""
         low, high = (self.placement.low[0], self.placement.high[0]) if own_scale else (0.0, 1.0)
-        box = box.float().clamp(1e-4, 1).cpu() * (self.box > 0)  # the input's background is known to be empty
+        box = box.float().cpu().clamp(1e-4 if mask else 0, 1)
+        if mask:
+            box = box * (self.box > 0)
         volume = nifti.restore(box[0, 0].numpy(), self.placement, self.affine, self.volume.shape, low, high)
         nifti.write(path, volume, self.native)
 
@@ -122,7 +127,8 @@ def reconstruct(model, checkpoint):
     x_hat = model.reconstruct(x, source).float().clamp(0, 1)
     scan.write(output, x_hat, own_scale=True)
     whole, brain = psnr(x_hat, x).item(), psnr(x_hat, x, mask=x > 0).item()
-    print(f'PSNR {whole:.2f} dB whole, {brain:.2f} dB brain: {output}')
+    background = ', whose background is that of the input' if mask else ''
+    print(f'PSNR {whole:.2f} dB whole, {brain:.2f} dB brain, before masking: {output}{background}')
 
 def translate(model, checkpoint):
     scan = Scan(input, checkpoint['data'])
@@ -152,7 +158,7 @@ def from_tokens(model, checkpoint):
     print(f'{indices.numel()} tokens as {target}: {output}')
 
 def read_tokens(model, shape):
-    """--input as (1,d,h,w) int64; ValueError if it holds no tokens of this model."""
+    """--input as (1,d,h,w) int64; ValueError if it holds no tokens of this model for a volume (D,H,W)."""
     try:
         indices = np.load(input, allow_pickle=False)
     except (OSError, EOFError, ValueError) as e:
@@ -175,36 +181,56 @@ def box_grid(checkpoint):
 
 # ---------------------------------------------------------------- new volumes
 
+COMPARED = 50  # new brains, and held-out scans, in nearest.md
+PICTURED = 8   # new brains in montage.png
+
 def generate(flow, checkpoint):
-    """Write new volumes, latents.npy, montage.png and nearest.md."""
+    """Write new volumes, their latents, a montage, and the table of nearest training scans.
+
+    Each is drawn, decoded and written before the next one, so that any number fits in memory.
+    """
     autoencoder, modalities = load_decoder(checkpoint)
-    z = flow.denormalise(draw_latents(flow, checkpoint, modalities))
+    cond = wanted_conditions(checkpoint['conditions'], modalities)
     make_out_dir(output)
-    np.save(os.path.join(output, 'latents.npy'), z.cpu().numpy())
+    refuse_earlier_volumes()
     shown = modalities if isinstance(autoencoder, NeuroQuant) else ('',)
-    volumes = {name: decode(autoencoder, z, name, checkpoint['data']['shape']) for name in shown}
-    for name, brains in volumes.items():
-        for i, volume in enumerate(brains):
+    first = {name: [] for name in shown}  # volumes of the first brains
+    latents_part = os.path.join(output, 'latents.npy.part')
+    shape = (n, *checkpoint['latent_shape'])
+    latents = np.lib.format.open_memmap(latents_part, 'w+', np.float32, shape)
+    for i in tqdm(range(n), desc='new brains', leave=False):
+        z = flow.denormalise(draw_latent(flow, checkpoint, cond, i))
+        latents[i] = z[0].cpu().numpy()
+        for name in shown:
+            volume = decode(autoencoder, z, name, checkpoint['data']['shape'])
             path = os.path.join(output, f'sample_{i:03d}{"_" * bool(name)}{name}.nii.gz')
             nifti.write(path, volume, box_grid(checkpoint))
+            if i < (COMPARED if name == shown[0] else PICTURED):
+                first[name].append(volume)
+    latents.flush()
+    os.replace(latents_part, os.path.join(output, 'latents.npy'))
     print(f'{n} new brains{" in " + ", ".join(shown) if shown[0] else ""}: {output}')
-    row = [(f'{i} {name}', volumes[name][i]) for i in range(min(n, 8)) for name in shown]
+    row = [(f'{i} {name}', first[name][i]) for i in range(min(n, PICTURED)) for name in shown]
     views(os.path.join(output, 'montage.png'), [row])
-    compare_with_training(checkpoint['config'], modalities, z.cpu().numpy(), volumes)
+    compare_with_training(checkpoint['config'], modalities, latents[:COMPARED], shown[0], first[shown[0]])
 
-def draw_latents(flow, checkpoint, modalities):
-    """(n,C,d,h,w), drawn one at a time: a batch would change the last bits."""
-    cond = wanted_conditions(checkpoint['conditions'], modalities)
-    latents, shape = [], (1, *checkpoint['latent_shape'])
-    for i in range(n):
-        noise = torch.from_numpy(random(seed, 7, i).standard_normal(shape, dtype=np.float32)).to(device)
-        latents.append(sample(flow, noise, steps, method, cond, checkpoint['config']['shift'], guidance))
-    return torch.cat(latents)
+def refuse_earlier_volumes():
+    """SystemExit if volumes of an earlier call are there: evaluate.py would take them for part of this set."""
+    earlier = [name for name in os.listdir(output) if name.startswith('sample_')]
+    if earlier:
+        raise SystemExit(f'{output}: holds {len(earlier)} volumes of an earlier call, such as '
+                         f'{min(earlier)}; delete them or choose another --output')
+
+def draw_latent(flow, checkpoint, cond, i):
+    """Latent i of the seed as the flow sees it, (1,C,d,h,w); one at a time, since a batch changes last bits."""
+    shape = (1, *checkpoint['latent_shape'])
+    noise = torch.from_numpy(random(seed, 7, i).standard_normal(shape, dtype=np.float32)).to(device)
+    return sample(flow, noise, steps, method, cond, checkpoint['config']['shift'], guidance)
 
 def decode(autoencoder, z, modality, shape):
-    """Latents (n,C,d,h,w) -> volumes (n,D,H,W) in [0,1], arrays."""
-    x = torch.cat([autoencoder.from_latent(placed(one), modality or None) for one in z.split(1)])
-    return x.float().clamp(0, 1).cpu().numpy()[:, 0, :shape[0], :shape[1], :shape[2]]
+    """A latent (1,C,d,h,w) -> volume (D,H,W) in [0,1], an array."""
+    x = autoencoder.from_latent(placed(z), modality or None).float().clamp(0, 1).cpu().numpy()
+    return x[0, 0, :shape[0], :shape[1], :shape[2]]
 
 def wanted_conditions(known, modalities):
     """--target, --sex and --age as the flow takes them, None without any; known: those of its training."""
@@ -224,10 +250,11 @@ def wanted_conditions(known, modalities):
     with torch.device(device):
         return encode_conditions([wanted], known, modalities) if wanted else None
 
-def compare_with_training(config, modalities, z, volumes):
-    """nearest.md: root-mean-square distance of each new brain to the nearest training scan.
+def compare_with_training(config, modalities, z, shown, volumes):
+    """nearest.md: root-mean-square distance of the first new brains to the nearest training scan.
 
-    Of latents z (n,C,d,h,w) and of volumes {modality or '': (n,D,H,W)}; held-out scans beside them.
+    Of latents z (n,C,d,h,w) and of volumes, n arrays (D,H,W) of modality `shown`, '' if there are no others;
+    held-out scans beside them.
     """
     folders = config['latents_dir'], config['data_dir']
     if not all(map(os.path.isdir, folders)):
@@ -238,17 +265,17 @@ def compare_with_training(config, modalities, z, volumes):
         if any(row['split'] == split for row in read_index(folders[1], modalities)[0]):
             part = Latents(*folders, modalities, split, ())
             held_out += [(part, k) for k in range(part.n)]
-    held_out = held_out[:50]
-    shown = next(iter(volumes))
+    held_out = held_out[:COMPARED]
 
     def comparable(part, k):  # volumes are compared in one modality
         return shown in ('', modalities[part.scans[k][1]])
 
     queries = [*z, *[part.load(k)[0] for part, k in held_out]]
     latent = nearest(queries, ((k, train.load(k)[0]) for k in range(train.n)))
-    queries = [*volumes[shown], *[volume_of(part, k) for part, k in held_out if comparable(part, k)]]
+    queries = [*volumes, *[volume_of(part, k) for part, k in held_out if comparable(part, k)]]
     image = nearest(queries, ((k, volume_of(train, k)) for k in range(train.n) if comparable(train, k)))
-    rows = [[i] for i in range(n)]
+    compared = len(z)
+    rows = [[i] for i in range(compared)]
     for row, *neighbours in zip(rows, latent, image):
         for k, distance in neighbours:
             scan, m = train.scans[k]
@@ -256,16 +283,16 @@ def compare_with_training(config, modalities, z, volumes):
     closest = 0.0
     if held_out:
         row = [f'{len(held_out)} held-out scans, least / median']
-        for neighbours in (latent[n:], image[n:]):
+        for neighbours in (latent[compared:], image[compared:]):
             distances = [distance for _, distance in neighbours]
             row += [f'{min(distances):.4f} / {np.median(distances):.4f}' if distances else '', '']
         rows.append(row)
-        closest = min(distance for _, distance in latent[n:])
+        closest = min(distance for _, distance in latent[compared:])
     of_modality = f' ({shown})' if shown else ''
     lines = ['Root-mean-square distance to the nearest training scan: of latents (posterior means), and of '
              f'volumes{of_modality}. A blurred volume is close to many.', '']
     lines += markdown_table(['new brain', 'latent', 'nearest', 'volume', 'nearest'], rows)
-    close = [str(i) for i in range(n) if latent[i][1] < closest]
+    close = [str(i) for i in range(compared) if latent[i][1] < closest]
     if close:
         lines += ['', f'warning: new brains {", ".join(close)} lie closer to a training latent than any '
                       'held-out scan does: memorised?']

@@ -52,6 +52,13 @@ def test_output_fills_the_brain(overlay):
     inside = ndimage.binary_erosion(x > 0, iterations=2)
     assert (y[inside] != 0).mean() > 0.9
 
+def test_without_the_mask_the_background_is_what_the_decoder_made(neuroquant, scan, tmp_path):
+    masked = play(*sampling(neuroquant, 'reconstruct', scan, tmp_path / 'masked.nii'))
+    plain = play(*sampling(neuroquant, 'reconstruct', scan, tmp_path / 'plain.nii', '--mask=False'))
+    assert 'whose background is that of the input' in masked and 'whose background' not in plain
+    with_mask, without = values(tmp_path / 'masked.nii'), values(tmp_path / 'plain.nii')
+    assert (without[with_mask == 0] != 0).any()
+
 def test_reconstruction_is_the_models_own(neuroquant, tmp_path):
     """On a grid the model's box equals, the file holds the network's output in the scan's intensities."""
     volume = head((32, 48, 32))

@@ -10,6 +10,7 @@ import torch
 
 from common import load_checkpoint
 from conftest import TINY, make_tiny_data, play, play_two, refuses
+from judge.sets import generated_files
 from latents import Latents, encode_conditions, nearest
 from losses import ms_ssim
 from model import encoder_hash, from_checkpoint
@@ -192,6 +193,20 @@ def test_a_fine_tuned_decoder_draws_the_same_latents_another_way(run, tmp_path):
     volumes = [image(tmp_path / folder / 'sample_000.nii.gz') for folder in ('out', 'tuned')]
     assert not np.array_equal(*volumes)
 
+def test_volumes_of_an_earlier_call_are_refused(run, tmp_path):
+    generate(run / 'flow', tmp_path / 'out', '--n=2')
+    line = refuses(*drawing(run / 'flow', tmp_path / 'out'), '--n=1', '--steps=3')
+    assert 'holds 2 volumes of an earlier call, such as sample_000.nii.gz' in line
+
+def test_more_than_a_thousand_volumes_are_read_in_order(tmp_path):
+    for k in (7, 1000, 99):
+        (tmp_path / f'sample_{k:03d}.nii.gz').touch()
+        (tmp_path / f'sample_{k:03d}_T1w.nii.gz').touch()
+    (tmp_path / 'sample_mean.nii.gz').touch()
+    names = [os.path.basename(path) for path in generated_files(tmp_path)]
+    assert names == ['sample_007.nii.gz', 'sample_099.nii.gz', 'sample_1000.nii.gz']
+    assert len(generated_files(tmp_path, 'T1w')) == 3
+
 def test_another_encoder_is_refused(run, tmp_path):
     other = train_vae(run / 'data', tmp_path / 'other_vae', *KL, '--seed=3')
     assert 'same encoder' in refuses(*drawing(run / 'flow', tmp_path / 'x'), f'--vae={other}')
@@ -267,10 +282,10 @@ def test_frechet_distances_of_reconstructed_and_generated_slices(run, generated,
     printed, table = evaluation(run, tmp_path, *args)
     assert 'RANDOM features' in printed and 'gFID - rFID' in printed
     names = [row['row'] for row in table['frechet']]
-    assert names == ['floor: real against real', 'vae rFID', 'vae gFID'] * 2
+    assert names == ['floor: real against real', 'vae/ckpt rFID', 'vae/ckpt gFID'] * 2
     rows = {(row['row'], row['modality']): row for row in table['frechet']}
-    assert rows['vae rFID', 'T1w']['mean'] > rows['floor: real against real', 'T1w']['mean'] > 0
-    assert rows['vae gFID', 'T2w']['slices']['axial'] == [3 * 32, 3 * 32]
+    assert rows['vae/ckpt rFID', 'T1w']['mean'] > rows['floor: real against real', 'T1w']['mean'] > 0
+    assert rows['vae/ckpt gFID', 'T2w']['slices']['axial'] == [3 * 32, 3 * 32]
 
 def test_diversity_is_ms_ssim_between_pairs(run, generated, tmp_path):
     _, table = evaluation(run, tmp_path, '--max_sessions=4', f'--generated={generated}')
@@ -284,10 +299,10 @@ def test_diversity_is_ms_ssim_between_pairs(run, generated, tmp_path):
 def test_frechet_rows_that_cannot_be_computed_say_why(run, tmp_path):
     _, table = evaluation(run, tmp_path, '--features=random', '--max_sessions=1', '--fid_slices=central')
     reasons = {row['row']: row['reason'] for row in table['frechet']}
-    assert reasons.keys() == {'vae rFID', 'floor: real against real'}
-    assert 'more slices than features' in reasons['vae rFID']
+    assert reasons.keys() == {'vae/ckpt rFID', 'floor: real against real'}
+    assert 'more slices than features' in reasons['vae/ckpt rFID']
     assert 'no volumes' in reasons['floor: real against real']
 
 def test_missing_weights_cost_one_line_and_no_other_row(run, tmp_path):
     printed, _ = evaluation(run, tmp_path, '--max_sessions=1', '--features=/nowhere.pth')
-    assert 'RadImageNet-ResNet50_notop.pth' in printed and '| vae | 2x |' in printed
+    assert 'RadImageNet-ResNet50_notop.pth' in printed and '| vae/ckpt | 2x |' in printed

@@ -215,14 +215,14 @@ def generate(flow, checkpoint):
     compare_with_training(checkpoint['config'], modalities, latents[:COMPARED], shown[0], first[shown[0]])
 
 def refuse_earlier_volumes():
-    """SystemExit if volumes of an earlier call are there: evaluate.py would take them for part of this set."""
+    """SystemExit if volumes of an earlier call are there: evaluate.py would count them in."""
     earlier = [name for name in os.listdir(output) if name.startswith('sample_')]
     if earlier:
         raise SystemExit(f'{output}: holds {len(earlier)} volumes of an earlier call, such as '
                          f'{min(earlier)}; delete them or choose another --output')
 
 def draw_latent(flow, checkpoint, cond, i):
-    """Latent i of the seed as the flow sees it, (1,C,d,h,w); one at a time, since a batch changes last bits."""
+    """Latent i of the seed as the flow sees it, (1,C,d,h,w); one at a time: a batch changes last bits."""
     shape = (1, *checkpoint['latent_shape'])
     noise = torch.from_numpy(random(seed, 7, i).standard_normal(shape, dtype=np.float32)).to(device)
     return sample(flow, noise, steps, method, cond, checkpoint['config']['shift'], guidance)

@@ -1,8 +1,7 @@
 """What everything costs, against the machine's own limits.
 
     python bench.py                                   # every case: full sizes on a GPU, small ones on a CPU
-    python bench.py --cases=memory                    # what a card must hold for a training step; needs none
-    python bench.py --cases=vae,unet --profile=True   # also a step's ten dearest kernels
+    python bench.py --cases=vae,unet --profile=True   # some, with a step's ten dearest kernels
     python bench.py --samplers=out/demo_flow/best.pt  # error of a flow's samples at equal numbers of calls
 
 Times are medians after a warm-up, in ms, with the spread from least to most. MFU is the FLOP of convolutions,
@@ -39,7 +38,7 @@ from slabs import slabwise
 # ---------------------------------------------------------------- settings
 cases = ('memory', 'neuroquant', 'slices', 'vae', 'whole', 'unet', 'discriminator', 'prepare', 'loader',
          'checkpoint')
-samplers = ''            # checkpoint of a flow; no cases then
+samplers = ''            # checkpoint of a flow, instead of cases
 pairs = ()               # sessions per batch of memory and neuroquant; () picks 1,2,4, or 1 on a CPU
 repeats = 5
 device = ''
@@ -117,14 +116,11 @@ def measure(name, calls, *modules):
         row(f'{name}, {what}', f'{ms:.0f}', f'{spread:.0f}', f'{flops[what] / 1e12:.3f}', f'{mfu:.0%}')
         medians[what] = ms
     if profile and 'training step' in calls:
-        print_dearest(calls['training step'])
+        with torch.profiler.profile() as trace:
+            calls['training step']()
+        key = f'self_{"cuda" if on_gpu else "cpu"}_time_total'
+        print(trace.key_averages().table(sort_by=key, row_limit=10, max_name_column_width=60))
     return medians
-
-def print_dearest(step):
-    with torch.profiler.profile() as trace:
-        step()
-    key = f'self_{"cuda" if on_gpu else "cpu"}_time_total'
-    print(trace.key_averages().table(sort_by=key, row_limit=10, max_name_column_width=60))
 
 def training(net, loss, layout=torch.channels_last_3d):
     """The forward pass and a training step of net, as calls for measure(). loss(): a scalar."""
@@ -308,7 +304,7 @@ def loading_times(make_batch, data):
     return ms, spread, warm / 10, 100 * (time.perf_counter() - start)
 
 def case_checkpoint():
-    """ms to save NeuroQuant's default and its optimiser's two averages."""
+    """ms to save NeuroQuant's default and the two averages of its optimiser."""
     net = networks.NeuroQuant(networks.NeuroQuantConfig()).to(device)
     state = {'model': net.state_dict(), 'optimizer': [p.clone() for p in net.parameters() for _ in range(2)]}
     with tempfile.TemporaryDirectory() as folder:
@@ -320,11 +316,10 @@ def case_checkpoint():
 
 @torch.no_grad()
 def bench_samplers():
-    """Root-mean-square distance to the same noise followed with 200 Heun steps, at equal numbers of calls."""
+    """RMS distance, in sd of the latent, to the same noise followed with 200 Heun steps, by calls."""
     checkpoint = load_checkpoint(samplers)
     flow = networks.from_checkpoint(checkpoint).to(device)
     noise = torch.randn(4, *checkpoint['latent_shape'], generator=torch.Generator().manual_seed(0)).to(device)
-    print(f'{samplers}, 4 samples, RMS distance to 200 Heun steps, in sd of the latent')
     table('calls', 'Euler', 'Heun')
     with autocast(device, dtype):
         exact = sample(flow, noise, 200, 'heun')

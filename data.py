@@ -126,8 +126,16 @@ header_lock = Lock()
 
 def open_npy(path):
     """Memory map of a .npy file. OSError, EOFError or ValueError if it is missing, cut short or no array."""
-    with header_lock:  # Python's parser of the header fails now and then when several threads are at it
-        return np.load(path, mmap_mode='r')
+    status = os.stat(path)
+    dtype, shape, offset, order = read_header(path, status.st_size, status.st_mtime_ns)
+    return np.memmap(path, dtype, 'r', offset, shape, order)
+
+@lru_cache(maxsize=100_000)
+def read_header(path, size, changed):
+    """What np.memmap needs to know of a .npy file: parsing its header costs more than reading a patch."""
+    with header_lock:  # Python's parser fails now and then when several threads are at it
+        array = np.load(path, mmap_mode='r')
+    return array.dtype, array.shape, array.offset, 'C' if array.flags.c_contiguous else 'F'
 
 def as_float(stored):
     """A stored volume, or part of one, as float32 in [0, 1]; 8-bit ones hold 255 times that."""

@@ -17,14 +17,15 @@ class Product(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, a, b):
-        ctx.save_for_backward(a, b)
+        a_wanted, b_wanted = ctx.needs_input_grad
+        ctx.save_for_backward(a if b_wanted else None, b if a_wanted else None)
         return full_float32_product(a, b)
 
     @staticmethod
     def backward(ctx, grad):
         a, b = ctx.saved_tensors
-        grad_a = full_float32_product(grad, b.mT) if ctx.needs_input_grad[0] else None
-        grad_b = full_float32_product(a.mT, grad) if ctx.needs_input_grad[1] else None
+        grad_a = None if b is None else full_float32_product(grad, b.mT)
+        grad_b = None if a is None else full_float32_product(a.mT, grad)
         return grad_a, grad_b
 
 def full_float32_product(a, b):

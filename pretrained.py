@@ -26,20 +26,20 @@ def read_weights(path, what):
         raise SystemExit(f'{path}: not a readable checkpoint ({type(e).__name__}); wanted is {what}')
 
 def bare(state_dict, wrappers=('autoencoder', 'unet_state_dict', 'state_dict')):
-    """The state dict inside a training checkpoint, without the prefixes of DDP and compile wrappers."""
+    """The state dict inside a checkpoint, without the prefixes of DDP and compile wrappers."""
     for key in wrappers:
         if isinstance(state_dict.get(key), dict):
             state_dict = state_dict[key]
     return {re.sub(r'^(module\.|_orig_mod\.)+', '', key): value for key, value in state_dict.items()}
 
 def require(state, what, *keys):
-    """ValueError unless the state dict has these keys, from which sizes are read."""
+    """ValueError unless the state dict has the keys that sizes are read from."""
     for key in keys:
         if key not in state:
             raise ValueError(f'not {what}: no {key}')
 
 def count(state, prefix):
-    """How many modules are numbered after this beginning of their names."""
+    """How many modules are numbered after this prefix."""
     return 1 + max(int(key[len(prefix):].split('.')[0]) for key in state if key.startswith(prefix))
 
 def renamed(ours, theirs, parts):
@@ -47,7 +47,7 @@ def renamed(ours, theirs, parts):
     return {f'{ours}.{part}': f'{theirs}.{name}' for part, name in parts.items()}
 
 def join_qkv(state):
-    """Put the q, k and v of every attention into one matrix, as ours has them."""
+    """Put q, k and v of every attention into one matrix, as ours."""
     for key in [key for key in state if '.to_q.' in key]:
         parts = [key.replace('.to_q.', f'.to_{letter}.') for letter in 'qkv']
         if all(part in state for part in parts):
@@ -56,7 +56,7 @@ def join_qkv(state):
 def fill(model, state, names={}):
     """The model with renamed weights, in eval mode.
 
-    names: our module or parameter -> theirs, where they differ; those that a model lacks do no harm.
+    names: our module or parameter -> theirs, where they differ; more than it has do no harm.
     """
     new, missing, shapes = {}, [], []
     extra = dict(state)
@@ -119,7 +119,7 @@ SD_PARTS = {'norm1': 'norm1', 'conv1': 'conv1', 'norm2': 'norm2', 'conv2': 'conv
 SD_OLD = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}
 
 def sd_order(side, levels, blocks):
-    """diffusers' names of the modules of the encoder, side 'down', or decoder, 'up', in their order."""
+    """diffusers' modules of the encoder, side 'down', or the decoder, 'up', in their order."""
     middle = ['mid_block.resnets.0', 'mid_block.attentions.0', 'mid_block.resnets.1']
     stages = []
     for level in range(levels):
@@ -155,7 +155,7 @@ def load_sd_vae(state_dict):
     return fill(model, sd_rearranged(state), names)
 
 def sd_rearranged(state):
-    """The state with new names in attention, q, k and v joined, and quant_conv cut into our two heads."""
+    """The state with attention named the new way, q, k and v joined, quant_conv cut into two heads."""
     new = {}
     for key, value in state.items():
         if '.attentions.' in key:
@@ -360,7 +360,7 @@ class RadImageNet(nn.Module):
         return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean((2, 3))
 
 def radimagenet_input(slices):
-    """Slices (B,1,H,W) in [0,1] -> what the network is trained on: three channels BGR, minus their means."""
+    """Slices (B,1,H,W) in [0,1] -> what the network knows: three channels BGR, minus their means."""
     means = torch.tensor([0.406, 0.456, 0.485], device=slices.device)
     return slices.expand(-1, 3, -1, -1) - means.view(1, 3, 1, 1)
 
@@ -427,7 +427,7 @@ class SynthSeg(nn.Module):
         return self.likelihood(x).softmax(1)
 
 def read_h5(path):
-    """{layer/weight: tensor} of a Keras weight file, kernels in torch's order of axes."""
+    """{layer/weight: tensor} of a Keras file, kernels in torch's order."""
     try:
         import h5py
     except ImportError:

@@ -30,7 +30,7 @@ CENTRE = np.array([0, -17, 7], np.float32)
 
 @dataclass
 class Structure:
-    """A chain of balls (x, y, z, radius) of the right side joined by cones, in a space stretched per axis."""
+    """A chain of balls (x, y, z, radius) of the right side, joined by cones, in a stretched space."""
     labels: tuple  # left and right, or one on the midline
     stretch: tuple
     nodes: list
@@ -113,7 +113,7 @@ def folds(p, waves, phases):
     return distance
 
 def warped(lines, turn, centre, rng):
-    """(3, D, H, W): the points of a grid turned, moved by centre, and displaced smoothly by about 2 mm."""
+    """(3, D, H, W): points of a grid turned, moved by centre, and displaced smoothly by about 2 mm."""
     turn, centre = np.float32(turn), np.float32(centre)
     grid = np.meshgrid(*lines, indexing='ij', sparse=True)
     p = np.empty((3, *map(len, lines)), lines[0].dtype)
@@ -133,7 +133,7 @@ def coordinates(shape, rng, size):
     return warped(lines, turn, CENTRE, rng)
 
 def sylvian_fissure(half, widen):
-    """Depth outside the Sylvian fissure and the cleft at the insula, each `widen` mm wide to both sides."""
+    """Depth outside the Sylvian fissure and the cleft at the insula, `widen` mm to both sides."""
     x, y, z = half
     plane = z + 4 - 0.35 * (10 - y) * (y < 10)
     fissure = np.maximum(np.maximum(np.abs(plane) - 1 - widen, 37 - x), np.abs(y + 8) - 36)
@@ -143,7 +143,7 @@ def sylvian_fissure(half, widen):
 def folded(cerebrum, half, right, thickness, widen, rng):
     """The depth `cerebrum` after fissures and folds are cut: that below the pial surface.
 
-    half: p with x mirrored to the right. right: mask of that side. thickness of the cortex, widen: mm.
+    half: p with x mirrored to the right. right: mask of that side. thickness: of the cortex.
     """
     core = ball(half, *CORE)
     depth = np.minimum(cerebrum, np.maximum(half[0] - widen, core))  # cut between the hemispheres
@@ -168,7 +168,7 @@ def folded(cerebrum, half, right, thickness, widen, rng):
     return pial
 
 def window_of(shape, nodes, stretch):
-    """Slices of the part of the box that holds a structure, with room for the deformation."""
+    """Slices of the part of the box that holds a structure, deformed."""
     reach = nodes[:, 3].max() * stretch + 32
     first = (nodes[:, :3].min(0) - reach - LOW) / EXTENT * shape
     last = (nodes[:, :3].max(0) + reach - LOW) / EXTENT * shape
@@ -237,9 +237,9 @@ GROUPS = {
     'hippocampus': (17, 53, 18, 54), 'thalamus': (10, 49), 'caudate': (11, 50, 26, 58), 'putamen': (12, 51),
     'pallidum': (13, 52), 'stem': (16, 28, 60, 85), 'csf': (24, 4, 43, 14, 15, 5, 44, 72),
 }
-# lesions, vessels, choroid plexus and borders inside ventricles count as the tissue around them
+# lesions, vessels, choroid plexus and borders of ventricles count as the tissue around them
 SAME_AS = {25: 2, 57: 41, 30: 24, 62: 24, 31: 4, 63: 43, 136: 4, 137: 43, 163: 4, 164: 43, 80: 2}
-# mean intensity of each group, in that order, white or bright fluid near 1; a subject's own lie within 0.02
+# mean intensity of each group, in that order; white or bright fluid near 1, a subject's within 0.02
 TISSUE = {
     'T1w': (0.92, 0.60, 0.62, 0.75, 0.66, 0.69, 0.80, 0.84, 0.16),
     'T2w': (0.32, 0.50, 0.53, 0.42, 0.46, 0.43, 0.29, 0.37, 0.95),
@@ -248,11 +248,11 @@ TISSUE = {
 }
 
 def is_random(modality):
-    """random1, random2, ...: a contrast drawn for every image (domain randomisation, Billot et al. 2023)."""
+    """random1, random2, ...: contrasts drawn for every image (domain randomisation, Billot et al. 2023)."""
     return modality.startswith('random') and modality[6:].isdigit()
 
 def refuse_unknown(labels):
-    """ValueError that lists the labels of a map which belong to no tissue."""
+    """ValueError that lists the labels without a tissue."""
     known = {0}.union(*GROUPS.values())
     unknown = sorted(set(np.unique(labels).tolist()) - known)
     if unknown:
@@ -267,19 +267,18 @@ def shrunk(x, factor):
     return x
 
 def coarsen(labels, factor):
-    """Label map at 1/factor of the size: the commonest tissue of a block, 0 where half is background."""
+    """Label map at 1/factor of the size: a block's commonest tissue, 0 where half is background."""
     shares = {label: shrunk(labels == label, factor) for label in np.unique(labels)}
     inside = 1 - shares.pop(0, np.zeros(1)) >= 0.5
     commonest = np.argmax(np.stack(list(shares.values())), 0)
     return np.where(inside, np.array(list(shares))[commonest], 0).astype(np.int16)
 
 def images_from_labels(labels, modalities, rng, noise=0.02, bias=0.08, shrink=1, thickness=1.0):
-    """Images of a FreeSurfer-numbered label map -> {modality: float32 (D, H, W)}, background 0, brain above.
+    """Images of a label map -> {modality: float32 (D, H, W)}, background 0, brain above.
 
-    labels: (D, H, W) integers, `shrink` times as fine as the images. modalities: of TISSUE, or is_random.
-    noise: standard deviation of the Rician noise. bias: that of the logarithm of a smooth field. thickness:
-    slices up to so many voxels thick along a random axis. An image does not depend on which others are asked
-    for. ValueError for an unknown modality or label.
+    labels: (D, H, W) FreeSurfer numbers, `shrink` times as fine as the images. modalities: of TISSUE, or
+    is_random. noise: standard deviation of Rician noise. bias: that of the logarithm of a smooth field.
+    thickness: of slices along a random axis, at most, in voxels. An image does not depend on the others.
     """
     refuse_unknown(labels)
     base = int(rng.integers(2 ** 31))
@@ -295,7 +294,7 @@ def images_from_labels(labels, modalities, rng, noise=0.02, bias=0.08, shrink=1,
     return images
 
 def one_image(labels, modality, rng, noise, bias, shrink, thickness):
-    """An image of images_from_labels, with noise in the background still."""
+    """An image of images_from_labels, with noise still in the background."""
     means = rng.uniform(0.1, 1, len(GROUPS)) if is_random(modality) else TISSUE[modality]
     intensity = np.zeros(256, np.float32)  # of each label
     for group, mean in zip(GROUPS.values(), means):
@@ -314,9 +313,9 @@ def one_image(labels, modality, rng, noise, bias, shrink, thickness):
 def phantom(index, shape, seed=0, modalities=('T1w', 'T2w', 'FLAIR')):
     """Subject number `index` (from 1) of a cohort, as a dict: a function of (index, shape, seed).
 
-    labels are (D, H, W) int16, images {modality: float32}. Anatomy and sex do not depend on the modalities.
-    On grids coarser than 3 mm the anatomy is drawn twice as fine: a voxel's label is then the commonest of
-    its eight, its intensity their mean.
+    labels (D, H, W) int16, images {modality: float32}. Anatomy and sex do not depend on the modalities. On
+    grids coarser than 3 mm the anatomy is drawn twice as fine: a voxel has the commonest label and the mean
+    intensity of its eight.
     """
     rng = np.random.default_rng((seed, index))
     sex, age = 'FM'[rng.integers(2)], float(rng.uniform(20, 80))
@@ -398,7 +397,7 @@ def brain_labels(labels):
     return np.where(parts == largest, labels, 0).astype(np.int16)
 
 def strip(labels, voxels):
-    """A label map without the CSF around the brain (24) that lies more than so many voxels from tissue."""
+    """A label map without CSF (24) that lies more than so many voxels from tissue."""
     tissue = (labels > 0) & (labels != 24)
     kept = ndimage.binary_dilation(tissue, iterations=voxels) if voxels else tissue
     return np.where(kept, labels, 0)
@@ -407,9 +406,9 @@ def variant(labels, voxel_mm, shape, spacing_mm, modalities, seed, thickness_mm=
     """A deformed copy of a head's label map in a box of `shape` voxels of spacing_mm, and images of it.
 
     labels (D, H, W) RAS+, voxel_mm its three spacings. The brain is turned within about 10 degrees and scaled
-    by about 5 % per axis about its middle, and warped. One too high for the box loses its inferior end. As
-    skull-stripping cuts more or less tightly, the CSF around the brain goes from 0, 1 or 2 voxels on, or
-    stays. A function of its arguments.
+    by about 5 % per axis about its middle, and warped. One too high for the box loses its inferior end. CSF
+    around the brain goes from 0, 1 or 2 voxels on, or stays, as skull-stripping varies. A function of its
+    arguments.
     returns labels (shape) int16, images {modality: float32}, lost, the fraction of the brain outside the box
     """
     labels, rng = brain_labels(labels), np.random.default_rng(seed)

@@ -845,7 +845,10 @@ def model_args(model):
 
 def encoder_hash(model):
     """16 hex digits that name an autoencoder's encoder and codebook, whatever its decoder."""
-    digest = hashlib.sha256(repr(sorted(model_args(model).items())).encode())
+    args = model_args(model)
+    if args.get('norm') == 'group':
+        del args['norm']  # networks from before this field keep their name
+    digest = hashlib.sha256(repr(sorted(args.items())).encode())
     for name, tensor in model.state_dict().items():
         if not name.startswith(('decoder.', 'post.', 'film', 'mod_')):
             digest.update(tensor.detach().cpu().float().numpy().tobytes())

@@ -13,7 +13,7 @@ from conftest import TINY, make_tiny_data, play, play_two, refuses
 from judge.sets import generated_files
 from latents import Latents, encode_conditions, nearest
 from losses import ms_ssim
-from model import encoder_hash, from_checkpoint
+from model import ConvVAE, ConvVAEConfig, encoder_hash, from_checkpoint, model_args
 from test_train import assert_same_tensors, log_of, training_lines
 
 MODALITIES = ('T1w', 'T2w')
@@ -125,6 +125,16 @@ def test_nearest_is_that_of_one_distance_at_a_time():
     distances = np.sqrt(np.square(queries[:, None] - library).mean((2, 3)))
     for row, (key, distance) in zip(distances, nearest(queries, enumerate(library))):
         assert key == row.argmin() and distance == pytest.approx(row.min(), rel=1e-6)
+
+def test_encoder_hash_is_that_of_checkpoints_from_before_norms_could_be_chosen():
+    torch.manual_seed(0)
+    args = model_args(ConvVAE(ConvVAEConfig(widths=(8, 8))))
+    assert args.pop('norm') == 'group'
+    before = from_checkpoint({'model_args': args, 'model': ConvVAE(ConvVAEConfig(widths=(8, 8))).state_dict()})
+    with torch.no_grad():
+        for p in before.parameters():
+            p.fill_(0.5)
+    assert encoder_hash(before) == '9dfb7d68e573ec46'
 
 def test_encoder_hash_names_the_encoder_alone(run):
     model = load_model(run / 'vae' / 'ckpt.pt')

@@ -25,7 +25,10 @@ def brain_mask(volume, voxel_mm=(1.0, 1.0, 1.0)):
         mask = volume != background
         small, fraction, small_mm = coarse(volume - background, mask, voxel_mm)
         solid = largest_part(fraction > 0.5)
-        if is_clean(fraction, solid) and not is_head(small, solid, small_mm): return mask, False
+        if is_clean(fraction, solid):
+            head = is_head(small, solid, small_mm)
+            below = np.count_nonzero(volume < background) > 0.02 * np.count_nonzero(mask)
+            if not head or below: return mask, head  # z-scores: the background is no air, but a mean
     return head_mask(volume), True
 
 def background_value(volume):
@@ -72,8 +75,10 @@ def head_mask(volume):
     air = air_level(volume)
     smooth = ndimage.gaussian_filter(volume, 1)
     highest = np.percentile(smooth, 99)
-    threshold = air + 0.6 * (otsu_threshold(np.clip(smooth, min(air, highest), highest)) - air)
-    closed = ndimage.binary_closing(smooth > threshold, iterations=2, border_value=0)
+    contrast = otsu_threshold(np.clip(smooth, min(air, highest), highest)) - air
+    bright = (smooth > air + 0.4 * contrast) & (volume > air + 0.2 * contrast)  # smoothing alone widens it
+    padded = np.pad(bright, 2, 'edge')  # else closing would take the ends of the field of view
+    closed = ndimage.binary_closing(padded, iterations=2)[2:-2, 2:-2, 2:-2]
     if not closed.any():
         raise ValueError('no brain is found in it: no voxels stand out from the background')
     return largest_part(closed)
@@ -114,8 +119,8 @@ def upper(solid, voxel_mm, mm=90):
 def is_head(small, solid, voxel_mm):
     """Whether a scan without air, 0 outside the mask `solid`, shows a head and not a brain alone.
 
-    It is too large for a brain, or its outermost 3 mm are nearly as dark as air, or a bright rim (the scalp)
-    lies outside a dark layer (the skull).
+    It is too large for a brain, or its outermost 3 mm are nearly as dark as air, or dark layers reach deeper
+    than the fluid around a brain, or a bright rim (the scalp) lies outside a dark layer (the skull).
     """
     if not solid.any(): return False
     litres = solid.sum() * np.prod(voxel_mm) / 1e6
@@ -124,19 +129,20 @@ def is_head(small, solid, voxel_mm):
     if litres > BRAIN_LITRES[1] or width_mm > BRAIN_WIDTH_MM + COARSE_MM: return True
     depth = depth_mm(solid, voxel_mm)
     depth[~upper(solid, voxel_mm)] = 0
-    deep = depth > 18
-    if not deep.any(): return False  # too small to have layers
-    tissue = np.median(small[deep])
+    if depth.max() <= 18: return False  # too small to have layers
+    values = small - min(np.percentile(small[solid], 2), 0)  # negative where 0 is not air but a mean
+    tissue = np.median(values[depth > 18])
     if tissue <= 0: return False
-    layers = []
+    layers = {}
     for start in range(0, 24, 3):
         layer = (depth > start) & (depth <= start + 3)
         if layer.any():
-            layers.append(np.median(small[layer]) / tissue)
-    if layers[0] < 0.1: return True
-    scalp = int(np.argmax(layers[:5]))
-    skull = min(layers[scalp:])
-    return skull < 0.8 * min(layers[scalp], 1.0)
+            layers[start] = np.median(values[layer]) / tissue
+    scaled = not np.array_equal(values, small)  # their ratios say less
+    if not scaled and (layers.get(0, 1) < 0.05 or layers.get(6, 1) < 0.45): return True
+    scalp = max([start for start in layers if start < 15], key=layers.get)
+    skull = min(layers[start] for start in layers if start >= scalp)
+    return skull < (0.4 if scaled else 0.8) * min(layers[scalp], 1.0)
 
 def inner_region(mask, voxel_mm):
     """Where a head (bool mask) holds brain for certain: 18 mm below its surface, at most 90 mm below its top.
@@ -169,6 +175,7 @@ def cut_doubt(mask, head=False):
     """One line where a field of view ends within the brain, at its top or bottom, else ''."""
     areas = np.trim_zeros(mask.sum((0, 1)))
     ends = {'top': areas[-1]} if head else {'top': areas[-1], 'bottom': areas[0]}
-    cut = [name for name, area in ends.items() if area > 0.4 * areas.max()]
+    most = 0.7 if head else 0.4  # scans often end a little below the top of the head
+    cut = [name for name, area in ends.items() if area > most * areas.max()]
     if not cut: return ''
     return f"a slab: the field of view ends within the brain at its {' and '.join(cut)}"

@@ -119,7 +119,7 @@ def in_mm(image):
     if is_likely(sizes) and not is_likely(sizes * factor):
         return affine, f'its unit is the {unit}, but its voxels are likely only in mm; taken as mm'
     affine[:3] *= factor
-    return affine, ''
+    return affine, f'its unit is the {unit}; its voxels are taken as {mm_text(sizes * factor)} mm'
 
 def is_likely(sizes):
     return 0.1 <= sizes.min() and sizes.max() <= 30
@@ -386,9 +386,6 @@ def find_inside(volume, affine, mask, target_affine, target_shape):
     if mask is None:
         mask, estimated = brain_mask(volume, voxel_sizes(affine))
     scan, inside = resample_inside(volume, mask, affine, target_affine, target_shape)
-    if not inside.any():
-        raise ValueError('its brain lies outside the first scan of its session or vanishes on the grid; '
-                         'are affines and voxel sizes right? It does not overlap')
     sizes = voxel_sizes(target_affine)
     region = inner_region(inside, sizes) if estimated else inside
     doubts = [line for line in (size_doubt(mask, voxel_sizes(affine), estimated), cut_doubt(mask, estimated))
@@ -429,6 +426,8 @@ def conform(volumes, affines, shape, spacing_mm=1.0, resize=False, percentiles=(
             scans.append(scan)
             insides.append(inside)
             first = insides[0].region
+            if not first.any():
+                raise ValueError(f'nothing is left of its brain at {spacing_mm:g} mm: are its voxel sizes right?')
             if (inside.mask & first).sum() < 0.05 * first.sum():
                 raise ValueError('does not overlap the first scan of its session; '
                                  'are the affines of one space?')

@@ -23,42 +23,48 @@ def brain_mask(volume, voxel_mm=(1.0, 1.0, 1.0)):
     background = background_value(volume)
     if background is not None:
         mask = volume != background
-        small, fraction, small_mm = coarse(volume - background, mask, voxel_mm)
-        solid = largest_part(fraction > 0.5)
+        small, fraction, small_mm = coarse(volume, mask, voxel_mm)
+        small -= background
+        solid = largest_part(fraction > 0.5, by_slices=False)
         if is_clean(fraction, solid):
             head = is_head(small, solid, small_mm)
             below = np.count_nonzero(volume < background) > 0.02 * np.count_nonzero(mask)
-            if not head or below: return mask, head  # z-scores: the background is no air, but a mean
+            if not head or below: return mask, bool(head)  # z-scores: the background is no air, but a mean
     return head_mask(volume), True
 
 def background_value(volume):
     """The value of at least 30 % of the voxels, None where there is none."""
+    if np.count_nonzero(volume) <= 0.7 * volume.size: return 0.0
     faces = [volume[0], volume[-1], volume[:, 0], volume[:, -1], volume[:, :, 0], volume[:, :, -1]]
     values, counts = np.unique(np.concatenate([face.ravel() for face in faces]), return_counts=True)
-    for value in (0, values[np.argmax(counts)]):
-        if np.count_nonzero(volume == value) >= 0.3 * volume.size: return value
-    return None
+    value = values[np.argmax(counts)]
+    return value if np.count_nonzero(volume == value) >= 0.3 * volume.size else None
 
 def block_means(volume, sizes):
     """Means (d,h,w) of blocks of `sizes` voxels; what does not fill a block at the end is left out."""
-    volume = volume[tuple(slice(n // k * k) for n, k in zip(volume.shape, sizes))]
+    total = volume[tuple(slice(n // k * k) for n, k in zip(volume.shape, sizes))]
     for axis, k in enumerate(sizes):
-        if k > 1:
-            blocks = (*volume.shape[:axis], volume.shape[axis] // k, k, *volume.shape[axis + 1:])
-            volume = volume.reshape(blocks).mean(axis + 1, dtype=np.float32)
-    return volume.astype(np.float32)
+        parts = [total[(slice(None),) * axis + (slice(start, None, k),)] for start in range(k)]
+        total = parts[0].astype(np.float32)
+        for part in parts[1:]:
+            total += part
+    return total / np.float32(np.prod(sizes))
 
 def coarse(volume, mask, voxel_mm):
     """Small copies in blocks of about COARSE_MM: volume, fraction inside the mask; and their voxels in mm."""
     sizes = [min(max(1, round(COARSE_MM / mm)), n) for mm, n in zip(voxel_mm, volume.shape)]
     return block_means(volume, sizes), block_means(mask, sizes), np.multiply(voxel_mm, sizes)
 
-def largest_part(mask):
-    """The largest connected part of a bool mask, holes filled; as it is where it is empty."""
+def largest_part(mask, by_slices=True):
+    """The largest connected part of a bool mask, holes filled; as it is where it is empty.
+
+    by_slices: holes in slices of any axis, since a head leaves the field of view, instead of closed ones.
+    """
     if not mask.any(): return mask
     parts, _ = ndimage.label(mask)
     solid = parts == np.argmax(np.bincount(parts.ravel())[1:]) + 1
-    for axis in range(3):  # holes are closed slice by slice, since the head leaves the field of view
+    if not by_slices: return ndimage.binary_fill_holes(solid)
+    for axis in range(3):
         for plane in np.moveaxis(solid, axis, 0):
             plane[:] = ndimage.binary_fill_holes(plane)
     return solid
@@ -105,9 +111,9 @@ def otsu_threshold(values):
 # ---------------------------------------------------------------- head or brain
 
 def depth_mm(solid, voxel_mm):
-    """Distance of every voxel of a bool mask to the outside; the neck, cut by the last slice, is no outside."""
-    padded = np.pad(solid, ((1, 1), (1, 1), (0, 1)))
-    return ndimage.distance_transform_edt(padded, sampling=voxel_mm)[1:-1, 1:-1, :-1]
+    """Distance of every voxel of a bool mask to the outside; the neck, cut by the first slice, is no outside."""
+    padded = np.pad(np.pad(solid, ((1, 1), (1, 1), (0, 1))), ((0, 0), (0, 0), (1, 0)), 'edge')
+    return ndimage.distance_transform_edt(padded, sampling=voxel_mm)[1:-1, 1:-1, 1:-1]
 
 def upper(solid, voxel_mm, mm=90):
     """The part of a bool mask that lies within so many mm of its top: no neck, no jaw."""
@@ -127,6 +133,8 @@ def is_head(small, solid, voxel_mm):
     across = np.flatnonzero(solid.any((1, 2)))
     width_mm = (across[-1] - across[0] + 1) * voxel_mm[0]
     if litres > BRAIN_LITRES[1] or width_mm > BRAIN_WIDTH_MM + COARSE_MM: return True
+    bottom = np.flatnonzero(upper(solid, voxel_mm, 120).any((0, 1)))[0]
+    small, solid = small[:, :, bottom:], solid[:, :, bottom:]  # what lies far below does not count
     depth = depth_mm(solid, voxel_mm)
     depth[~upper(solid, voxel_mm)] = 0
     if depth.max() <= 18: return False  # too small to have layers
@@ -173,7 +181,8 @@ def size_doubt(mask, voxel_mm, head=False):
 
 def cut_doubt(mask, head=False):
     """One line where a field of view ends within the brain, at its top or bottom, else ''."""
-    areas = np.trim_zeros(mask.sum((0, 1)))
+    areas = np.trim_zeros(mask[::2, ::2].sum((0, 1)))
+    if not areas.any(): return ''
     ends = {'top': areas[-1]} if head else {'top': areas[-1], 'bottom': areas[0]}
     most = 0.7 if head else 0.4  # scans often end a little below the top of the head
     cut = [name for name, area in ends.items() if area > most * areas.max()]

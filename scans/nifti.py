@@ -210,10 +210,11 @@ def read(path):
         except Exception as e:
             raise ValueError(f'{path}: its voxels cannot be read ({type(e).__name__}); '
                              'the file is cut short or damaged')
-    bad = np.size(data) - np.count_nonzero(np.isfinite(data))
-    if bad: raise ValueError(f'{path}: {bad} voxels are NaN or infinite; repair or leave out')
-    if data.min() == data.max():
-        raise ValueError(f'{path}: every voxel is {data.min():g}: an empty volume')
+    low, high = data.min(), data.max()
+    if not np.isfinite([low, high]).all():
+        bad = np.size(data) - np.count_nonzero(np.isfinite(data))
+        raise ValueError(f'{path}: {bad} voxels are NaN or infinite; repair or leave out')
+    if low == high: raise ValueError(f'{path}: every voxel is {low:g}: an empty volume')
     canonical = nib.as_closest_canonical(nib.Nifti1Image(data, native.affine))
     return np.ascontiguousarray(canonical.dataobj, np.float32), canonical.affine, native
 
@@ -305,8 +306,11 @@ def resample_inside(volume, mask, affine, target_affine, target_shape):
     """
     weight = resample(mask.astype(np.float32), affine, target_affine, target_shape)
     inside = weight > 0.5
-    values = resample(np.where(mask, volume, 0).astype(np.float32), affine, target_affine, target_shape)
-    return np.where(inside, values / np.maximum(weight, 0.5), 0).astype(np.float32), inside
+    values = resample(np.where(mask, volume, 0).astype(np.float32, copy=False), affine, target_affine,
+                      target_shape)
+    means = np.zeros(inside.shape, np.float32)
+    np.divide(values, weight, out=means, where=inside)
+    return means, inside
 
 # ---------------------------------------------------------------- brain, box, intensities
 
@@ -343,12 +347,15 @@ def scale_intensity(volume, mask, percentiles=(0.5, 99.5), of='brain', clip=True
     outside the mask and at least 1e-4 inside, so that `scaled > 0` is the mask for ever.
     """
     if not mask.any(): raise ValueError('none of its brain lies in the box')
-    inside = region if region is not None and region.any() else mask
-    low, high = (float(p) for p in np.percentile(volume[inside] if of == 'brain' else volume, percentiles))
+    inside, values = volume[mask], volume
+    if of == 'brain':
+        values = volume[region] if region is not None and region.any() else inside
+    low, high = (float(p) for p in np.percentile(values, percentiles))
     if high <= low:
         raise ValueError(f'percentiles {percentiles} of the {of} are both {low:g}: nothing to scale')
-    scaled = np.clip((volume - low) / (high - low), 1e-4, 1 if clip else None)
-    return np.where(mask, scaled, 0).astype(np.float32), low, high
+    scaled = np.zeros(volume.shape, np.float32)
+    scaled[mask] = np.clip((inside - low) / (high - low), 1e-4, 1 if clip else None)
+    return scaled, low, high
 
 # ---------------------------------------------------------------- a session into its box, and back
 
@@ -428,7 +435,7 @@ def conform(volumes, affines, shape, spacing_mm=1.0, resize=False, percentiles=(
             first = insides[0].region
             if not first.any():
                 raise ValueError(f'nothing is left of its brain at {spacing_mm:g} mm: are its voxel sizes right?')
-            if (inside.mask & first).sum() < 0.05 * first.sum():
+            if k and (inside.mask & first).sum() < 0.05 * first.sum():
                 raise ValueError('does not overlap the first scan of its session; '
                                  'are the affines of one space?')
     check_coverage(insides, min_coverage)
@@ -436,7 +443,8 @@ def conform(volumes, affines, shape, spacing_mm=1.0, resize=False, percentiles=(
     start, lost = ([0, 0, 0], 0.0) if resize else box_start(union, shape)
     scaled = []
     for k, (scan, inside) in enumerate(zip(scans, insides)):
-        box, mask, region = (crop_pad(x, start, shape) for x in (scan, inside.mask, inside.region))
+        box, mask = crop_pad(scan, start, shape), crop_pad(inside.mask, start, shape)
+        region = crop_pad(inside.region, start, shape) if inside.estimated else None
         with blaming(k):
             scaled.append(scale_intensity(box, mask, percentiles, percentiles_of, clip, region))
     boxes, low, high = map(list, zip(*scaled))

@@ -175,7 +175,7 @@ def native_of(image, path):
     if not sizes.min() > 0 or abs(np.linalg.det(affine[:3, :3] / sizes)) < 1e-3:
         raise ValueError(f'{path}: its affine cannot be inverted; repair the header')
     extent = sizes * shape
-    if not 5 <= extent.max() <= 1500:
+    if not (5 <= extent.max() <= 1500 and 0.01 <= sizes.min() and sizes.max() <= 100):
         raise ValueError(f'{path}: its field of view is {mm_text(extent)} mm: are its voxel sizes '
                          f'({mm_text(sizes)}) in mm? Repair the header')
     doubts = [line for line in (unit_doubt, *header_doubts(image.header)) if line]

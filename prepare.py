@@ -43,12 +43,12 @@ n = 40                    # phantoms, or sessions made from label maps
 thickness_mm = 1.0        # of labelmaps: slices up to so thick, along an axis drawn per image
 people = ''               # spreadsheet saved as .csv or .tsv, for sex and age
 columns = ('subject', 'sex', 'age')  # its columns
-sex_codes = ()            # what its values mean, such as 1=M,2=F; without, M, F, male and female are known
+sex_codes = ()            # what its values mean, such as 1=M,2=F; M, F, male and female are known
 # what to do with a scan
 mask = ''                 # brain masks beside it or below root, with {subject}, {session}, {modality} and *
 skullstrip = ''           # or a command that makes a brain of a head: "CMD {in} {out}"
 register = False          # rigidly register a session's scans onto its first one
-min_coverage = 0.5        # slabs that cover less of the brain that another scan of a session shows are left out
+min_coverage = 0.5        # scans that show less of the brain than another one of a session are left out
 shape = (144, 192, 144)   # box in voxels (left-right, posterior-anterior, inferior-superior)
 spacing_mm = 1.0
 resize = False            # stretch the field of view over the box instead of cutting it out (DeCo-VAE)

@@ -18,7 +18,7 @@ def brain_mask(volume, voxel_mm=(1.0, 1.0, 1.0)):
 
     Of a stripped scan it is all but the background, the one value of at least 30 % of the voxels, whatever
     its level: 0, -1, -1024. A scan is not stripped where its air holds noise, or where that mask is a head's
-    (is_head). The mask then is the head: above a threshold between air and tissue, largest part, holes filled.
+    (is_head). The mask then is the head: above a threshold over air, largest part, holes filled.
     """
     background = background_value(volume)
     if background is not None:
@@ -29,7 +29,8 @@ def brain_mask(volume, voxel_mm=(1.0, 1.0, 1.0)):
         if is_clean(fraction, solid):
             head = is_head(small, solid, small_mm)
             below = np.count_nonzero(volume < background) > 0.02 * np.count_nonzero(mask)
-            if not head or below: return mask, bool(head)  # z-scores: the background is no air, but a mean
+            if not head or below:  # z-scores: the background is no air, but a mean
+                return mask, bool(head)
     return head_mask(volume), True
 
 def background_value(volume):
@@ -111,7 +112,7 @@ def otsu_threshold(values):
 # ---------------------------------------------------------------- head or brain
 
 def depth_mm(solid, voxel_mm):
-    """Distance of every voxel of a bool mask to the outside; the neck, cut by the first slice, is no outside."""
+    """Distance of every voxel of a bool mask to the outside, which is not below the first slice: a neck."""
     padded = np.pad(np.pad(solid, ((1, 1), (1, 1), (0, 1))), ((0, 0), (0, 0), (1, 0)), 'edge')
     return ndimage.distance_transform_edt(padded, sampling=voxel_mm)[1:-1, 1:-1, 1:-1]
 

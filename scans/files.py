@@ -32,14 +32,17 @@ def is_scan(path, notes):
     return False
 
 def every_scan(root, notes):
-    """Paths of the scans below a folder, sorted; hidden files and folders are left out, links are followed."""
+    """Paths of the scans below a folder, sorted; hidden ones are left out, links are followed."""
     paths = []
     for folder, names, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        kept = [name for name in names if not name.startswith('.')]
-        # a link to a folder above would never end
-        names[:] = [name for name in kept if not is_above(os.path.join(folder, name), real)]
-        paths += [path for path in (os.path.join(folder, name) for name in files) if is_scan(path, notes)]
+        for name in list(names):  # a link to a folder above would never end
+            if name.startswith('.') or is_above(os.path.join(folder, name), real):
+                names.remove(name)
+        for name in files:
+            path = os.path.join(folder, name)
+            if is_scan(path, notes):
+                paths.append(path)
     return sorted(paths)
 
 def is_above(path, folder):
@@ -55,7 +58,11 @@ def add_scan(sessions, subject, session, modality, path, notes):
 
 def tsv(rows):
     """Rows as text; a tab or line break within a value becomes a space."""
-    return ''.join('\t'.join(re.sub(r'[\t\r\n]', ' ', str(v)) for v in row) + '\n' for row in rows)
+    lines = []
+    for row in rows:
+        values = [re.sub(r'[\t\r\n]', ' ', str(value)) for value in row]
+        lines.append('\t'.join(values) + '\n')
+    return ''.join(lines)
 
 def printable(text):
     """Text that any file or terminal takes: of a name that is not UTF-8, what cannot be told becomes ?."""

@@ -10,22 +10,22 @@ from collections import Counter, defaultdict
 from scans.files import SUFFIXES, add_scan, clean, every_scan, stem
 
 # other words for modalities, in names of files that follow no rule
-WORDS = SUFFIXES | {'t1n': 'T1w', 't2f': 'FLAIR', 'mpr': 'T1w', 'spgr': 'T1w', 'fspgr': 'T1w', 'bravo': 'T1w'}
+WORDS = SUFFIXES | dict.fromkeys(('t1n', 'mpr', 'spgr', 'fspgr', 'bravo'), 'T1w') | {'t2f': 'FLAIR'}
 CONTRAST_AGENT = set('t1ce t1c t1gd t1post t1km t1wce t1wc gd gado postgad postcontrast'.split())
-NO_SCAN = set('''mask seg dseg label labels aseg aparc wmparc ribbon probseg brainmask warp xfm pve segmentation
-    lesion lesions roi'''.split())
+NO_SCAN = set('''mask seg dseg label labels aseg aparc wmparc ribbon probseg brainmask warp xfm pve
+    segmentation lesion lesions roi'''.split())
 # what describes a scan, and names no subject
-DESCRIPTIONS = set('''brain bet stripped skullstripped masked n4 bias biascorr reg registered coreg coregistered
-    mni mni152 norm normalized preproc preprocessed defaced raw orig original restore acpc dc corrected resampled
-    iso nii gz anat mri mr ax axial sag sagittal cor coronal 3d 2d pre native img image scan volume final
-    nifti niftis be tfl ir se tse fse weighted head'''.split())
+DESCRIPTIONS = set('''brain bet stripped skullstripped masked n4 bias biascorr reg registered coreg
+    coregistered mni mni152 norm normalized preproc preprocessed defaced raw orig original restore acpc dc
+    corrected resampled iso nii gz anat mri mr ax axial sag sagittal cor coronal 3d 2d pre native img image
+    scan volume final nifti niftis be tfl ir se tse fse weighted head'''.split())
 DROPPED = set(WORDS) | CONTRAST_AGENT | NO_SCAN | DESCRIPTIONS
 # folders that hold more than one subject, or only a part of one
 GENERIC = re.compile(
     r'(train|training|val|valid|validation|test|testing|data|dataset|images?|imagestr|imagests|labels?|anat|'
     r'niftis?|nii|mri|hgg|lgg|raw|processed|derivatives|sourcedata|scans?|fold|batch|part|site|cent(er|re)|'
-    r'group|cohort|release|series|study|set|subjects?|patients?|unprocessed|structural|freesurfer|orig|brains?|'
-    r'heads?|adni|oasis|brats|ixi|abide)[-_ ]?\d*', re.IGNORECASE)
+    r'group|cohort|release|series|study|set|subjects?|patients?|unprocessed|structural|freesurfer|orig|'
+    r'brains?|heads?|adni|oasis|brats|ixi|abide)[-_ ]?\d*', re.IGNORECASE)
 DATE = re.compile(r'(?<!\d)((?:19|20)\d\d([-._]?)(?:0\d|1[0-2])\2(?:[0-2]\d|3[01]))'
                   r'(?:\d{6,9}|[T_]\d\d[_:.]\d\d[_:.]\d\d(?:\.\d+)?)?(?!\d)')
 VISIT = re.compile(
@@ -46,13 +46,15 @@ KNOWN = [re.compile(pattern) for pattern in (  # subject, and visit where the na
 # ---------------------------------------------------------------- the words of a name
 
 class Name:
-    """What the words of a folder's or file's name say: id, visit, modalities, and whether it is no plain scan."""
+    """What the words of a folder's or file's name say: id, visit, modalities, whether it is a plain scan."""
     def __init__(self, text):
         self.text = text
         date = DATE.search(text)
         rest = DATE.sub('_', KEYS.sub('_', re.sub(r'(?i)mp[-_ ]?rage', 'mprage', text)))
         visit = VISIT.search(rest)
-        self.visit = date[1] if date else visit[0] if visit else ''
+        self.visit = ''
+        if date or visit:
+            self.visit = date[1] if date else visit[0]
         words = list(re.finditer(r'[^-_. ]+', VISIT.sub('_', rest)))
         small = [word[0].lower() for word in words]
         self.modalities = [WORDS[word] for word in small if word in WORDS]
@@ -113,13 +115,15 @@ class Found:
             if self.home.rpartition('/')[2] == self.subject:
                 self.home = self.home.rpartition('/')[0]
         if not self.subject:  # a number that only looks like a date
-            self.subject = next((name.visit for name in (self.file, *reversed(self.folders)) if name.visit), '')
+            dates = [name.visit for name in (self.file, *reversed(self.folders)) if name.visit]
+            self.subject = dates[0] if dates else ''
 
     def visit(self):
         """The visit that the path names, as a session; ses-01 where it names none."""
         match = re.search(r'(?:^|[/_])(ses-[A-Za-z0-9]+)', self.relative)
         if match: return match[1]
-        if self.known and self.known.groupdict().get('session'): return f"ses-{self.known['session']}"
+        if self.known and self.known.groupdict().get('session'):
+            return f"ses-{self.known['session']}"
         names = [*reversed(self.folders), self.file]
         visits = [name.visit for name in names if name.visit]
         below = self.folders[self.folder_of_subject() + 1:]
@@ -129,9 +133,10 @@ class Found:
 # ---------------------------------------------------------------- the folder
 
 def find_folder(root, notes, doubts=None):
-    """Every scan below root with subject and modality in its path: 01_T1w.nii.gz, 01/t1.nii, train/01/2019-03-04/t1.nii.
+    """Every scan below root with subject and modality in its path.
 
-    Where names allow two groupings, the one without two files for one scan is taken, and doubts show it.
+    Such as 01_T1w.nii.gz, 01/t1.nii, train/01/2019-03-04/t1.nii. Where names allow two groupings, the one
+    without two files for one scan is taken, and doubts show it.
     """
     files = []
     for path in every_scan(root, notes):

@@ -1,4 +1,4 @@
-"""Label maps as FreeSurfer and its relatives write them: whole numbers, parcels as the structures they are part of."""
+"""Label maps as FreeSurfer and its relatives write them: whole numbers, parcels as parts of structures."""
 import os
 import re
 from collections import defaultdict
@@ -35,7 +35,8 @@ def structures(values):
     if np.mean(np.abs(values - labels) > 0.25) > 0.001:
         raise ValueError('its values are no whole numbers: not a label map')
     if labels.min() < 0 or labels.max() > 32767:
-        raise ValueError(f'labels from {labels.min():.0f} to {labels.max():.0f}: FreeSurfer numbers are expected')
+        raise ValueError(f'labels from {labels.min():.0f} to {labels.max():.0f}: '
+                         'FreeSurfer numbers are expected')
     labels = labels.astype(np.int16)
     table, sizes = np.arange(32768, dtype=np.int16), np.bincount(labels.ravel())
     for first, last, structure in PARCELS:

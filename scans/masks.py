@@ -9,11 +9,9 @@ from glob import escape, glob
 from scans import nifti
 
 def mask_file(pattern, path, root, subject, session, modality):
-    """The one file beside a scan, else below root, that fits a pattern with {subject}, {session}, {modality}, *."""
-    names = set()
-    for person in (subject, subject.removeprefix('sub-')):
-        for visit in (session, session.removeprefix('ses-')):
-            names.add(pattern.format(subject=escape(person), session=escape(visit), modality=escape(modality)))
+    """The one file beside a scan, else below root, that fits a pattern of the setting mask."""
+    subjects, visits = (subject, subject.removeprefix('sub-')), (session, session.removeprefix('ses-'))
+    names = {pattern.format(subject=s, session=v, modality=modality) for s in subjects for v in visits}
     for folder in (os.path.dirname(path), root):
         files = {file for name in names for file in glob(os.path.join(escape(folder), name))}
         if files: break
@@ -28,7 +26,8 @@ def command_words(command, scan='', brain=''):
     except ValueError as e:
         raise SystemExit(f'--skullstrip={command}: not a command line ({e})')
     if not shutil.which(words[0]):
-        raise SystemExit(f'--skullstrip={command}: there is no program {words[0]}; install it or give its path')
+        raise SystemExit(f'--skullstrip={command}: there is no program {words[0]}; '
+                         'install it or give its path')
     return [word.replace('{in}', scan).replace('{out}', brain) for word in words]
 
 def strip_skull(command, path, volume, native):

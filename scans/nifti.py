@@ -110,7 +110,7 @@ def load(path):
 UNITS = {1: ('metre', 1000.0), 3: ('micrometre', 0.001)}  # by NIfTI's code, in mm
 
 def in_mm(image):
-    """The affine of a nibabel image in mm, and a doubt or ''. Units count where they make the voxels likely."""
+    """The affine of a nibabel image in mm, and a doubt or ''. Units count where they make voxels likely."""
     affine = np.array(image.affine, float)
     code = int(image.header['xyzt_units']) % 8 if isinstance(image.header, nib.Nifti1Header) else 0
     if code not in UNITS: return affine, ''
@@ -406,7 +406,8 @@ def check_coverage(insides, least):
         covered = min([(inside.mask & region).sum() / region.sum() for region in others], default=1.0)
         if covered >= 0.9: continue
         slab = f'a slab: it covers {covered:.0%} of the brain that another scan of its session shows'
-        if covered < least: raise ValueError(f'{slab}; --min_coverage={covered - 0.005:.2f} keeps it', k)
+        if covered < least:
+            raise ValueError(f'{slab}; --min_coverage={max(covered - 0.01, 0):.2f} keeps it', k)
         inside.doubts.append(slab)
 
 def conform(volumes, affines, shape, spacing_mm=1.0, resize=False, percentiles=(0.5, 99.5),
@@ -434,7 +435,8 @@ def conform(volumes, affines, shape, spacing_mm=1.0, resize=False, percentiles=(
             insides.append(inside)
             first = insides[0].region
             if not first.any():
-                raise ValueError(f'nothing is left of its brain at {spacing_mm:g} mm: are its voxel sizes right?')
+                raise ValueError(f'nothing is left of its brain at {spacing_mm:g} mm; '
+                                 'are its voxel sizes right?')
             if k and (inside.mask & first).sum() < 0.05 * first.sum():
                 raise ValueError('does not overlap the first scan of its session; '
                                  'are the affines of one space?')

@@ -1,7 +1,7 @@
 """Tables that people keep: read whatever their commas, tabs and encodings; sex and age per subject or visit.
 
 A person is a dict of 'sex' (M, F), 'age' (years) and 'split', without what is not known. Tables of persons
-have the keys subject and (subject, session); what is known of a visit counts before what is known of a person.
+have the keys subject and (subject, session); what is known of a visit counts more.
 """
 import csv
 import io
@@ -65,8 +65,11 @@ def column_of(rows, name):
 
 def columns_of(rows, *names):
     """Rows with the columns of these names alone, under these names; '' where a table has none."""
-    columns = {name: column_of(rows, name) for name in names}
-    return [{name: row.get(column, '') for name, column in columns.items()} for row in rows]
+    columns, found = [column_of(rows, name) for name in names], []
+    for row in rows:
+        values = [row.get(column, '') for column in columns]
+        found.append(dict(zip(names, values)))
+    return found
 
 # ---------------------------------------------------------------- sex and age
 
@@ -155,13 +158,14 @@ def collect(rows, table, sessions, unread, codes=None):
             else:
                 first = persons.setdefault(subject, person)
                 if first != person:
-                    unread.add(table, 'subject', subject, 'several rows, no column session; the first is used')
+                    hint = 'several rows, and no column session for their ages; the first is used'
+                    unread.add(table, 'subject', subject, hint)
     return persons
 
 # ---------------------------------------------------------------- tables of BIDS, and spreadsheets
 
 def read_bids_tables(root, sessions, notes, unread):
-    """Persons of participants.tsv and of every sub-*/sub-*_sessions.tsv; a table that cannot be read is noted."""
+    """Persons of participants.tsv and of every sub-*/sub-*_sessions.tsv; a bad table is noted."""
     persons = {}
     subjects = sorted({subject for subject, _ in sessions})
     for subject in ('', *subjects):

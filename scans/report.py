@@ -37,8 +37,8 @@ def report(facts, rows, notes, doubts=()):
         lost, session = max(cropped)
         lines.append(f'{len(cropped)} brains did not fit the box; most was lost of {session}: '
                      f'{lost:.1%} of its voxels')
-    lines += listed(f'warning: {len(estimated)} scans are raw head scans or have no zero background; masked by '
-                    'a threshold; better give --mask or --skullstrip:', estimated, 50)
+    lines += listed(f'warning: {len(estimated)} scans are raw head scans or have no zero background; masked '
+                    'by a threshold; better give --mask or --skullstrip:', estimated, 50)
     lines += listed(f'warning: the brain or the header of {len(odd)} scans is doubtful:', odd, 50)
     lines += listed('warning: names and tables to look at:', doubts, 50)
     lines += listed(f'{len(moved)} scans registered, {failed} of them without success:', moved, 50)

@@ -20,9 +20,9 @@ from scans.people import (
 def find_bids(root, notes, entities=(), doubts=None):
     """sub-*/[ses-*/]anat/*_SUFFIX.nii[.gz], raw or derivatives.
 
-    entities: such as space-MNI152NLin6Asym, desc-preproc; all must be in the name. Plain scans go before those
-    after a contrast agent (ce-) or of a localizer; phase images, parts of a scan (chunk-) and spines are left
-    out unless entities ask for them.
+    entities: such as space-MNI152NLin6Asym, desc-preproc; all must be in the name. Plain scans go before
+    those after a contrast agent (ce-) or of a localizer; phase images, parts of a scan (chunk-) and spines
+    are left out unless entities ask for them.
     """
     sessions, candidates, doubts = defaultdict(dict), [], [] if doubts is None else doubts
     for path in bids_files(root, notes):
@@ -73,7 +73,8 @@ def unwanted(words):
         small = word.lower()
         if small.startswith('chunk-'): return f'a part of a scan ({word})'
         if 'spine' in small: return f'not of the brain ({word})'
-        if small in ('part-phase', 'part-imag', 'part-real'): return f'not a magnitude image ({word})'
+        if small in ('part-phase', 'part-imag', 'part-real'):
+            return f'not a magnitude image ({word})'
     return ''
 
 def is_special(words):
@@ -84,7 +85,7 @@ def is_special(words):
     return f'a quick ({quick[0]})' if quick else ''
 
 def find_csv(table, notes, doubts=None):
-    """A table with columns subject, session, modality, path and perhaps sex, age, split; a bad row is noted."""
+    """A table with columns subject, session, modality, path and perhaps sex, age, split."""
     sessions, splits, people = defaultdict(dict), {}, []
     rows = read_table(table)
     columns = {column.lower() for column in rows[0]} if rows else set()
@@ -169,11 +170,11 @@ def find_pattern(root, notes, pattern, doubts=None):
             continue
         words = {'session': '01'} | match.groupdict()
         try:
-            subject, session, modality = (clean(k, words[k], path) for k in ('subject', 'session', 'modality'))
+            slot = [clean(kind, words[kind], path) for kind in ('subject', 'session', 'modality')]
         except SystemExit as e:
             notes.append(str(e))
             continue
-        add_scan(sessions, subject, session, modality, path, notes)
+        add_scan(sessions, *slot, path, notes)
     return sessions, {}
 
 def find_ukb(root, notes, doubts=None):

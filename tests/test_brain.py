@@ -19,11 +19,12 @@ def adult(seed=0, shape=(36, 44, 36)):
     return head(shape, seed)
 
 def layered(scale=1.0, scalp=200.0, skull=15.0):
-    """A head in air of exactly 0: a brain within dark bone within bright fat; and the brain's mask. 4 mm."""
+    """A head of 4 mm on 0, a brain within dark bone within bright fat; and the brain's mask."""
     grid = coordinates((52, 60, 52)) * np.array([104, 120, 104]).reshape(3, 1, 1, 1)
     depth = np.sqrt((grid ** 2).sum(0)) - 78 * scale
     inside = 100 + 20 * np.sin(grid[0] / 20)
-    return np.select([depth < -16, depth < -7, depth < 0], [inside, skull, scalp]).astype(np.float32), depth < -16
+    volume = np.select([depth < -16, depth < -7, depth < 0], [inside, skull, scalp])
+    return volume.astype(np.float32), depth < -16
 
 def noise(shape, seed=0):
     return np.abs(4 * np.random.default_rng(seed).normal(size=shape)) + 1
@@ -151,8 +152,7 @@ def test_a_sform_that_contradicts_pixdim_is_named(tmp_path):
     image.header['srow_x'][0], image.header['srow_y'][1] = 2.5, 2.5
     image.header['sform_code'] = 1
     header = image.header.copy()
-    (tmp_path / 'a.nii').write_bytes(header.binaryblock + bytes(4) + image.get_fdata().astype('<f4').tobytes('F'))
-    raw = bytearray((tmp_path / 'a.nii').read_bytes())
+    raw = bytearray(header.binaryblock + bytes(4) + image.get_fdata().astype('<f4').tobytes('F'))
     raw[108:112], raw[344:348] = np.float32(352).tobytes(), b'n+1\0'
     (tmp_path / 'a.nii').write_bytes(raw)
     doubts = nifti.read(str(tmp_path / 'a.nii'))[2].doubts
@@ -197,8 +197,8 @@ def test_a_scaled_integer_scan_goes_back_as_plain_numbers(tmp_path):
 # ---------------------------------------------------------------- files
 
 @pytest.mark.parametrize('name, kind', [
-    ('a.nii', nib.Nifti2Image), ('a.NII.GZ', nib.Nifti1Image), ('a.mgz', nib.MGHImage), ('a.img', nib.Nifti1Pair),
-    ('a.hdr', nib.Nifti1Pair)])
+    ('a.nii', nib.Nifti2Image), ('a.NII.GZ', nib.Nifti1Image), ('a.mgz', nib.MGHImage),
+    ('a.img', nib.Nifti1Pair), ('a.hdr', nib.Nifti1Pair)])
 def test_other_formats_are_read(tmp_path, name, kind):
     nib.save(kind(adult(), AFFINE), tmp_path / name.lower())
     os.rename(tmp_path / name.lower(), tmp_path / name)

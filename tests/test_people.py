@@ -1,4 +1,4 @@
-"""Whose scan is it: names of folders, tables of sex and age, label maps; what is wrong is named, the rest goes on."""
+"""Whose scan is it: names of folders, tables of sex and age, label maps; what is wrong is named."""
 import os
 
 import nibabel as nib
@@ -8,14 +8,14 @@ import pytest
 from conftest import refused, run
 from scans import labels, sources
 from scans.files import printable
-from test_brain import AFFINE, adult, layered
-from test_nifti import head
-from test_prepare import add, prepare, prepared, table
+from test_brain import AFFINE, layered, noise
+from test_nifti import coordinates, head
+from test_prepare import add, prepared, table
 
 # ---------------------------------------------------------------- names of folders
 
 def found(root, *names):
-    """What find_folder makes of empty files of these names: sessions {(subject, session): modalities}, notes, doubts."""
+    """What find_folder makes of empty files: sessions {(subject, session): modalities}, notes, doubts."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
@@ -26,32 +26,39 @@ def found(root, *names):
 def each(names, words):
     return [name.replace('*', word) for name in names for word in words]
 
+BRATS = ['BraTS20_Training_001', 'BraTS20_Training_002']
+VISITS = ['BraTS-GLI-00001-000', 'BraTS-GLI-00001-001']
+ADNI = 'ADNI/002_S_0295/MP-RAGE'
 LAYOUTS = {  # layout: its files, subjects and sessions
-    'BraTS 2020': (each(['BraTS20_Training_001/BraTS20_Training_001_*.nii', 'BraTS20_Training_002/BraTS20_Training_002_*.nii'],
-                        ['t1', 't2', 'flair', 't1ce', 'seg'])[1:],
-                   ['sub-BraTS20_Training_001 ses-01', 'sub-BraTS20_Training_002 ses-01']),
+    'BraTS 2020': (each([f'{name}/{name}_*.nii' for name in BRATS], ['t1', 't2', 'flair', 't1ce', 'seg'])[1:],
+                   [f'sub-{name} ses-01' for name in BRATS]),
     'BraTS, flat': (['BraTS2021_00001_t2.nii.gz', 'BraTS2021_00002_t1.nii.gz'],
                     ['sub-BraTS2021_00001 ses-01', 'sub-BraTS2021_00002 ses-01']),
-    'BraTS 2023': (each(['BraTS-GLI-00001-000/BraTS-GLI-00001-000-*.nii.gz', 'BraTS-GLI-00001-001/BraTS-GLI-00001-001-*.nii.gz'],
-                        ['t1n', 't2w', 't2f', 't1c']),
+    'BraTS 2023': (each([f'{name}/{name}-*.nii.gz' for name in VISITS], ['t1n', 't2w', 't2f', 't1c']),
                    ['sub-BraTS-GLI-00001 ses-000', 'sub-BraTS-GLI-00001 ses-001']),
-    'BraTS of Kaggle': (each(['C001/C001_*.nii/00001_brain_*.nii', 'C002/C002_*.nii/00002_brain_*.nii'], ['t1', 't2']),
-                        ['sub-C001 ses-01', 'sub-C002 ses-01']),
-    'ADNI': (['ADNI/002_S_0295/MP-RAGE/2006-04-18_08_20_30.0/S1/ADNI_002_S_0295_MR_MP-RAGE__br_raw_20060418193713091_1_S1_I1.nii',
-              'ADNI/002_S_0295/MP-RAGE/2007-05-01_09_00_00.0/S2/ADNI_002_S_0295_MR_MP-RAGE__br_raw_20070501193713091_1_S2_I2.nii'],
+    'BraTS of Kaggle': (
+        each(['C001/C001_*.nii/00001_brain_*.nii', 'C002/C002_*.nii/00002_brain_*.nii'], ['t1', 't2']),
+        ['sub-C001 ses-01', 'sub-C002 ses-01']),
+    'ADNI': ([f'{ADNI}/2006-04-18_08_20_30.0/S1/ADNI_002_S_0295_MR_MP-RAGE__br_raw_20060418193713091.nii',
+              f'{ADNI}/2007-05-01_09_00_00.0/S2/ADNI_002_S_0295_MR_MP-RAGE__br_raw_20070501193713091.nii'],
              ['sub-002_S_0295 ses-20060418', 'sub-002_S_0295 ses-20070501']),
     'OASIS': (['OAS1_0001_MR1/RAW/OAS1_0001_MR1_mpr-1_anon.img', 'OAS2_0002_MR2/RAW/mpr-1.nifti.img'],
               ['sub-OAS1_0001 ses-1', 'sub-OAS2_0002 ses-2']),
-    'dated visits': (['P1/2019-03-04/T1.nii', 'P1/20200304/T1.nii', 'P2_20190304_T1w.nii', 'P2_20200304_T1w.nii'],
-                     ['sub-P1 ses-20190304', 'sub-P1 ses-20200304', 'sub-P2 ses-20190304', 'sub-P2 ses-20200304']),
+    'dated folders': (['P1/2019-03-04/T1.nii', 'P1/20200304/T1.nii'],
+                      ['sub-P1 ses-20190304', 'sub-P1 ses-20200304']),
+    'dated files': (['P2_20190304_T1w.nii', 'P2_20200304_T1w.nii'],
+                    ['sub-P2 ses-20190304', 'sub-P2 ses-20200304']),
     'named visits': (['01/baseline/t1.nii', '01/visit2/t1.nii', '02_v1_T1w.nii', '02_v2_T1w.nii'],
                      ['sub-01 ses-baseline', 'sub-01 ses-visit2', 'sub-02 ses-v1', 'sub-02 ses-v2']),
     'parts': (each(['train/001/*.nii', 'train/002/*.nii', 'val/003/*.nii'], ['t1', 't2']),
               ['sub-001 ses-01', 'sub-002 ses-01', 'sub-003 ses-01']),
     'sites': (['siteA/P1/anat/T1.nii', 'siteB/P2/anat/T1.nii'], ['sub-P1 ses-01', 'sub-P2 ses-01']),
-    'folders of modalities': (['T1/001.nii', 'T1/002.nii', 'T2/001.nii'], ['sub-001 ses-01', 'sub-002 ses-01']),
-    'FreeSurfer': (['bert/mri/T1.mgz', 'anna/mri/T1.mgz', 'anna/mri/orig.mgz'], ['sub-anna ses-01', 'sub-bert ses-01']),
-    'names of several words': (['sub_01_T1.nii', 'sub_02_T1.nii', 'sub_02_T1_mask.nii'], ['sub-01 ses-01', 'sub-02 ses-01']),
+    'folders of modalities': (['T1/001.nii', 'T1/002.nii', 'T2/001.nii'],
+                              ['sub-001 ses-01', 'sub-002 ses-01']),
+    'FreeSurfer': (['bert/mri/T1.mgz', 'anna/mri/T1.mgz', 'anna/mri/orig.mgz'],
+                   ['sub-anna ses-01', 'sub-bert ses-01']),
+    'names of several words': (['sub_01_T1.nii', 'sub_02_T1.nii', 'sub_02_T1_mask.nii'],
+                               ['sub-01 ses-01', 'sub-02 ses-01']),
 }
 
 @pytest.mark.parametrize('layout', LAYOUTS)
@@ -95,7 +102,8 @@ def test_a_root_may_have_any_name(tmp_path, name, source, file):
 def test_masks_are_found_in_folders_of_any_name(tmp_path):
     add(tmp_path, 'm[1]/sub-1/anat/sub-1_T1w.nii.gz')
     add(tmp_path, 'm[1]/sub-1/anat/sub-1_mask.nii.gz', (head() > 50).astype(np.float32))
-    assert 'no scan was skipped' in prepared('bids', tmp_path / 'm[1]', tmp_path / 'out', '--mask={subject}_mask.nii.gz')
+    printed = prepared('bids', tmp_path / 'm[1]', tmp_path / 'out', '--mask={subject}_mask.nii.gz')
+    assert 'no scan was skipped' in printed
 
 def test_a_link_to_a_folder_above_ends(tmp_path):
     (tmp_path / '01_T1w.nii').touch()
@@ -160,7 +168,8 @@ def test_a_short_line_leaves_out_what_it_lacks(visits):
 
 @pytest.mark.parametrize('tables', [
     {'participants': 'participant_id\tsession_id\tage\tsex\nsub-1\tses-1\t10\tF\nsub-1\tses-2\t19\tF\n'},
-    {'participants': 'participant_id\tsex\nsub-1\tF\n', 'sessions': 'session_id\tage\nses-1\t10\nses-2\t19\n'}])
+    {'participants': 'participant_id\tsex\nsub-1\tF\n',
+     'sessions': 'session_id\tage\nses-1\t10\nses-2\t19\n'}])
 def test_an_age_of_a_visit_stays_with_it(visits, tables):
     assert known(visits, **tables)[0][:2] == [('F', '10'), ('F', '19')]
 
@@ -174,12 +183,14 @@ def test_ages_that_are_none_are_not_known(visits, age):
     persons, lines = known(visits, participants=f'participant_id\tage\nsub-1\t{age}\n')
     assert persons[0] == ('', '') and bool(lines) == (age in ('-999', 'old', '999'))
 
-@pytest.mark.parametrize('age, expected', [('31', '31'), ('35.80', '35.80'), ('35,5', '35.5'), ('041Y', '41'), ('89+', '89+')])
+@pytest.mark.parametrize('age, expected', [
+    ('31', '31'), ('35.80', '35.80'), ('35,5', '35.5'), ('041Y', '41'), ('89+', '89+')])
 def test_ages_are_read(visits, age, expected):
     assert known(visits, participants=f'participant_id\tage\nsub-1\t{age}\n')[0][0] == ('', expected)
 
 @pytest.mark.parametrize('sex, expected, said', [
-    ('m', 'M', False), ('Female', 'F', False), ('missing', '', False), ('O', '', False), ('1', '', True), ('fish', '', True)])
+    ('m', 'M', False), ('Female', 'F', False), ('missing', '', False), ('O', '', False), ('1', '', True),
+    ('fish', '', True)])
 def test_a_sex_is_known_for_documented_values_alone(visits, sex, expected, said):
     persons, lines = known(visits, participants=f'participant_id\tsex\nsub-1\t{sex}\n')
     assert persons[0] == (expected, '') and bool(lines) == said
@@ -189,7 +200,8 @@ def test_a_spreadsheet_may_tell_visits_apart(visits, tmp_path, rows):
     (tmp_path / 'who.csv').write_text(f'subject,session,sex,age\n{rows}\n')
     known(visits)
     prepared('bids', visits, tmp_path / 'out', f'--people={tmp_path}/who.csv')
-    assert [(row['sex'], row['age']) for row in table(tmp_path / 'out')] == [('F', '10'), ('F', '19'), ('', '')]
+    persons = [(row['sex'], row['age']) for row in table(tmp_path / 'out')]
+    assert persons == [('F', '10'), ('F', '19'), ('', '')]
 
 GOOD = 'subject,session,modality,path\n1,1,T1w,1.nii.gz\n'
 
@@ -209,7 +221,8 @@ def test_bad_rows_of_a_table_of_scans_are_named_and_the_rest_goes_on(tmp_path, t
 
 def test_bad_scans_of_many_kinds_are_left_out_with_their_names(tmp_path):
     add(tmp_path, 'b/sub-0/anat/sub-0_T1w.nii.gz')
-    bad = {'two': (head() > 0) * 2 + 1.0, 'plane': np.pad(np.ones((38, 42, 1)), 1), 'spike': np.eye(40)[..., None] * np.ones(3)}
+    bad = {'two': (head() > 0) * 2 + 1.0, 'plane': np.pad(np.ones((38, 42, 1)), 1),
+           'spike': np.eye(40)[..., None] * np.ones(3)}
     for name, volume in bad.items():
         add(tmp_path, f'b/sub-{name}/anat/sub-{name}_T1w.nii.gz', volume.astype(np.float32))
     printed = prepared('bids', tmp_path / 'b', tmp_path / 'out')
@@ -228,7 +241,8 @@ def test_bad_scans_of_many_kinds_are_left_out_with_their_names(tmp_path):
     (['--mask={subject.x}.nii'], ['--mask'])])
 def test_what_cannot_work_is_said_before_any_work(tmp_path, args, words):
     add(tmp_path, 'b/sub-0/anat/sub-0_T1w.nii.gz')
-    done = run('prepare.py', '--source=bids', f'--root={tmp_path}/b', f'--out_dir={tmp_path}/out', '--workers=1', *args)
+    folders = [f'--root={tmp_path}/b', f'--out_dir={tmp_path}/out']
+    done = run('prepare.py', '--source=bids', *folders, '--workers=1', *args)
     assert refused(done, *words) and not (tmp_path / 'out').exists()
 
 def test_other_braces_of_a_command_are_left_alone(tmp_path):
@@ -239,7 +253,8 @@ def test_other_braces_of_a_command_are_left_alone(tmp_path):
 def test_a_folder_that_is_not_utf8_is_written_all_the_same(tmp_path):
     root = os.fsencode(tmp_path) + b'/\xe9tude'
     os.makedirs(root + b'/sub-1/anat')
-    os.rename(add(tmp_path, 'x.nii.gz', np.maximum(head(), 1 + np.indices(head().shape)[0] % 3)), root + b'/sub-1/anat/sub-1_T1w.nii.gz')
+    path = add(tmp_path, 'x.nii.gz', np.maximum(head(), noise(head().shape)))
+    os.rename(path, root + b'/sub-1/anat/sub-1_T1w.nii.gz')
     prepared('bids', os.fsdecode(root), tmp_path / 'out')
     assert len(table(tmp_path / 'out')) == 1
     assert '\ufffdtude' in (tmp_path / 'out' / 'report.txt').read_text(encoding='utf-8')
@@ -259,8 +274,8 @@ def test_raw_heads_are_named_by_report_and_dry_run(tmp_path):
 
 def aseg():
     """A map of cortex, white matter and thalamus, left and right."""
-    radius, right = (np.indices((36, 44, 36)) - np.array([17.5, 21.5, 17.5]).reshape(3, 1, 1, 1)) ** 2, np.indices((36, 44, 36))[0] > 17
-    r = (radius / np.array([18, 22, 18]).reshape(3, 1, 1, 1) ** 2).sum(0)
+    grid = coordinates((36, 44, 36))
+    r, right = (grid ** 2).sum(0), grid[0] > 0
     return np.select([r < 0.05, r < 0.42, r < 0.62],
                      [np.where(right, 49, 10), np.where(right, 41, 2), np.where(right, 42, 3)], 0)
 
@@ -277,8 +292,9 @@ def test_parcels_are_the_structures_that_they_are_part_of():
 def test_labels_of_a_scaled_map_are_rounded():
     assert (labels.structures(aseg() * np.float32(0.9999))[0] == aseg()).all()
 
-@pytest.mark.parametrize('values, reason', [(aseg() * 0.37, 'no whole numbers'), (aseg() * 1000, 'FreeSurfer numbers'),
-                                            (aseg() - 9, 'FreeSurfer numbers')])
+@pytest.mark.parametrize('values, reason', [
+    (aseg() * 0.37, 'no whole numbers'), (aseg() * 1000, 'FreeSurfer numbers'),
+    (aseg() - 9, 'FreeSurfer numbers')])
 def test_what_is_no_label_map_is_refused(values, reason):
     with pytest.raises(ValueError, match=reason):
         labels.structures(values.astype(np.float32))
@@ -290,7 +306,8 @@ def test_unknown_labels_outside_are_named_and_those_of_head_tissue_are_not():
 
 def test_of_two_maps_the_one_with_structures_is_taken_and_named(tmp_path):
     tissue = np.where(aseg() > 0, 2, 0)
-    for name, volume in (('desc-aparcaseg_dseg', tissue), ('desc-aseg_dseg', aseg()), ('desc-brain_mask', tissue > 0)):
+    maps = {'desc-aparcaseg_dseg': tissue, 'desc-aseg_dseg': aseg(), 'desc-brain_mask': tissue > 0}
+    for name, volume in maps.items():
         nib.save(nib.Nifti1Image(volume.astype(np.int16), AFFINE), tmp_path / f'sub-1_{name}.nii.gz')
     notes = []
     assert labels.find_labelmaps(str(tmp_path), notes) == {'sub-1': f'{tmp_path}/sub-1_desc-aseg_dseg.nii.gz'}
@@ -299,5 +316,6 @@ def test_of_two_maps_the_one_with_structures_is_taken_and_named(tmp_path):
 def test_maps_named_after_their_kind_belong_to_their_folders(tmp_path):
     for subject in ('anna', 'bert'):
         (tmp_path / subject / 'mri').mkdir(parents=True)
-        nib.save(nib.MGHImage(aseg().astype(np.int32), AFFINE), tmp_path / subject / 'mri' / 'aparc+aseg.mgz')
+        path = tmp_path / subject / 'mri' / 'aparc+aseg.mgz'
+        nib.save(nib.MGHImage(aseg().astype(np.int32), AFFINE), path)
     assert sorted(labels.find_labelmaps(str(tmp_path), [])) == ['sub-anna', 'sub-bert']

@@ -257,7 +257,11 @@ def register_scans(scans, facts):
     """Move the affines of later scans onto the first one; one that fails keeps its affine."""
     first = scans[0]
     for scan in scans[1:]:
-        scan.affine, moved = register_rigidly(first.volume, first.affine, scan.volume, scan.affine)
+        try:
+            scan.affine, moved = register_rigidly(first.volume, first.affine, scan.volume, scan.affine)
+        except (ValueError, IndexError, MemoryError) as e:
+            facts['registered'].append(f'{scan.modality} moved 0.0 mm, NOT USED: {e}')
+            continue
         failure = f", NOT USED: {moved['reason']}" if moved['reason'] else ''
         facts['registered'].append(f"{scan.modality} moved {moved['moved_mm']:.1f} mm, likeness "
                                    f"{moved['nmi_before']:.3f} -> {moved['nmi_after']:.3f}{failure}")

@@ -31,6 +31,10 @@ def brain_mask(volume, voxel_mm=(1.0, 1.0, 1.0)):
             below = np.count_nonzero(volume < background) > 0.02 * np.count_nonzero(mask)
             if not head or below:  # z-scores: the background is no air, but a mean
                 return mask, bool(head)
+        field = ndimage.find_objects(mask.astype(np.int8), 1)[0]
+        if mask[field].mean() > 0.85:  # a field of view, with its own air, in a larger grid
+            mask[field] = head_mask(volume[field])
+            return mask & (volume != background), True
     return head_mask(volume), True
 
 def background_value(volume):

@@ -376,8 +376,8 @@ def blaming(k):
     """Errors of scan k of a session: ValueErrors whose second argument is its index."""
     try:
         yield
-    except ValueError as e:
-        raise ValueError(str(e.args[0]), k)
+    except (ValueError, IndexError, MemoryError) as e:
+        raise ValueError(one_line(e.args[0] if e.args else type(e).__name__), k)
 
 @dataclass
 class Inside:

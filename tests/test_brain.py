@@ -50,6 +50,12 @@ def test_the_mask_of_a_head_in_noise_does_not_depend_on_offset_or_scale(offset, 
     assert estimated and np.mean(mask != expected) < 1e-3
     assert mask.sum() == pytest.approx((adult() > 0).sum(), rel=0.1)
 
+@pytest.mark.parametrize('offset', [0, 1000])
+def test_padding_around_a_field_of_view_is_not_its_air(offset):
+    padded = np.pad(np.maximum(adult(), noise(adult().shape)) + offset, ((6, 6), (6, 6), (3, 3)))
+    mask, estimated = brain.brain_mask(padded.astype(np.float32), MM)
+    assert estimated and mask.sum() == pytest.approx((adult() > 0).sum(), rel=0.1)
+
 @pytest.mark.parametrize('sd', [0.45, 0.6, 1.0, 1.5, 6.0])
 def test_air_of_zeros_and_specks_is_no_brain(sd):
     inside = adult() > 0

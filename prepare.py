@@ -9,15 +9,11 @@
 Writes sub-XX_ses-XX_MODALITY.npy (D,H,W) in [0,1], subjects.tsv, dataset.json, checksums.json and report.txt
 into out_dir. Start it again after an interruption: what is written stays. See nifti.py for a scan's way.
 """
-import glob
 import hashlib
 import json
 import os
 import resource
-import shlex
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -30,8 +26,10 @@ from tqdm import tqdm
 import synth
 from common import configure, make_out_dir, write_text
 from judge import figures
-from scans import nifti, preflight, sources
+from scans import labels, masks, nifti, preflight, sources
+from scans.files import printable, tsv
 from scans.nifti import save_npy
+from scans.report import rate, report
 from scans.register import register as register_rigidly
 
 # ---------------------------------------------------------------- settings
@@ -45,11 +43,12 @@ n = 40                    # phantoms, or sessions made from label maps
 thickness_mm = 1.0        # of labelmaps: slices up to so thick, along an axis drawn per image
 people = ''               # spreadsheet saved as .csv or .tsv, for sex and age
 columns = ('subject', 'sex', 'age')  # its columns
-sex_codes = ()            # what its values mean, such as 1=M,2=F
+sex_codes = ()            # what its values mean, such as 1=M,2=F; M, F, male and female are known
 # what to do with a scan
 mask = ''                 # brain masks beside it or below root, with {subject}, {session}, {modality} and *
 skullstrip = ''           # or a command that makes a brain of a head: "CMD {in} {out}"
 register = False          # rigidly register a session's scans onto its first one
+min_coverage = 0.5        # scans that show less of the brain than another one of a session are left out
 shape = (144, 192, 144)   # box in voxels (left-right, posterior-anterior, inferior-superior)
 spacing_mm = 1.0
 resize = False            # stretch the field of view over the box instead of cutting it out (DeCo-VAE)
@@ -81,7 +80,9 @@ def check_settings():
         if not holds: raise SystemExit(f'--{name}={globals()[name]}: {need}')
 
     require(source in (*MADE, *FINDERS), 'source', ', '.join((*MADE, *FINDERS)))
-    require(len(shape) == 3 and min(shape) >= 8, 'shape', 'three sizes of at least 8 voxels')
+    require(len(shape) == 3 and all(type(size) is int and 8 <= size <= 1024 for size in shape), 'shape',
+            'three sizes of 8 to 1024 voxels')
+    require(np.prod(shape, dtype=float) <= 2 ** 29, 'shape', 'at most 2^29 voxels in all')
     require(len(split) == 3 and abs(sum(split) - 1) < 1e-6 and min(split) >= 0, 'split',
             'three fractions that add to 1')
     require(dtype in ('float32', 'float16', 'uint8'), 'dtype', 'float32, float16 or uint8')
@@ -89,14 +90,17 @@ def check_settings():
     require(len(percentiles) == 2 and 0 <= percentiles[0] < percentiles[1] <= 100, 'percentiles',
             'two numbers, rising, within 0 and 100')
     require(percentiles_of in ('brain', 'volume'), 'percentiles_of', 'brain or volume')
-    require(spacing_mm > 0, 'spacing_mm', 'must be positive')
+    require(0.05 <= spacing_mm <= 50, 'spacing_mm', 'must be positive, from 0.05 to 50 mm')
+    require(0 <= min_coverage <= 1, 'min_coverage', 'from 0 to 1')
     try:
         mask.format(subject='', session='', modality='')
-    except (KeyError, ValueError, IndexError):
+    except (KeyError, ValueError, IndexError, AttributeError, TypeError):
         require(False, 'mask', 'may hold {subject}, {session}, {modality} and *')
     require(not (mask and skullstrip), 'mask', 'this or --skullstrip, one of them')
     require(not skullstrip or '{in}' in skullstrip and '{out}' in skullstrip, 'skullstrip',
             'a command with {in} and {out}')
+    if skullstrip:
+        masks.command_words(skullstrip)
     if source in MADE:
         any_contrast = source == 'labelmaps'
         made = [*synth.TISSUE, *(['random1', 'random2', '...'] if any_contrast else [])]
@@ -115,27 +119,38 @@ class Session:
     scans: dict      # {modality: path}; a label map is a dseg
     number: int = 0  # of a phantom, or of a session made from label maps
 
+@dataclass
+class Finding:
+    """What there is to prepare. notes: lines on files left out; doubts: on what a user should look at."""
+    sessions: list
+    persons: dict          # {(subject, session): {'sex', 'age', 'split'}}, as far as known
+    notes: list
+    doubts: list
+
 def find_sessions():
-    """Sessions; {subject: {'sex', 'age', 'split'}}, as far as known; notes on files left out."""
-    notes = []
     if source == 'phantom':
-        return [Session(f'sub-{i:03d}', 'ses-01', {}, i) for i in range(1, n + 1)], {}, notes
+        return Finding([Session(f'sub-{i:03d}', 'ses-01', {}, i) for i in range(1, n + 1)], {}, [], [])
     if not os.path.exists(root): raise SystemExit(f'--root={root}: no such file or folder')
-    sessions = []
-    if source == 'labelmaps':
-        maps = list(sources.find_labelmaps(root, notes).items())
-        if not maps: raise SystemExit(f'{root}: no label maps (.nii, .nii.gz) there')
-        for k in range(n):
-            subject, path = maps[k % len(maps)]
-            sessions.append(Session(subject, f'ses-{k // len(maps):04d}', {'dseg': path}, k))
-        return sessions, {}, notes
+    return find_maps() if source == 'labelmaps' else find_scans()
+
+def find_maps():
+    sessions, notes = [], []
+    maps = list(labels.find_labelmaps(root, notes).items())
+    if not maps: raise SystemExit(f'{root}: no label maps (.nii, .nii.gz, .mgz) there')
+    for k in range(n):
+        subject, path = maps[k % len(maps)]
+        sessions.append(Session(subject, f'ses-{k // len(maps):04d}', {'dseg': path}, k))
+    return Finding(sessions, {}, notes, [])
+
+def find_scans():
+    sessions, notes, doubts = [], [], []
     options = {'bids': [entities], 'pattern': [pattern]}.get(source, [])
-    scans_of, persons = FINDERS[source](root, notes, *options)
+    scans_of, tree = FINDERS[source](root, notes, *options, doubts=doubts)
+    tables = [tree]
     if people:
-        subjects = {subject for subject, _ in scans_of}
-        table = sources.read_people(people, columns, sex_codes, subjects)
-        for subject, person in table.items():
-            persons[subject] = persons.get(subject, {}) | person
+        subjects, unread = {subject for subject, _ in scans_of}, sources.Unread()
+        tables.append(sources.read_people(people, columns, sex_codes, subjects, set(scans_of), unread))
+        doubts += unread.lines()
     for m in modalities:
         if not any(m in scans for scans in scans_of.values()):
             raise SystemExit(f'{root}: no scan of modality {m}')
@@ -146,7 +161,8 @@ def find_sessions():
     if not sessions:
         hint = f' ({notes[0]})' if notes else ''
         raise SystemExit(f'{root}: no scans found for --source={source}{hint}')
-    return sessions, persons, notes
+    persons = {key: sources.person_of(tables, *key) for key in scans_of}
+    return Finding(sessions, persons, notes, doubts)
 
 # ---------------------------------------------------------------- one session, in a worker process
 
@@ -154,11 +170,11 @@ def new_facts(session):
     """What is known of a session before anything is made of it.
 
     By modality: files, orientation (LPS), spacing (1x1x1). By file: checksums. lost: fraction of the brain
-    outside the box. skipped, registered: a line per scan. estimated: scans whose mask is a guess. Later:
-    voxel_mm; of phantoms sex, age; made_from, seconds, peak_mib.
+    outside the box. skipped, registered: a line per scan. estimated: scans whose mask is a guess. doubts:
+    lines on odd headers and sizes. Later: voxel_mm; of phantoms sex, age; made_from, seconds, peak_mib.
     """
     return {'subject': session.subject, 'session': session.name, 'files': {}, 'checksums': {}, 'lost': 0.0,
-            'skipped': [], 'orientation': {}, 'spacing': {}, 'estimated': [], 'registered': []}
+            'skipped': [], 'orientation': {}, 'spacing': {}, 'estimated': [], 'registered': [], 'doubts': []}
 
 def in_order(names):
     """Modalities in ORDER, then the others by name."""
@@ -183,11 +199,11 @@ def write_volume(facts, modality, volume, native=None):
 
 def write_made(facts, made, native=None):
     """Scale and write what synth made: images {modality: volume} and labels."""
-    labels = made['labels']
+    inside = made['labels'] > 0
     for modality, volume in made['images'].items():
-        scaled, _, _ = nifti.scale_intensity(volume, labels > 0, percentiles, percentiles_of, clip)
+        scaled, _, _ = nifti.scale_intensity(volume, inside, percentiles, percentiles_of, clip)
         write_volume(facts, modality, stored(scaled, dtype))
-    write_volume(facts, 'dseg', labels, native)
+    write_volume(facts, 'dseg', made['labels'], native)
 
 def make_phantom(session):
     phantom = synth.phantom(session.number, shape, seed, made_modalities())
@@ -198,13 +214,15 @@ def make_phantom(session):
 def make_from_labels(session):
     facts, path = new_facts(session), session.scans['dseg']
     try:
-        labels, affine, native = nifti.read(path)
-        variant = synth.variant(labels.astype(np.int16), voxel_sizes(affine), shape, spacing_mm,
-                                made_modalities(), (seed, session.number), thickness_mm)
+        values, affine, native = nifti.read(path)
+        label_map, doubts = labels.structures(values)
+        variant = synth.variant(label_map, voxel_sizes(affine), shape, spacing_mm, made_modalities(),
+                                (seed, session.number), thickness_mm)
     except ValueError as e:
         facts['skipped'].append(str(e) if str(e).startswith(path) else f'{path}: {e}')
         return facts
     facts['lost'] = variant['lost']
+    facts['doubts'] += [f'{path}: {line}' for line in doubts]
     write_made(facts, variant, native)
     return facts
 
@@ -223,46 +241,27 @@ def read_scan(session, modality):
     path = session.scans[modality]
     scan = Scan(modality, path, *nifti.read(path))
     if mask:
-        brain, affine, _ = nifti.read(mask_file(session, modality))
+        file = masks.mask_file(mask, path, root, session.subject, session.name, modality)
+        brain, affine, _ = nifti.read(file)
         brain = brain > 0
     elif skullstrip:
-        brain, affine, _ = strip_skull(scan)
+        brain, affine, _ = masks.strip_skull(skullstrip, path, scan.volume, scan.native)
         brain = brain != 0
     else:
         return scan
     scan.mask = nifti.resample(brain.astype(np.float32), affine, scan.affine, scan.volume.shape) > 0.5
+    if not scan.mask.any(): raise ValueError(f'{path}: its brain mask is empty or lies elsewhere')
     return scan
-
-def mask_file(session, modality):
-    """The one file beside a scan, else below root, that fits the setting mask."""
-    path = session.scans[modality]
-    subjects = (session.subject, session.subject.removeprefix('sub-'))
-    visits = (session.name, session.name.removeprefix('ses-'))
-    names = {mask.format(subject=s, session=v, modality=modality) for s in subjects for v in visits}
-    for folder in (os.path.dirname(path), root):
-        files = {file for name in names for file in glob.glob(os.path.join(folder, name))}
-        if files: break
-    if len(files) != 1:
-        raise ValueError(f"{path}: {len(files)} files fit its mask, {' or '.join(sorted(names))}")
-    return files.pop()
-
-def strip_skull(scan):
-    """What the command skullstrip leaves of a scan, as nifti.read gives it."""
-    with tempfile.TemporaryDirectory() as folder:
-        head, brain = os.path.join(folder, 'head.nii.gz'), os.path.join(folder, 'brain.nii.gz')
-        nifti.write(head, scan.volume, scan.native)
-        command = [word.format(**{'in': head, 'out': brain}) for word in shlex.split(skullstrip)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode or not os.path.exists(brain):
-            message = (done.stderr.strip().splitlines() or ['no message'])[-1]
-            raise ValueError(f'{scan.path}: --skullstrip ended with {done.returncode} ({message})')
-        return nifti.read(brain)
 
 def register_scans(scans, facts):
     """Move the affines of later scans onto the first one; one that fails keeps its affine."""
     first = scans[0]
     for scan in scans[1:]:
-        scan.affine, moved = register_rigidly(first.volume, first.affine, scan.volume, scan.affine)
+        try:
+            scan.affine, moved = register_rigidly(first.volume, first.affine, scan.volume, scan.affine)
+        except (ValueError, IndexError, MemoryError) as e:
+            facts['registered'].append(f'{scan.modality} moved 0.0 mm, NOT USED: {e}')
+            continue
         failure = f", NOT USED: {moved['reason']}" if moved['reason'] else ''
         facts['registered'].append(f"{scan.modality} moved {moved['moved_mm']:.1f} mm, likeness "
                                    f"{moved['nmi_before']:.3f} -> {moved['nmi_after']:.3f}{failure}")
@@ -281,14 +280,15 @@ def make_session(session):
         try:
             boxes, placement = nifti.conform(
                 [scan.volume for scan in scans], [scan.affine for scan in scans], shape, spacing_mm, resize,
-                percentiles, percentiles_of, clip, [scan.mask for scan in scans])
+                percentiles, percentiles_of, clip, [scan.mask for scan in scans], min_coverage)
             break
         except ValueError as e:
             reason, k = e.args
             facts['skipped'].append(f'{scans.pop(k).path}: {reason}')
     if not scans: return facts
-    for scan, box, estimated in zip(scans, boxes, placement.estimated):
+    for scan, box, estimated, doubts in zip(scans, boxes, placement.estimated, placement.doubts):
         write_volume(facts, scan.modality, stored(box, dtype), scan.native)
+        facts['doubts'] += [f'{scan.path}: {line}' for line in (*scan.native.doubts, *doubts)]
         if estimated:
             facts['estimated'].append(scan.path)
     facts['lost'] = placement.lost
@@ -301,7 +301,8 @@ def origin(session):
     for modality, path in session.scans.items():
         file = nifti.file_of(path)
         made_from[modality] = [path, os.path.getmtime(file) if os.path.exists(file) else 0]
-    return made_from | {'how': [mask, skullstrip, register, thickness_mm]}
+    how = [mask, skullstrip, register, thickness_mm] + ([min_coverage] if min_coverage != 0.5 else [])
+    return made_from | {'how': how}
 
 def facts_path(session):
     return f'{out_dir}/.facts/{session.subject}_{session.name}.json'
@@ -397,7 +398,7 @@ def index_rows(facts, names, persons):
     """Rows of subjects.tsv, a dict per session. names: of the modalities."""
     rows = []
     for f in facts:
-        person = persons.get(f['subject'], {})
+        person = persons.get((f['subject'], f['session']), {})
         rows.append({
             'subject': f['subject'], 'session': f['session'],
             'split': person.get('split') or split_of(f['subject'], split, seed),
@@ -406,59 +407,11 @@ def index_rows(facts, names, persons):
             'lost': f"{f['lost']:.4f}"})
     return rows
 
-def counted(pairs):
-    return ', '.join(f'{name} {count}' for name, count in pairs)
-
-def listed(title, items, most=None):
-    """Lines of a titled list, none where it is empty."""
-    return [title, *[f'  {item}' for item in items[:most]]] if items else []
-
-def report(facts, rows, notes):
-    """The closing report. facts: of all sessions; rows: of subjects.tsv; notes: on files left out."""
-    scans = Counter(m for f in facts for m in f['files'] if m != 'dseg')
-    orientations = Counter(code for f in facts for code in f['orientation'].values())
-    spacings = Counter(mm for f in facts for mm in f['spacing'].values())
-    cropped = [(f['lost'], f"{f['subject']} {f['session']}") for f in facts if f['lost'] > 0]
-    estimated = [path for f in facts for path in f['estimated']]
-    moved = [f"{f['subject']} {f['session']}: {line}" for f in facts for line in f['registered']]
-    failed = sum('NOT USED' in line for line in moved)
-    skipped = [line for f in facts for line in f['skipped']]
-    splits = Counter(row['split'] for row in rows)
-    parts = {part: splits[part] for part in ('train', 'val', 'test')}
-    lines = [f"{len({row['subject'] for row in rows})} subjects, {len(rows)} sessions",
-             f'scans: {counted(scans.items())}',
-             f'sessions per split: {counted(parts.items())}',
-             f"orientations found: {counted(orientations.most_common(8)) or 'phantoms'}",
-             f"spacings found (mm): {counted(spacings.most_common(8)) or 'phantoms'}"]
-    advice = 'give --split, more subjects, or a split column'
-    lines += [f'warning: no subject in split {part}; {advice}' for part in parts if not parts[part]]
-    if cropped:
-        lost, session = max(cropped)
-        lines.append(f'{len(cropped)} brains did not fit the box; most was lost of {session}: '
-                     f'{lost:.1%} of its voxels')
-    lines += listed(f'warning: {len(estimated)} scans have no zero background; taken as raw head scans, '
-                    'masked by a threshold:', estimated, 20)
-    lines += listed(f'{len(moved)} scans registered, {failed} of them without success:', moved, 50)
-    lines += listed(f'{len(notes)} files not used:', notes, 50)
-    lines += listed(f'{len(skipped)} scans skipped:', skipped) or ['no scan was skipped']
-    return '\n'.join(lines) + '\n'
-
-def rate(facts):
-    """Speed, memory of a worker and size, and what they mean for 30,000 scans."""
-    scans = sum(len(set(f['files']) - {'dseg'}) for f in facts)
-    seconds = sum(f['seconds'] for f in facts)
-    size = os.path.getsize(f"{out_dir}/{next(iter(facts[0]['checksums']))}")
-    peaks = [f['peak_mib'] for f in facts if 'peak_mib' in f]  # not in folders of an earlier version
-    memory = f', at most {max(peaks)} MiB per worker' if peaks else ''
-    hours, gigabytes = 30000 * seconds / scans / 3600, 30000 * size / 1e9
-    return (f'{scans / seconds:.2f} scans/s per core{memory} and {size} bytes a scan: '
-            f'30,000 scans would take {hours:.1f} core hours and {gigabytes:.0f} GB')
-
-def write_index(facts, used, recipe, persons, notes):
+def write_index(facts, used, recipe, finding):
     """Write the files about the whole. used: facts of the sessions that have a volume."""
     names = in_order({m for f in used for m in f['files']} - {'dseg'})
-    rows = index_rows(used, names, persons)
-    text = report(facts, rows, notes)
+    rows = index_rows(used, names, finding.persons)
+    text = printable(report(facts, rows, finding.notes, finding.doubts))
     dataset = recipe | {
         'modalities': names,
         'axes': 'RAS+',
@@ -470,28 +423,29 @@ def write_index(facts, used, recipe, persons, notes):
     write_text(f'{out_dir}/dataset.json', json.dumps(dataset, indent=1))
     write_text(f'{out_dir}/checksums.json', json.dumps(checksums, indent=0))
     write_text(f'{out_dir}/report.txt', text)
-    table = sources.tsv([rows[0], *[row.values() for row in rows]])
+    table = printable(tsv([rows[0], *[row.values() for row in rows]]))
     write_text(f'{out_dir}/subjects.tsv', table)  # last: without it the folder is no data
-    print(f'{text}{rate(used)}\nwritten to {out_dir}')
+    size = os.path.getsize(f"{out_dir}/{next(iter(used[0]['checksums']))}")
+    print(f'{text}{rate(used, size)}\nwritten to {printable(out_dir)}')
 
-def look(sessions, notes):
+def look(finding):
     """Print what is there and what is odd; write a table and contact sheets to out_dir/preflight."""
-    rows = [row for rows in run_all(examine_session, sessions) for row in rows]
+    rows = [row for rows in run_all(examine_session, finding.sessions) for row in rows]
     rows.sort(key=lambda row: (row['subject'], row['session'], row['modality']))
     folder = f'{out_dir}/preflight'
     make_out_dir(folder)
-    print(preflight.report(rows, notes))
-    write_text(f'{folder}/scans.tsv', preflight.table(rows))
+    print(printable(preflight.report(rows, finding.notes, finding.doubts)))
+    write_text(f'{folder}/scans.tsv', printable(preflight.table(rows)))
     for modality, volumes in preflight.contact_sheets(rows).items():
         figures.contact_sheet(f'{folder}/{modality}.png', volumes)
     print(f'\n{folder}/scans.tsv; nothing else was written')
 
 def main():
     check_settings()
-    sessions, persons, notes = find_sessions()
-    if dry_run: return look(sessions, notes)
+    finding = find_sessions()
+    if dry_run: return look(finding)
     part, parts = parse_shard()
-    sessions = sessions[part::parts]
+    sessions = finding.sessions[part::parts]
     recipe = claim_out_dir()
     facts = run_all(prepare_session, sessions)
     if shard:
@@ -502,7 +456,7 @@ def main():
     used = [f for f in facts if f['files']]
     if not used:
         raise SystemExit(f"{root}: every scan was skipped, the first because {facts[0]['skipped'][0]}")
-    write_index(facts, used, recipe, persons, notes)
+    write_index(facts, used, recipe, finding)
 
 if __name__ == '__main__':
     config = configure(globals(), sys.argv[1:])

@@ -7,7 +7,7 @@ from nibabel.affines import voxel_sizes
 
 from common import markdown_table
 from scans import nifti
-from scans.sources import tsv
+from scans.files import tsv
 
 SMALL = (40, 48, 40)  # voxels of 4.5 mm: what contact sheets show and modalities are told apart by
 COLUMNS = ('subject', 'session', 'modality', 'orientation', 'spacing_mm', 'shape', 'low', 'median', 'high',
@@ -25,15 +25,19 @@ def examine(subject, session, scans, box_mm):
         rows.append(row)
         try:
             volume, affine, native = nifti.read(path)
-            mask, estimated = nifti.brain_mask(volume)
+            sizes = voxel_sizes(affine)
+            mask, estimated = nifti.brain_mask(volume, sizes)
             (small,), _ = nifti.conform([volume], [affine], SMALL, 4.5, masks=[mask])
         except ValueError as e:
-            row['reason'] = str(e.args[0])
+            reason = str(e.args[0])
+            row['reason'] = reason if reason.startswith(path) else f'{path}: {reason}'
             continue
+        inner = nifti.inner_region(mask, sizes) if estimated else mask
+        sized = (nifti.size_doubt(mask, sizes, estimated), nifti.cut_doubt(mask, estimated))
         with open(nifti.file_of(path), 'rb') as f:
             row['checksum'] = zlib.crc32(f.read())
-        low, median, high = np.percentile(volume[mask], (0.5, 50, 99.5))
-        brain_mm = [(b.stop - b.start) * v for b, v in zip(nifti.bounds(mask), voxel_sizes(affine))]
+        low, median, high = np.percentile(volume[inner], (0.5, 50, 99.5))
+        brain_mm = [(b.stop - b.start) * v for b, v in zip(nifti.bounds(mask), sizes)]
         outside = any(size > box for size, box in zip(brain_mm, box_mm))
         grid = (volume.shape, affine.round(3).tolist())
         first_grid = first_grid or grid
@@ -49,6 +53,7 @@ def examine(subject, session, scans, box_mm):
             'outside_box': 'yes' if outside else '',
             'same_grid': 'yes' if grid == first_grid else 'no',
             'small': small.astype(np.float16),
+            'doubts': [f'{path}: {line}' for line in (*native.doubts, *sized) if line],
         }
     return rows
 
@@ -105,8 +110,11 @@ def summary(rows):
         lines.append(line)
     return markdown_table(head, lines)
 
-def report(rows, notes):
-    """The summary and what is odd, as text. rows: of all sessions, sorted; notes: lines on files left out."""
+def report(rows, notes, doubts=()):
+    """The summary and what is odd, as text. rows: of all sessions, sorted; notes: lines on files left out.
+
+    doubts: lines on names and tables.
+    """
     good = usable(rows)
     copies, present = defaultdict(list), defaultdict(set)
     for row in good:
@@ -123,6 +131,10 @@ def report(rows, notes):
         'sessions without a modality': lacking,
         'perhaps another modality': suspects(good),
         'larger than the box': [f"{row['path']}: {row['brain_mm']} mm" for row in good if row['outside_box']],
+        'raw heads, or without a zero background': [row['path'] for row in good
+                                                    if row['background'] == 'estimated'],
+        'odd headers or sizes': [line for row in good for line in row['doubts']],
+        'names and tables to look at': doubts,
         'files not used': notes,
     }
     subjects = {row['subject'] for row in rows}

@@ -1,120 +1,134 @@
 """Where scans are: the trees and tables of cohorts as sessions. Only names and tables are looked at.
 
-A finder returns sessions {(subject, session): {modality: path}} and people {subject: {'sex', 'age',
-'split'}}. It notes every file that it leaves out. A path may lead into a zip archive; see nifti.read.
+A finder returns sessions {(subject, session): {modality: path}} and what tables say of persons (people.py).
+It notes every file and row that it leaves out, and adds to doubts what a user should look at. A path may lead
+into a zip archive; see nifti.read.
 """
-import csv
 import os
 import re
 from collections import defaultdict
-from glob import glob
+from glob import escape, glob
 
-SUFFIXES = {
-    't1w': 'T1w', 't1': 'T1w', 'mprage': 'T1w', 't2w': 'T2w', 't2': 'T2w', 'flair': 'FLAIR',
-    't2flair': 'FLAIR', 'pd': 'PD', 'pdw': 'PD'}
-
-def clean(kind, text, where):
-    """A subject, session or modality as part of a file name, with its prefix; refused if it is no name."""
-    text = str(text).strip()
-    if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_.+-]*', text) or '..' in text:
-        raise SystemExit(f'{where}: {kind} {text!r}: only letters, digits and -_.+ may be in a name')
-    if kind == 'modality': return SUFFIXES.get(text.lower(), text)
-    prefix = {'subject': 'sub-', 'session': 'ses-'}[kind]
-    return text if text.startswith(prefix) else prefix + text
-
-def stem(path):
-    return re.sub(r'\.nii(\.gz)?$', '', path)
-
-def every_nifti(root):
-    return sorted(glob(f'{root}/**/*.nii', recursive=True) + glob(f'{root}/**/*.nii.gz', recursive=True))
-
-def add_scan(sessions, subject, session, modality, path, notes):
-    scans = sessions[subject, session]
-    if modality in scans:
-        notes.append(f'{path}: another {modality} of {subject} {session}, {scans[modality]} is used')
-    else:
-        scans[modality] = path
-
-def read_table(path):
-    """Rows of a .csv or .tsv as dicts."""
-    try:
-        with open(path, newline='', encoding='utf-8-sig') as f:
-            return list(csv.DictReader(f, delimiter='\t' if path.endswith('.tsv') else ','))
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise SystemExit(f'{path}: cannot read this table ({e})')
-
-def tsv(rows):
-    return ''.join('\t'.join(map(str, row)) + '\n' for row in rows)
+from scans.files import SUFFIXES, add_scan, clean, every_scan, is_scan, stem, tsv
+from scans.folders import find_folder
+from scans.labels import find_labelmaps
+from scans.people import (
+    Unread, collect, columns_of, person_of, read_bids_tables, read_people, read_table)
 
 # ---------------------------------------------------------------- layouts
 
-def find_bids(root, notes, entities=()):
+def find_bids(root, notes, entities=(), doubts=None):
     """sub-*/[ses-*/]anat/*_SUFFIX.nii[.gz], raw or derivatives.
 
-    entities: such as space-MNI152NLin6Asym, desc-preproc; all must be in the name.
+    entities: such as space-MNI152NLin6Asym, desc-preproc; all must be in the name. Plain scans go before
+    those after a contrast agent (ce-) or of a localizer; phase images, parts of a scan (chunk-) and spines
+    are left out unless entities ask for them.
     """
-    sessions = defaultdict(dict)
-    for path in sorted(glob(f'{root}/sub-*/anat/*.nii*') + glob(f'{root}/sub-*/ses-*/anat/*.nii*')):
+    sessions, candidates, doubts = defaultdict(dict), [], [] if doubts is None else doubts
+    for path in bids_files(root, notes):
         parts = os.path.relpath(path, root).split(os.sep)
-        session = parts[1] if len(parts) == 4 else 'ses-01'
+        session = parts[1] if parts[1].startswith('ses-') else 'ses-01'
         words = stem(parts[-1]).split('_')
         suffix = words[-1]
         lacking = sorted(set(entities) - set(words))
+        other = unwanted([word for word in words if word not in entities])
         if suffix.lower() not in SUFFIXES and not suffix[:1].isupper():
             notes.append(f'{path}: not a scan that is known ({suffix})')
         elif lacking:
             notes.append(f'{path}: without {", ".join(lacking)}')
+        elif other:
+            notes.append(f'{path}: {other}')
         else:
-            add_scan(sessions, parts[0], session, SUFFIXES.get(suffix.lower(), suffix), path, notes)
-    return sessions, read_participants(os.path.join(root, 'participants.tsv'))
+            try:
+                slot = [clean(k, text, path) for k, text in
+                        (('subject', parts[0]), ('session', session), ('modality', suffix))]
+                candidates.append((is_special(words), path, slot))
+            except SystemExit as e:
+                notes.append(str(e))
+    for special, path, slot in sorted(candidates):
+        add_scan(sessions, *slot, path, notes)
+        if special and sessions[slot[0], slot[1]][slot[2]] == path:
+            doubts.append(f'{path}: {special} scan, used as there is no plain {slot[2]}')
+    unread = Unread()
+    persons = read_bids_tables(root, set(sessions), notes, unread)
+    doubts += unread.lines()
+    return sessions, persons
 
-def read_participants(table):
-    """{subject: {'sex', 'age'}} of a participants.tsv, {} where there is none."""
-    people = {}
-    for row in read_table(table) if os.path.exists(table) else []:
-        known = {k: v for k, v in row.items() if v and v.lower() not in ('n/a', 'nan')}
-        subject = 'sub-' + row.get('participant_id', '').removeprefix('sub-')
-        people[subject] = {'sex': known.get('sex') or known.get('gender') or '', 'age': known.get('age', '')}
-    return people
+def bids_files(root, notes):
+    """Files of anat folders, sorted; of a folder that is named as a file, the one scan in it."""
+    paths = []
+    for path in sorted(glob(f'{escape(root)}/sub-*/anat/*') + glob(f'{escape(root)}/sub-*/ses-*/anat/*')):
+        if os.path.isdir(path):
+            inside = [p for p in sorted(glob(f'{escape(path)}/*')) if is_scan(p, notes)]
+            if len(inside) != 1:
+                notes.append(f'{path}: a folder with {len(inside)} scans')
+            paths += inside if len(inside) == 1 else []
+        elif is_scan(path, notes):
+            paths.append(path)
+    return paths
 
-def find_csv(table, notes):
+def unwanted(words):
+    """Why a file with these words is no scan of a brain, '' where it is."""
+    for word in words:
+        small = word.lower()
+        if small.startswith('chunk-'): return f'a part of a scan ({word})'
+        if 'spine' in small: return f'not of the brain ({word})'
+        if small in ('part-phase', 'part-imag', 'part-real'):
+            return f'not a magnitude image ({word})'
+    return ''
+
+def is_special(words):
+    """A word that makes a scan another one than plain: after a contrast agent or a localizer; else ''."""
+    agents = [word for word in words if word.startswith('ce-')]
+    if agents: return f'a contrast-enhanced ({agents[0]})'
+    quick = [word for word in words if re.search('localizer|scout|survey', word.lower())]
+    return f'a quick ({quick[0]})' if quick else ''
+
+def find_csv(table, notes, doubts=None):
     """A table with columns subject, session, modality, path and perhaps sex, age, split."""
-    sessions, people = defaultdict(dict), {}
+    sessions, splits, people = defaultdict(dict), {}, []
     rows = read_table(table)
-    missing = {'subject', 'session', 'modality', 'path'} - set(rows[0] if rows else ())
+    columns = {column.lower() for column in rows[0]} if rows else set()
+    missing = {'subject', 'session', 'modality', 'path'} - columns
     if missing: raise SystemExit(f"{table}: no column {', '.join(sorted(missing))}")
     folder = os.path.dirname(os.path.abspath(table))
+    rows = columns_of(rows, 'subject', 'session', 'modality', 'path', 'sex', 'age', 'split')
     for number, row in enumerate(rows, 2):
         where = f'{table} line {number}'
-        subject = clean('subject', row['subject'] or '', where)
-        session = clean('session', row['session'] or '01', where)
-        modality = clean('modality', row['modality'] or '', where)
-        split = (row.get('split') or '').strip()
-        if split not in ('', 'train', 'val', 'test'):
-            raise SystemExit(f'{where}: split {split!r}: train, val or test')
-        person = {'sex': row.get('sex') or '', 'age': row.get('age') or '', 'split': split}
-        first = people.setdefault(subject, person)['split']
-        if first != split:
-            raise SystemExit(f'{where}: subject {subject} is in two splits '
-                             f'({first or "none"} and {split or "none"})')
-        add_scan(sessions, subject, session, modality, os.path.join(folder, row['path']), notes)
-    return sessions, people
-
-def find_folder(root, notes):
-    """Every .nii[.gz] below root with subject and modality in its path: 01_T1w.nii.gz, 01/t1.nii."""
-    sessions = defaultdict(dict)
-    for path in every_nifti(root):
-        words = re.split('[_/]', stem(os.path.relpath(path, root)).replace(os.sep, '/'))
-        modalities = [SUFFIXES[w.lower()] for w in words if w.lower() in SUFFIXES]
-        visits = [w for w in words if w.startswith('ses-')]
-        others = [w for w in words if w.lower() not in SUFFIXES and w not in visits]
-        subject = others[0] if others else ''
-        if not modalities or not subject:
-            notes.append(f'{path}: subject and modality cannot be told from the name')
+        if row['split'] not in ('', 'train', 'val', 'test'):
+            raise SystemExit(f"{where}: split {row['split']!r}: train, val or test")
+        try:
+            subject = clean('subject', row['subject'], where)
+            session = clean('session', row['session'] or '01', where)
+            modality = clean('modality', row['modality'], where)
+        except SystemExit as e:
+            notes.append(str(e))
             continue
-        session = visits[0] if visits else 'ses-01'
-        add_scan(sessions, clean('subject', subject, path), session, modalities[-1], path, notes)
-    return sessions, {}
+        if not row['path']:
+            notes.append(f'{where}: no path')
+            continue
+        first = splits.setdefault(subject, row['split'])
+        if first != row['split']:
+            raise SystemExit(f'{where}: subject {subject} is in two splits '
+                             f'({first or "none"} and {row["split"] or "none"})')
+        add_scan(sessions, subject, session, modality, os.path.join(folder, row['path']), notes)
+        people.append(row | {'subject': subject, 'session': session})
+    unread = Unread()
+    persons = collect(visits_of(people), table, set(sessions), unread)
+    for subject, split in splits.items():
+        persons[subject] = persons.get(subject, {}) | {'split': split}
+    if doubts is not None:
+        doubts += unread.lines()
+    return sessions, persons
+
+def visits_of(rows):
+    """A row per session of rows per scan, with the first sex and age that are given."""
+    visits = {}
+    for row in rows:
+        visit = visits.setdefault((row['subject'], row['session']), dict(row))
+        for name in ('sex', 'age'):
+            visit[name] = visit[name] or row[name]
+    return list(visits.values())
 
 def pattern_regex(pattern):
     """A pattern of find_pattern as a regular expression with the groups subject, session and modality."""
@@ -142,27 +156,31 @@ def pattern_regex(pattern):
     except re.error as e:
         raise SystemExit(f'--pattern={pattern}: not a regular expression ({e})')
 
-def find_pattern(root, notes, pattern):
+def find_pattern(root, notes, pattern, doubts=None):
     """Files below root whose path fits a pattern, such as {subject}/{session}/*/{modality}.nii.gz.
 
     * is any name or part of one, **/ any folders or none. A name may be narrowed: {modality:T1|T2}, by a
     regular expression without braces.
     """
     regex, sessions = pattern_regex(pattern), defaultdict(dict)
-    for path in every_nifti(root):
+    for path in every_scan(root, notes):
         match = regex.fullmatch(os.path.relpath(path, root).replace(os.sep, '/'))
         if not match:
             notes.append(f'{path}: does not fit --pattern={pattern}')
             continue
         words = {'session': '01'} | match.groupdict()
-        subject, session, modality = (clean(k, words[k], path) for k in ('subject', 'session', 'modality'))
-        add_scan(sessions, subject, session, modality, path, notes)
+        try:
+            slot = [clean(kind, words[kind], path) for kind in ('subject', 'session', 'modality')]
+        except SystemExit as e:
+            notes.append(str(e))
+            continue
+        add_scan(sessions, *slot, path, notes)
     return sessions, {}
 
-def find_ukb(root, notes):
+def find_ukb(root, notes, doubts=None):
     """UK Biobank's bulk field 20252, EID_20252_INSTANCE_0.zip, as downloaded: the T1w brain in MNI space."""
     sessions = defaultdict(dict)
-    for path in sorted(glob(f'{root}/**/*.zip', recursive=True)):
+    for path in sorted(glob(f'{escape(root)}/**/*.zip', recursive=True)):
         match = re.fullmatch(r'(\d+)_20252_(\d)_\d\.zip', os.path.basename(path))
         if match:
             scan = f'{path}/T1/T1_brain_to_MNI.nii.gz'
@@ -170,45 +188,3 @@ def find_ukb(root, notes):
         else:
             notes.append(f'{path}: not named as EID_20252_INSTANCE_0.zip')
     return sessions, {}
-
-def find_labelmaps(root, notes):
-    """Label maps, one per subject: {subject: path}."""
-    maps = {}
-    for path in every_nifti(root):
-        subject = clean('subject', stem(os.path.basename(path)).split('_')[0], path)
-        if subject in maps:
-            notes.append(f'{path}: another label map of {subject}, {maps[subject]} is used')
-        else:
-            maps[subject] = path
-    return maps
-
-# ---------------------------------------------------------------- sex and age
-
-def read_people(table, columns, sex_codes, subjects):
-    """{subject: {'sex', 'age'}} from a spreadsheet saved as .csv or .tsv; SystemExit if no row fits.
-
-    columns: its names for subject, sex and age. sex_codes: such as ('1=M', '2=F'). An id that is a number
-    stands for the one subject whose name holds that number.
-    """
-    rows, codes = read_table(table), dict(code.split('=') for code in sex_codes)
-    if len(columns) != 3:
-        raise SystemExit(f'--columns={columns}: three names, of subject, sex and age')
-    for column in columns:
-        if rows and column not in rows[0]:
-            names = ', '.join(map(repr, rows[0]))
-            raise SystemExit(f"{table}: no column '{column}'; it has {names}; name yours by --columns")
-    by_number = defaultdict(list)
-    for subject in subjects:
-        by_number[int(re.sub(r'\D', '', subject) or -1)].append(subject)
-    people = {}
-    for row in rows:
-        person, sex, age = ((row[column] or '').strip() for column in columns)
-        names = [name for name in (person, f'sub-{person}') if name in subjects]
-        if not names and person.isdigit():
-            names = by_number[int(person)]
-        if len(names) == 1 and names[0] not in people:
-            people[names[0]] = {'sex': codes.get(sex, sex), 'age': age}
-    if not people:
-        example = next(iter(subjects), '(none)')
-        raise SystemExit(f'{table}: none of its rows is of a subject that was found, such as {example}')
-    return people

@@ -1,0 +1,221 @@
+"""Folders of scans with names of any kind: whose scan is it, of which visit and modality?
+
+Names as cohorts are downloaded are known (KNOWN). Of others, the words of a path are sorted into modality,
+visit, descriptions and the rest, which names the subject.
+"""
+import os
+import re
+from collections import Counter, defaultdict
+
+from scans.files import SUFFIXES, add_scan, clean, every_scan, stem
+
+# other words for modalities, in names of files that follow no rule
+WORDS = SUFFIXES | dict.fromkeys(('t1n', 'mpr', 'spgr', 'fspgr', 'bravo'), 'T1w') | {'t2f': 'FLAIR'}
+CONTRAST_AGENT = set('t1ce t1c t1gd t1post t1km t1wce t1wc gd gado postgad postcontrast'.split())
+NO_SCAN = set('''mask seg dseg label labels aseg aparc wmparc ribbon probseg brainmask warp xfm pve
+    segmentation lesion lesions roi'''.split())
+# what describes a scan, and names no subject
+DESCRIPTIONS = set('''brain bet stripped skullstripped masked n4 bias biascorr reg registered coreg
+    coregistered mni mni152 norm normalized preproc preprocessed defaced raw orig original restore acpc dc
+    corrected resampled iso nii gz anat mri mr ax axial sag sagittal cor coronal 3d 2d pre native img image
+    scan volume final nifti niftis be tfl ir se tse fse weighted head'''.split())
+DROPPED = set(WORDS) | CONTRAST_AGENT | NO_SCAN | DESCRIPTIONS
+# folders that hold more than one subject, or only a part of one
+GENERIC = re.compile(
+    r'(train|training|val|valid|validation|test|testing|data|dataset|images?|imagestr|imagests|labels?|anat|'
+    r'niftis?|nii|mri|hgg|lgg|raw|processed|derivatives|sourcedata|scans?|fold|batch|part|site|cent(er|re)|'
+    r'group|cohort|release|series|study|set|subjects?|patients?|unprocessed|structural|freesurfer|orig|'
+    r'brains?|heads?|adni|oasis|brats|ixi|abide)[-_ ]?\d*', re.IGNORECASE)
+DATE = re.compile(r'(?<!\d)((?:19|20)\d\d([-._]?)(?:0\d|1[0-2])\2(?:[0-2]\d|3[01]))'
+                  r'(?:\d{6,9}|[T_]\d\d[_:.]\d\d[_:.]\d\d(?:\.\d+)?)?(?!\d)')
+VISIT = re.compile(
+    r'(?<![A-Za-z0-9])(?:(?:ses|session|visit|timepoint|tp|scan|followup|fu|baseline|bl|screening|wave|year|'
+    r'month|week|day)[-_ ]?\d+[a-z]?|baseline|bl|screening|followup)(?![A-Za-z0-9])', re.IGNORECASE)
+SHORT_VISIT = re.compile(r'(?:v|m|y|w|d|wk|yr|mo|mr|t|s)\d{1,3}', re.IGNORECASE)
+KEYS = re.compile(
+    r'(?:^|(?<=_))(?:run|acq|rec|desc|space|res|echo|inv|part|ce|chunk|dir|label)-[A-Za-z0-9]+')
+KNOWN = [re.compile(pattern) for pattern in (  # subject, and visit where the name has one
+    r'(?:^|(?<=[/_]))(?P<subject>sub-[A-Za-z0-9]+)',
+    r'(?<!\d)(?P<subject>\d{3}_S_\d{4,5})(?!\d)',                # ADNI
+    r'(?P<subject>OAS\d_?\d{4,5})(?:_MR_?(?P<session>d?\d+))?',  # OASIS
+    r'(?P<subject>BraTS-[A-Za-z]+-\d{5})-(?P<session>\d{3})',    # BraTS from 2023 on
+    r'(?P<subject>UPENN-GBM-\d{5})_(?P<session>\d\d)',
+    r'(?P<subject>TCGA-\w{2}-\w{4})',
+    r'(?P<subject>IXI\d{3})(?=-)')]
+
+# ---------------------------------------------------------------- the words of a name
+
+class Name:
+    """What the words of a folder's or file's name say: id, visit, modalities, whether it is a plain scan."""
+    def __init__(self, text):
+        self.text = text
+        date = DATE.search(text)
+        rest = DATE.sub('_', KEYS.sub('_', re.sub(r'(?i)mp[-_ ]?rage', 'mprage', text)))
+        visit = VISIT.search(rest)
+        self.visit = ''
+        if date or visit:
+            self.visit = date[1] if date else visit[0]
+        words = list(re.finditer(r'[^-_. ]+', VISIT.sub('_', rest)))
+        small = [word[0].lower() for word in words]
+        self.modalities = [WORDS[word] for word in small if word in WORDS]
+        self.no_scan = any(word in NO_SCAN for word in small)
+        self.agent = any(word in CONTRAST_AGENT for word in small)
+        first = next((k for k, word in enumerate(small) if word not in DROPPED), len(small))
+        last = next((k for k in range(first, len(small)) if small[k] in DROPPED), len(small))
+        run = words[first:last]  # the first words in a row that are left
+        if len(run) > 1 and SHORT_VISIT.fullmatch(run[-1][0]) and not run[-2][0].isalpha():
+            self.visit = self.visit or run.pop()[0]
+        self.id = VISIT.sub('_', rest)[run[0].start():run[-1].end()] if run else ''
+        self.numbered = any(c.isdigit() for c in self.id)
+
+    def skeleton(self):
+        """The id with # for its digits; '' where it has too few of them to number persons."""
+        return re.sub(r'\d', '#', self.id) if len(re.findall(r'\d', self.id)) >= 2 else ''
+
+class Found:
+    """A file below root, and what its path says."""
+    def __init__(self, path, root):
+        self.path = path
+        self.relative = os.path.relpath(path, root).replace(os.sep, '/')
+        *folders, file = map(Name, stem(self.relative).split('/'))
+        self.file, self.folders = file, folders
+        self.known = next(filter(None, (regex.search(self.relative) for regex in KNOWN)), None)
+        named = [name.modalities for name in (file, *reversed(folders)) if name.modalities]
+        modalities = named[0] if named else ['']
+        self.modality = 'FLAIR' if 'FLAIR' in modalities else modalities[-1]
+        self.home = self.subject = ''
+
+    def reason(self):
+        """Why it is no plain scan of a modality, else ''."""
+        if self.file.no_scan: return 'a mask or label map by its name'
+        if self.file.agent or any(name.agent for name in self.folders):
+            return 'after a contrast agent by its name; give a --pattern to use it'
+        return '' if self.modality else 'subject and modality cannot be told from the name'
+
+    def folder_of_subject(self):
+        """The index of the deepest folder that may name a subject, with a number if any has one; or -1."""
+        able = [k for k, name in enumerate(self.folders) if name.id and not GENERIC.fullmatch(name.text)]
+        long = [k for k in able if not SHORT_VISIT.fullmatch(self.folders[k].id)] or able[:1]
+        plain = [k for k in long if not self.folders[k].modalities] or long
+        numbered = [k for k in plain if self.folders[k].numbered]
+        return (numbered or plain or [-1])[-1]
+
+    def assign(self, by_file):
+        """Choose the subject: by a known name, else by the file's or by a folder's."""
+        k = self.folder_of_subject()
+        folder = self.folders[k].id if k >= 0 else ''
+        by_folder = folder and not by_file and (self.folders[k].numbered or not self.file.numbered)
+        if self.known:
+            self.subject, self.home = self.known['subject'], ''
+        elif by_folder or not self.file.id:
+            self.subject, self.home = folder, '/'.join(name.text for name in self.folders[:k])
+        else:
+            self.subject = self.file.id
+            self.home = '/'.join(name.text for name in self.folders if not name.modalities)
+            if self.home.rpartition('/')[2] == self.subject:
+                self.home = self.home.rpartition('/')[0]
+        if not self.subject:  # a number that only looks like a date
+            dates = [name.visit for name in (self.file, *reversed(self.folders)) if name.visit]
+            self.subject = dates[0] if dates else ''
+
+    def visit(self):
+        """The visit that the path names, as a session; ses-01 where it names none."""
+        match = re.search(r'(?:^|[/_])(ses-[A-Za-z0-9]+)', self.relative)
+        if match: return match[1]
+        if self.known and self.known.groupdict().get('session'):
+            return f"ses-{self.known['session']}"
+        names = [*reversed(self.folders), self.file]
+        visits = [name.visit for name in names if name.visit]
+        below = self.folders[self.folder_of_subject() + 1:]
+        visits += [name.id for name in below if SHORT_VISIT.fullmatch(name.id)]  # 001/m12/t1.nii
+        return 'ses-' + re.sub(r'[^A-Za-z0-9]', '', visits[0]) if visits else 'ses-01'
+
+# ---------------------------------------------------------------- the folder
+
+def find_folder(root, notes, doubts=None):
+    """Every scan below root with subject and modality in its path.
+
+    Such as 01_T1w.nii.gz, 01/t1.nii, train/01/2019-03-04/t1.nii. Where names allow two groupings, the one
+    without two files for one scan is taken, and doubts show it.
+    """
+    files = []
+    for path in every_scan(root, notes):
+        file = Found(path, root)
+        if file.reason():
+            notes.append(f'{path}: {file.reason()}')
+        else:
+            files.append(file)
+    by_file = better_by_file(files)
+    for file in files:
+        file.assign(by_file)
+    doubtful = tell_apart(files)
+    sessions, paths = defaultdict(dict), defaultdict(list)
+    for file in files:
+        try:
+            subject = clean('subject', name_of(file.subject), file.path)
+        except SystemExit as e:
+            notes.append(str(e))
+            continue
+        add_scan(sessions, subject, file.visit(), file.modality, file.path, notes)
+        if file.subject in doubtful or by_file == 'guess':
+            paths[subject].append(file.relative)
+    if doubts is not None and paths:
+        doubts += [f"{subject} <- {', '.join(names)}" for subject, names in paths.items()]
+        doubts.append(f'where this is wrong: --source=pattern --pattern={suggested(files[0])}')
+    return sessions, {}
+
+def name_of(subject):
+    """A subject's id with the letters alone that a name may have."""
+    return re.sub('^sub_', '', re.sub(r'[^A-Za-z0-9_.+-]+', '-', subject).strip('-_.'))
+
+def collisions(files):
+    """How many files want a slot, a modality of a session, that another one has."""
+    slots = Counter((file.subject, file.visit(), file.modality) for file in files)
+    return sum(slots.values()) - len(slots)
+
+def better_by_file(files):
+    """Whether the files' own names tell subjects better than folders: 'yes', 'guess' or ''.
+
+    Yes where folders bring more files into one slot; a guess where a folder holds numbered names of one form,
+    as of persons: study2/P001_T1.nii beside study2/P002_T2.nii.
+    """
+    counts = []
+    for by_file in ('', 'yes'):
+        for file in files:
+            file.assign(by_file)
+        counts.append(collisions(files))
+    if counts[1] < counts[0]: return 'yes'
+    ids = defaultdict(set)
+    for file in files:
+        k = file.folder_of_subject()
+        if not file.known and k >= 0 and file.file.skeleton() and file.folders[k].id not in file.file.id:
+            ids[os.path.dirname(file.path), file.file.skeleton()].add(file.file.id)
+    return 'guess' if any(len(names) > 1 for names in ids.values()) and counts[1] <= counts[0] else ''
+
+def tell_apart(files):
+    """Rename subjects of one name in several folders where their scans collide: train/001 and val/001.
+
+    Returns the subjects in doubt: those, or the ones that are taken from several folders.
+    """
+    homes, slots = defaultdict(set), defaultdict(set)
+    for file in files:
+        homes[file.subject].add(file.home)
+        slots[file.subject, file.visit(), file.modality].add(file.home)
+    shared = {subject for subject, folders in homes.items() if len(folders) > 1}
+    if all(len(folders) == 1 for folders in slots.values()): return shared
+    renamed = set()
+    for file in files:
+        if file.subject in shared:
+            file.subject = f'{file.home}-{file.subject}'.replace('/', '-').strip('-')
+            renamed.add(file.subject)
+    return renamed
+
+def suggested(file):
+    """A pattern for paths like this file's."""
+    pattern = file.relative.replace(file.subject, '{subject}')
+    for word in re.findall(r'[A-Za-z0-9]+', os.path.basename(file.relative)):
+        if word.lower() in WORDS:
+            folder, _, name = pattern.rpartition('/')
+            pattern = f'{folder}/{name.replace(word, "{modality}", 1)}'.lstrip('/')
+            break
+    return pattern if '{subject}' in pattern else '{subject}/*{modality}.nii.gz'

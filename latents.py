@@ -1,5 +1,6 @@
 """The latents of a trained autoencoder: written once per scan, read as batches, with their conditions."""
 import json
+import math
 import os
 from itertools import islice
 
@@ -11,6 +12,7 @@ from common import make_out_dir, write_text
 from data import Sessions, draw, open_npy, random, read_index
 
 SEXES = ('F', 'M')  # the values of the column that count; anything else is "not known"
+SEX_NAMES = {'f': 'F', 'female': 'F', 'm': 'M', 'male': 'M'}
 
 # ---------------------------------------------------------------- encoding
 
@@ -170,13 +172,12 @@ class Latents:
 def value_of(row, column):
     """The sex ('F', 'M') or age (years) of a session, None if not known."""
     text = (row.get(column) or '').strip()
-    if column == 'sex':
-        letter = text[:1].upper()
-        return letter if letter in SEXES else None
+    if column == 'sex': return SEX_NAMES.get(text.lower())
     try:
-        return float(text)
+        age = float(text)
     except ValueError:
         return None
+    return age if math.isfinite(age) else None
 
 def encode_conditions(values, conditions, modalities):
     """values: a dict of known conditions per sample -> what FlowUNet takes. None without conditions.

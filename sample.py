@@ -104,7 +104,13 @@ class Scan:
     """A NIfTI file, its box (1,1,D,H,W) in [0,1] for the model, and what it takes to go back."""
     def __init__(self, path, data):
         self.volume, self.affine, self.native = nifti.read(path)
-        boxes, self.placement = nifti.conform([self.volume], [self.affine], **data)
+        try:
+            boxes, self.placement = nifti.conform([self.volume], [self.affine], **data)
+        except ValueError as e:
+            raise ValueError(f'{path}: {e.args[0]}')
+        nifti.check_inside(path, self.placement)
+        for doubt in (*self.native.doubts, *self.placement.doubts[0]):
+            print(f'{path}: {doubt}')
         self.box = torch.from_numpy(boxes[0])[None, None]
         lost = self.placement.lost
         if lost > 0:

@@ -128,9 +128,10 @@ def test_nearest_is_that_of_one_distance_at_a_time():
 
 def test_encoder_hash_is_that_of_checkpoints_from_before_norms_could_be_chosen():
     torch.manual_seed(0)
-    args = model_args(ConvVAE(ConvVAEConfig(widths=(8, 8))))
+    model = ConvVAE(ConvVAEConfig(widths=(8, 8)))
+    args = model_args(model)
     assert args.pop('norm') == 'group'
-    before = from_checkpoint({'model_args': args, 'model': ConvVAE(ConvVAEConfig(widths=(8, 8))).state_dict()})
+    before = from_checkpoint({'model_args': args, 'model': model.state_dict()})
     with torch.no_grad():
         for p in before.parameters():
             p.fill_(0.5)

@@ -76,13 +76,13 @@ def zeroed(layer):
     return layer
 
 def space_to_depth(x):
-    """Blocks of 2x2x2 voxels as channels: (B, C, D, H, W) -> (B, 8C, D/2, H/2, W/2)."""
+    """2x2x2 voxels as channels: (B, C, D, H, W) -> (B, 8C, D/2, H/2, W/2)."""
     B, C, D, H, W = x.shape
     blocks = x.reshape(B, C, D // 2, 2, H // 2, 2, W // 2, 2).permute(0, 1, 3, 5, 7, 2, 4, 6)
     return blocks.reshape(B, 8 * C, D // 2, H // 2, W // 2)
 
 def depth_to_space(x):
-    """The way back: (B, 8C, d, h, w) -> (B, C, 2d, 2h, 2w)."""
+    """Back: (B, 8C, d, h, w) -> (B, C, 2d, 2h, 2w)."""
     B, C, d, h, w = x.shape
     blocks = x.reshape(B, C // 8, 2, 2, 2, d, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
     return blocks.reshape(B, C // 8, 2 * d, 2 * h, 2 * w)
@@ -459,9 +459,9 @@ class ConvVAEConfig(QuantizerConfig):
     """Defaults: MAISI's autoencoder (arXiv:2409.11169), which DeCo-VAE trains anew: 20,944,897 parameters.
 
     layout 'maisi': trilinear x2, no SiLU before the last convolution of either half. 'sd': nearest x2, that
-    SiLU, attention between two blocks in the middle, one more block per decoder level. 'fold', our own: the
-    network works on blocks of 2x2x2 voxels, at an eighth of the cost per voxel, and doubles by sub-pixels.
-    norm: 'group', or 'none', with which a network learns intensities fastest and patches equal volumes.
+    SiLU, attention between two blocks in the middle, one more block per decoder level. 'fold', our own, works
+    on blocks of 2x2x2 voxels, at an eighth of the cost, and doubles by sub-pixels.
+    norm: 'group', or 'none', which learns fastest and codes a patch as part of its volume.
     """
     dims: int = 3                   # 3: volumes; 2: slices, and volumes slice by slice
     in_channels: int = 1
@@ -556,9 +556,9 @@ def conv_levels(c, widths, res_blocks, **change):
     blocks, channels = [], widths[0]
     for level, width in enumerate(widths):
         if level > 0:
-            change_width = width if c.layout == 'fold' else channels
-            blocks.append(ConvLayer(c.dims, channels, change_width, **change))
-            channels = change_width
+            c_out = width if c.layout == 'fold' else channels
+            blocks.append(ConvLayer(c.dims, channels, c_out, **change))
+            channels = c_out
         for _ in range(res_blocks):
             blocks.append(ResBlock(c.dims, channels, width, norm=c.norm))
             channels = width
@@ -566,8 +566,8 @@ def conv_levels(c, widths, res_blocks, **change):
 
 def middle_blocks(c, width):
     if c.layout != 'sd': return []
-    first, second = (ResBlock(c.dims, width, width, norm=c.norm) for _ in range(2))
-    return [first, Attention(width), second]
+    first, last = (ResBlock(c.dims, width, width, norm=c.norm) for _ in range(2))
+    return [first, Attention(width), last]
 
 def conv_encoder(c, c_in, c_out):
     """x (B, c_in, *size) -> (B, c_out, *size / 2^(levels-1))."""
@@ -603,7 +603,7 @@ class ConvVAE(Autoencoder):
             if value not in allowed: raise ValueError(f'{key}={value!r}: one of {allowed}')
         self.kl = c.bottleneck == 'kl'
         self.folds = c.layout == 'fold'
-        if self.folds and c.dims == 2: raise ValueError("layout='fold' is for volumes: dims=3")
+        if self.folds and c.dims == 2: raise ValueError("layout='fold' needs dims=3")
         self.factor = 2 ** (len(c.widths) - 1 + self.folds)
         self.factors = [self.factor] * 3  # voxels per latent position along D, H, W
         if c.dims == 2:
@@ -847,7 +847,7 @@ def encoder_hash(model):
     """16 hex digits that name an autoencoder's encoder and codebook, whatever its decoder."""
     args = model_args(model)
     if args.get('norm') == 'group':
-        del args['norm']  # networks from before this field keep their name
+        del args['norm']  # networks older than this field keep their name
     digest = hashlib.sha256(repr(sorted(args.items())).encode())
     for name, tensor in model.state_dict().items():
         if not name.startswith(('decoder.', 'post.', 'film', 'mod_')):

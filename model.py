@@ -847,7 +847,7 @@ def encoder_hash(model):
     """16 hex digits that name an autoencoder's encoder and codebook, whatever its decoder."""
     args = model_args(model)
     if args.get('norm') == 'group':
-        del args['norm']  # networks older than this field keep their name
+        del args['norm']  # older networks keep their name
     digest = hashlib.sha256(repr(sorted(args.items())).encode())
     for name, tensor in model.state_dict().items():
         if not name.startswith(('decoder.', 'post.', 'film', 'mod_')):

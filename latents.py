@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from common import make_out_dir, write_text
 from data import Sessions, draw, open_npy, random, read_index
+from scans import people
 
 SEXES = ('F', 'M')  # the values of the column that count; anything else is "not known"
-SEX_NAMES = {'f': 'F', 'female': 'F', 'm': 'M', 'male': 'M'}
 
 # ---------------------------------------------------------------- encoding
 
@@ -172,7 +172,7 @@ class Latents:
 def value_of(row, column):
     """The sex ('F', 'M') or age (years) of a session, None if not known."""
     text = (row.get(column) or '').strip()
-    if column == 'sex': return SEX_NAMES.get(text.lower())
+    if column == 'sex': return people.SEXES.get(text.lower())
     try:
         age = float(text)
     except ValueError:

@@ -28,7 +28,9 @@ from common import configure, make_out_dir, write_text
 from judge import figures
 from scans import labels, masks, nifti, preflight, sources
 from scans.files import printable, tsv
+from scans.folders import find_folder
 from scans.nifti import save_npy
+from scans.people import Unread, person_of, read_people
 from scans.report import rate, report
 from scans.register import register as register_rigidly
 
@@ -66,7 +68,7 @@ shard = ''                # i/n: every n-th session from the i-th (0 to n-1) on;
 workers = -1              # processes; -1 for one per core, 1 for none but this
 strict = False            # stop at the first bad scan instead of leaving it out
 
-FINDERS = {'bids': sources.find_bids, 'csv': sources.find_csv, 'folder': sources.find_folder,
+FINDERS = {'bids': sources.find_bids, 'csv': sources.find_csv, 'folder': find_folder,
            'pattern': sources.find_pattern, 'ukb': sources.find_ukb}
 MADE = ('phantom', 'labelmaps')  # the other sources, whose images are made here
 ORDER = ('T1w', 'T2w', 'FLAIR', 'PD')  # the first one present gives a session its grid
@@ -148,8 +150,8 @@ def find_scans():
     scans_of, tree = FINDERS[source](root, notes, *options, doubts=doubts)
     tables = [tree]
     if people:
-        subjects, unread = {subject for subject, _ in scans_of}, sources.Unread()
-        tables.append(sources.read_people(people, columns, sex_codes, subjects, set(scans_of), unread))
+        subjects, unread = {subject for subject, _ in scans_of}, Unread()
+        tables.append(read_people(people, columns, sex_codes, subjects, set(scans_of), unread))
         doubts += unread.lines()
     for m in modalities:
         if not any(m in scans for scans in scans_of.values()):
@@ -161,7 +163,7 @@ def find_scans():
     if not sessions:
         hint = f' ({notes[0]})' if notes else ''
         raise SystemExit(f'{root}: no scans found for --source={source}{hint}')
-    persons = {key: sources.person_of(tables, *key) for key in scans_of}
+    persons = {key: person_of(tables, *key) for key in scans_of}
     return Finding(sessions, persons, notes, doubts)
 
 # ---------------------------------------------------------------- one session, in a worker process

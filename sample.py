@@ -133,8 +133,10 @@ def reconstruct(model, checkpoint):
     x_hat = model.reconstruct(x, source).float().clamp(0, 1)
     scan.write(output, x_hat, own_scale=True)
     whole, brain = psnr(x_hat, x).item(), psnr(x_hat, x, mask=x > 0).item()
-    background = ', whose background is that of the input' if mask else ''
-    print(f'PSNR {whole:.2f} dB whole, {brain:.2f} dB brain, before masking: {output}{background}')
+    score, background = f'PSNR {whole:.2f} dB whole, {brain:.2f} dB brain', ''
+    if mask:
+        score, background = f'{score}, before masking', ', whose background is that of the input'
+    print(f'{score}: {output}{background}')
 
 def translate(model, checkpoint):
     scan = Scan(input, checkpoint['data'])

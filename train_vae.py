@@ -241,7 +241,8 @@ def neuroquant_terms(batch, what, it):
     """Unweighted terms of a micro-batch, each a mean over the joined batch, and x_hat."""
     x, modality, share = batch['x'], batch['modality'], batch['share']
     pairs = batch.get('pairs', ())
-    out = model(x, modality, pairs if len(pairs) and get_w_cross(it) > 0 else None)
+    crosses = get_w_cross(it) > 0  # by schedule alone: the same terms everywhere
+    out = model(x, modality, pairs if crosses and len(pairs) else None)
     terms = {
         'recon': share * reconstruction_loss(out['x_hat'], x, w_ssim, recon),
         'commit': share * out['commit'],
@@ -251,7 +252,7 @@ def neuroquant_terms(batch, what, it):
     if classifier:
         logits = classifier(grad_reverse(out['z_anat'].float(), get_alpha(it)))
         terms['adv'] = share * F.cross_entropy(logits.float(), modality)
-    if get_w_cross(it) > 0:  # by the schedule alone: every process has the same terms
+    if crosses:
         terms['cross'] = torch.zeros((), device=device)
         if len(pairs):
             error = reconstruction_loss(out['x_cross'], x[pairs[:, 1]], 0.0, recon)

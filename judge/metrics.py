@@ -5,6 +5,7 @@ import torch
 from common import print0
 from data import random
 from losses import perceptual_loss, psnr, ssim, ssim_map
+from quantize import perplexity
 
 def attempt(measure, *args, **row):
     """A row of results: what it is of, and what measure(*args) returns, or as 'reason' why it cannot."""
@@ -177,10 +178,10 @@ def code_rows(codes, modalities):
 
 def code_use(counts):
     """Histograms (codebooks, K) -> how many codes were used, and perplexity, means over codebooks; tokens."""
-    shares = [c[c > 0] / c.sum() for c in counts]
+    counts = torch.as_tensor(counts, dtype=torch.float64)
     return {
-        'used': float(np.mean([len(p) for p in shares])),
-        'perplexity': float(np.mean([np.exp(-(p * np.log(p)).sum()) for p in shares])),
+        'used': (counts > 0).sum(1).double().mean().item(),
+        'perplexity': perplexity(counts).item(),
         'tokens': int(counts.sum())}
 
 def tsne(points, perplexity=30.0, seed=0):

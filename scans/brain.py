@@ -55,9 +55,13 @@ def block_means(volume, sizes):
             total += part
     return total / np.float32(np.prod(sizes))
 
+def block_sizes(shape, voxel_mm):
+    """How many voxels per axis make about COARSE_MM."""
+    return [min(max(1, round(COARSE_MM / mm)), n) for mm, n in zip(voxel_mm, shape)]
+
 def coarse(volume, mask, voxel_mm):
     """Small copies in blocks of about COARSE_MM: volume, fraction inside the mask; and their voxels in mm."""
-    sizes = [min(max(1, round(COARSE_MM / mm)), n) for mm, n in zip(voxel_mm, volume.shape)]
+    sizes = block_sizes(volume.shape, voxel_mm)
     return block_means(volume, sizes), block_means(mask, sizes), np.multiply(voxel_mm, sizes)
 
 def largest_part(mask, by_slices=True):
@@ -163,7 +167,7 @@ def inner_region(mask, voxel_mm):
     Of what is smaller than a head, a third of its depth. Intensities of a head are scaled by this part of it:
     fat under the scalp is brighter than any brain.
     """
-    sizes = [min(max(1, round(COARSE_MM / mm)), n) for mm, n in zip(voxel_mm, mask.shape)]
+    sizes = block_sizes(mask.shape, voxel_mm)
     solid = block_means(mask, sizes) > 0.5
     if not solid.any(): return mask
     small_mm = np.multiply(voxel_mm, sizes)

@@ -16,7 +16,7 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 from scipy import ndimage
 
-from scans.brain import brain_mask, cut_doubt, inner_region, otsu_threshold, size_doubt
+from scans.brain import brain_mask, cut_doubt, inner_region, size_doubt
 
 # ---------------------------------------------------------------- files
 

@@ -6,7 +6,7 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 
 from common import markdown_table
-from scans import nifti
+from scans import brain, nifti
 from scans.files import tsv
 
 SMALL = (40, 48, 40)  # voxels of 4.5 mm: what contact sheets show and modalities are told apart by
@@ -26,14 +26,14 @@ def examine(subject, session, scans, box_mm):
         try:
             volume, affine, native = nifti.read(path)
             sizes = voxel_sizes(affine)
-            mask, estimated = nifti.brain_mask(volume, sizes)
+            mask, estimated = brain.brain_mask(volume, sizes)
             (small,), _ = nifti.conform([volume], [affine], SMALL, 4.5, masks=[mask])
         except ValueError as e:
             reason = str(e.args[0])
             row['reason'] = reason if reason.startswith(path) else f'{path}: {reason}'
             continue
-        inner = nifti.inner_region(mask, sizes) if estimated else mask
-        sized = (nifti.size_doubt(mask, sizes, estimated), nifti.cut_doubt(mask, estimated))
+        inner = brain.inner_region(mask, sizes) if estimated else mask
+        sized = (brain.size_doubt(mask, sizes, estimated), brain.cut_doubt(mask, estimated))
         with open(nifti.file_of(path), 'rb') as f:
             row['checksum'] = zlib.crc32(f.read())
         low, median, high = np.percentile(volume[inner], (0.5, 50, 99.5))

@@ -9,11 +9,8 @@ import re
 from collections import defaultdict
 from glob import escape, glob
 
-from scans.files import SUFFIXES, add_scan, clean, every_scan, is_scan, stem, tsv
-from scans.folders import find_folder
-from scans.labels import find_labelmaps
-from scans.people import (
-    Unread, collect, columns_of, person_of, read_bids_tables, read_people, read_table)
+from scans.files import SUFFIXES, add_scan, clean, every_scan, is_scan, stem
+from scans.people import Unread, collect, columns_of, read_bids_tables, read_table
 
 # ---------------------------------------------------------------- layouts
 

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from conftest import refused, run
+from prepare import FINDERS
 from scans import labels, sources
 from scans.files import printable
+from scans.folders import find_folder
+from scans.people import person_of
 from test_brain import AFFINE, layered, noise
 from test_nifti import coordinates, head
 from test_prepare import add, prepared, table
@@ -20,7 +23,7 @@ def found(root, *names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
     notes, doubts = [], []
-    sessions, _ = sources.find_folder(str(root), notes, doubts)
+    sessions, _ = find_folder(str(root), notes, doubts)
     return {key: sorted(scans) for key, scans in sessions.items()}, notes, doubts
 
 def each(names, words):
@@ -96,7 +99,7 @@ def test_a_root_may_have_any_name(tmp_path, name, source, file):
     (tmp_path / name / file).parent.mkdir(parents=True)
     (tmp_path / name / file).touch()
     options = ['{subject}/{modality}.nii.gz'] if source == 'pattern' else []
-    sessions, _ = getattr(sources, f'find_{source}')(f'{tmp_path}/{name}', [], *options)
+    sessions, _ = FINDERS[source](f'{tmp_path}/{name}', [], *options)
     assert list(sessions) == [('sub-1', 'ses-01')]
 
 def test_masks_are_found_in_folders_of_any_name(tmp_path):
@@ -146,7 +149,7 @@ def known(root, **tables):
         (root / path).write_bytes(text if isinstance(text, bytes) else text.encode())
     notes, doubts = [], []
     sessions, tree = sources.find_bids(str(root), notes, doubts=doubts)
-    persons = [sources.person_of([tree], *key) for key in sorted(sessions)]
+    persons = [person_of([tree], *key) for key in sorted(sessions)]
     return [(person.get('sex', ''), person.get('age', '')) for person in persons], notes + doubts
 
 BOTH = [('F', '10'), ('F', '10'), ('M', '40')]

@@ -118,8 +118,10 @@ def test_changed_settings_are_refused_on_resume_with_both_values(resuming):
 def test_a_changed_batch_size_is_refused_on_resume(resuming):
     assert 'batch_size 2 there, 3 here' in refuses(*resuming, '--batch_size=3')
 
-def test_changed_settings_are_taken_where_the_user_insists(resuming):
+def test_changed_settings_are_taken_where_the_user_insists(resuming, tmp_path):
     play(*resuming, '--lr=0.5', '--resume_changed=True')
+    checkpoint = load_checkpoint(tmp_path / 'out' / 'ckpt.pt')
+    assert checkpoint['iter_num'] == 2 and checkpoint['config']['lr'] == 0.5
 
 # ---------------------------------------------------------------- bad input
 

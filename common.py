@@ -220,6 +220,46 @@ def adamw(parameters, lr, betas, eps, weight_decay):
               {'params': [p for p in parameters if p.ndim <= 1], 'weight_decay': 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
+def for_muon(weight):
+    """True of the weights of convolutions and linear layers with at least 16 outputs."""
+    return weight.ndim > 1 and len(weight) >= 16
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised as a matrix (C_out, the rest), for convolutions and linear layers.
+
+    Jordan et al. 2024, with updates as large as AdamW's (Liu et al. 2025, arXiv:2502.16982), so that lr and
+    weight_decay mean the same. torch.optim.Muon takes no convolutions, and its bfloat16 is slow on a CPU.
+    """
+    def __init__(self, weights, lr, weight_decay, momentum=0.95):
+        super().__init__(weights, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for weight in group['params']:
+                if weight.grad is not None:
+                    self.move(weight, **{key: group[key] for key in self.defaults})
+
+    def move(self, weight, lr, weight_decay, momentum):
+        state = self.state[weight]
+        if not state:
+            state['average'] = torch.zeros_like(weight)
+        state['average'].lerp_(weight.grad, 1 - momentum)
+        ahead = weight.grad.lerp(state['average'], momentum)  # Nesterov's
+        update = orthogonal(ahead.flatten(1))
+        rate = 0.2 * lr * math.sqrt(max(update.shape))
+        weight.mul_(1 - lr * weight_decay).add_(update.reshape(weight.shape), alpha=-rate)
+
+def orthogonal(matrix, steps=5):
+    """Nearly U V^T of a matrix U S V^T: its singular values come to lie within 0.7 and 1.2 (Newton-Schulz)."""
+    tall = len(matrix) > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if tall else x
+
 @torch.no_grad()
 def update_average(average, model, decay):
     """Exponential average of weights: average <- decay average + (1 - decay) model.

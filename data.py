@@ -204,17 +204,19 @@ class Sessions:
     modalities: those wanted, in the model's order; a session may lack some.
     data_dir, split: as read_index. temperature: 1 draws every session, or scan, equally often; above 1, data
     sets (and modalities, of scans) with few are drawn more often, with probability ~ size^(1/temperature).
-    seed, rank, world: of the run and of this process; only batches depend on them. shape: (D,H,W) of every
-    volume. box: how scans got there, as arguments of nifti.conform; voxel_mm: its voxels. n: number of
-    sessions. scans: [(session, modality index)].
+    seed, rank, world: of the run and of this process; only batches depend on them. brain_patches: share of
+    the patches whose centre is brain, where most of a volume is air. shape: (D,H,W) of every volume.
+    box: how scans got there, as arguments of nifti.conform; voxel_mm: its voxels. n: number of sessions.
+    scans: [(session, modality index)].
 
     Every batch is a dict with x (B,1,D,H,W) float32; modality (B,) int64, indices into modalities;
     sample_index (B,) int64, the sample's number in the run, by which random draws are made; files, names of
     the volumes; share, this process's part of the joined batch's volumes, 1.0 when all have the same.
     """
-    def __init__(self, data_dir, modalities, split, temperature=1.0, seed=0, rank=0, world=1):
+    def __init__(self, data_dir, modalities, split, temperature=1.0, seed=0, rank=0, world=1,
+                 brain_patches=0.0):
         self.data_dir, self.modalities, self.temperature = data_dir, tuple(modalities), temperature
-        self.seed, self.rank, self.world = seed, rank, world
+        self.seed, self.rank, self.world, self.brain_patches = seed, rank, world, brain_patches
         self.rows, dataset = read_index(data_dir, modalities, split)
         self.shape = tuple(dataset['shape'])
         self.box = {k: dataset[k] for k in BOX if k in dataset}
@@ -295,6 +297,15 @@ class Sessions:
         """(D,H,W) of a patch, at most the volume's size per axis; () for whole volumes."""
         return tuple(min(p, n) for p, n in zip(patch or self.shape, self.shape))
 
+    def patch_start(self, volume, size, rng):
+        """Where a random patch of `size` of a stored volume begins."""
+        in_brain = self.brain_patches > 0 and rng.random() < self.brain_patches
+        for _ in range(100):
+            start = rng.integers(0, np.subtract(self.shape, size) + 1)
+            centre = tuple(start + np.array(size) // 2)
+            if not in_brain or volume[centre] > 0: break
+        return start.tolist()
+
     def session_batch(self, step, batch_size, patch=(), labels=False, micro_steps=1):
         """Batch of sessions, every modality that each has, whole or as patches at one random position.
 
@@ -310,17 +321,18 @@ class Sessions:
         x, modality, session, sample_index, files, maps, pairs = [], [], [], [], [], [], []
         for position in range(first, first + batch_size):
             i = self.choose(self.session_groups, position)
-            start = random(self.seed, 1, position).integers(0, np.subtract(self.shape, size) + 1)
-            box = box_at(start.tolist(), size)
+            present = self.present(i)
+            start = self.patch_start(self.stored(i, present[0]), size, random(self.seed, 1, position))
+            box = box_at(start, size)
             first_row = len(x)
-            for m in self.present(i):
+            for m in present:
                 x.append(as_float(self.stored(i, m)[box]))
                 modality.append(m)
                 session.append(i)
                 sample_index.append(position * len(self.modalities) + m)
                 files.append(self.file(i, m))
                 if labels:
-                    maps.append((self.labels(i), start.tolist()))
+                    maps.append((self.labels(i), start))
             rows = range(first_row, len(x))
             pairs += [(source, target) for source in rows for target in rows if source != target]
         batch = as_batch(x, modality, sample_index, files, maps)
@@ -351,7 +363,7 @@ class Sessions:
         for position in sample_index.tolist():
             i, m = self.scans[self.choose(self.scan_groups, position)]
             rng, volume = random(self.seed, 4, position), self.stored(i, m)
-            start = rng.integers(0, np.subtract(self.shape, size) + 1).tolist()
+            start = self.patch_start(volume, size, rng)
             box = box_at(start, size)
             x.append(augmented(volume, start, size, rng) if augment else as_float(volume[box]))
             modality.append(m)

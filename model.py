@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from quantize import make_quantizer, move_or_hold, sum_over_ranks
+from quantize import QuantizerConfig, move_or_hold, sum_over_ranks
 
 # ---------------------------------------------------------------- building blocks
 
@@ -59,11 +59,25 @@ def halve(x):
     return as_slices(F.avg_pool2d(x.squeeze(2 + axis), 2), axis)
 
 def double(x, mode='nearest'):
-    """x2 by 'nearest' or 'trilinear' interpolation, of a slice within its plane."""
-    axis = missing_axis(x)
-    if axis is None: return F.interpolate(x, scale_factor=2, mode=mode)
-    mode = mode.replace('tri', 'bi')
-    return as_slices(F.interpolate(x.squeeze(2 + axis), scale_factor=2, mode=mode), axis)
+    """x2 by 'nearest' or 'linear' interpolation, of a slice within its plane."""
+    return double_axes(x, mode, missing_axis(x))
+
+def double_axes(x, mode, missing=None):
+    """x (B, C, *size) to twice the size along all axes but a missing one.
+
+    As F.interpolate, whose backward pass on a GPU is atomic additions; this one's are plain sums.
+    """
+    h = x.movedim(1, -1)                                   # (B, *size, C): channels-last comes out
+    for axis, n in enumerate(x.shape[2:], 1):
+        if axis - 1 == missing: continue
+        if mode == 'linear':
+            before = torch.cat([h.narrow(axis, 0, 1), h.narrow(axis, 0, n - 1)], axis)
+            after = torch.cat([h.narrow(axis, 1, n - 1), h.narrow(axis, n - 1, 1)], axis)
+            pair = before.lerp(h, 0.75), after.lerp(h, 0.75)
+        else:
+            pair = h, h
+        h = torch.stack(pair, axis + 1).flatten(axis, axis + 1)
+    return h.movedim(-1, 1)                                # (B, C, *2 size)
 
 def run(net, block, *args):
     """block(*args). If net is checkpointing, nothing inside is kept: the backward pass computes it again."""
@@ -154,20 +168,6 @@ def local_then_axial(c, level, channels):
     return nn.Sequential(*layers)
 
 # ---------------------------------------------------------------- what autoencoders share
-
-@dataclass
-class QuantizerConfig:
-    """The codebook of NeuroQuant, and of ConvVAE with bottleneck='vq'."""
-    quantizer: str = 'ema'       # a codebook; 'fsq': the control without one, FiniteScalarQuantizer
-    num_codes: int = 4096
-    num_codebooks: int = 1       # indices per position; NeuroQuant's paper has one
-    codebooks: str = 'residual'  # how several work together, see MultiQuantizer
-    code_decay: float = 0.99     # EMA of the codebook
-    revive: float = 0.1          # codes used less than this fraction of the mean use are replaced
-
-    def make_quantizer(self, dim):
-        return make_quantizer(self.num_codes, dim, self.code_decay, self.revive,
-                              self.num_codebooks, self.codebooks, self.quantizer)
 
 class Autoencoder(nn.Module):
     """What NeuroQuant and ConvVAE offer for volumes x (B,1,D,H,W). NeuroQuant with FiLM needs the modality.
@@ -282,7 +282,9 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x, gamma=None, beta=None):
         h = self.conv(x)                            # (B, c_out, d, h, w)
-        h = self.body(double(h) if self.up else h)  # (B, c_out, 2d, 2h, 2w)
+        if self.up:
+            h = double(h)                           # (B, c_out, 2d, 2h, 2w)
+        h = self.body(h)
         if gamma is not None:
             h = gamma[:, :, None, None, None] * h + beta[:, :, None, None, None]
         return F.silu(h)
@@ -308,7 +310,7 @@ class Decoder(nn.Module):
             if i == 0:
                 x_hat = head(h)
             else:
-                x_hat = head(h) + double(x_hat, 'trilinear')         # (B, 1, 2^i d, 2^i h, 2^i w)
+                x_hat = head(h) + double(x_hat, 'linear')            # (B, 1, 2^i d, 2^i h, 2^i w)
         return x_hat
 
 class NeuroQuant(Autoencoder):
@@ -485,8 +487,6 @@ class ConvLayer(nn.Module):
     """
     def __init__(self, dims, c_in, c_out, up='', down=False):
         super().__init__()
-        if up == 'linear':
-            up = 'bilinear' if dims == 2 else 'trilinear'
         self.up = up
         self.far_side = (0, 1) * dims if down else None
         stride, padding = (2, 0) if down else (1, 1)
@@ -495,7 +495,7 @@ class ConvLayer(nn.Module):
     def forward(self, x):
         if self.up == 'subpixel': return depth_to_space(self.conv(x))  # (B, c_out, 2D, 2H, 2W)
         if self.up:
-            x = F.interpolate(x, scale_factor=2, mode=self.up)
+            x = double_axes(x, self.up)
         if self.far_side:
             x = F.pad(x, self.far_side)
         return self.conv(x)  # (B, c_out, *size), doubled or halved
@@ -518,8 +518,10 @@ class ResBlock(nn.Module):
         self.skip = CONV[dims](c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def resize(self, x, size):
-        if self.resample == 'up': return F.interpolate(x, size=size, mode='nearest')
         if not self.resample: return x
+        if self.resample == 'up':
+            D, H, W = size
+            return double_axes(x, 'nearest')[:, :, :D, :H, :W]
         return F.avg_pool3d(x, [min(2, n) for n in x.shape[2:]], ceil_mode=True)
 
     def forward(self, x, emb=None, size=None):

@@ -1,6 +1,7 @@
 """Vector quantisation with a codebook that follows by moving average, and its control without a codebook."""
 import contextlib
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -351,3 +352,19 @@ def make_quantizer(num_codes, dim, decay=0.99, revive=0.1, num_codebooks=1, code
         return FiniteScalarQuantizer(num_codes, dim, decay)
     if num_codebooks == 1: return VectorQuantizer(num_codes, dim, decay, revive=revive)
     return MultiQuantizer(num_codes, dim, decay, revive, num_codebooks, codebooks)
+
+# ---------------------------------------------------------------- settings
+
+@dataclass
+class QuantizerConfig:
+    """The codebook of NeuroQuant, and of ConvVAE with bottleneck='vq'."""
+    quantizer: str = 'ema'       # a codebook; 'fsq': the control without one, FiniteScalarQuantizer
+    num_codes: int = 4096
+    num_codebooks: int = 1       # indices per position; NeuroQuant's paper has one
+    codebooks: str = 'residual'  # how several work together, see MultiQuantizer
+    code_decay: float = 0.99     # EMA of the codebook
+    revive: float = 0.1          # codes used less than this fraction of the mean use are replaced
+
+    def make_quantizer(self, dim):
+        return make_quantizer(self.num_codes, dim, self.code_decay, self.revive,
+                              self.num_codebooks, self.codebooks, self.quantizer)

@@ -20,17 +20,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from common import (StepLog, adamw, all_reduce_mean, autocast, catch_signals, changes, configure, cosine,
-                    explain_failures, git_commit, load_checkpoint, make_out_dir, print0, refuse_changes,
+from common import (Muon, StepLog, adamw, all_reduce_mean, autocast, catch_signals, changes, configure,
+                    cosine, explain_failures, for_muon, git_commit, load_checkpoint, make_out_dir, print0, refuse_changes,
                     save_checkpoint, start_processes, step_flops, stop_processes, update_average)
 from data import (Sessions, fingerprint, generators, prefetch, prepare_absent, read_index,
                   refuse_other_data)
+from judge.validate import validate
 from losses import (ModalityClassifier, PatchDiscriminator, cov_loss, discriminator_term, generator_term,
-                    grad_reverse, kl_loss, perceptual_loss, psnr, reconstruction_loss, sid_loss, ssim,
-                    var_loss)
+                    grad_reverse, kl_loss, perceptual_loss, reconstruction_loss, sid_loss, ssim, var_loss)
 from model import KINDS, model_args
 from pretrained import LPIPS
-from quantize import collapse, code_use, count_codes, hold_statistics, move_statistics, perplexity
+from quantize import hold_statistics, move_statistics, perplexity
 from synth import TISSUE, is_random, redraw
 
 # ---------------------------------------------------------------- settings; NeuroQuant's by default
@@ -48,6 +48,7 @@ wandb_project = ''       # '' is off
 batch_size = 4           # per process and micro-step: sessions (neuroquant), scans or slices (convvae)
 grad_accum = 1           # micro-steps per step
 patch = ()               # (D,H,W) cut at random; () for whole volumes
+brain_patches = 0.0      # share of the patches whose centre is brain
 batch_size_2d = 128      # slices per process of neuroquant's 2D steps
 temperature = 1.0        # above 1, small data sets of several and rare modalities are drawn more often
 synthesise = 0.0         # share of the volumes that are drawn anew at every step from their label maps
@@ -114,6 +115,7 @@ p_2d = 0.3               # of joint='interleaved': probability of a batch of sli
 w_2d = 0.5               # of joint='interleaved': its weight
 max_iters = 125_000      # only stops the run; phases and schedules do not depend on it
 # optimiser
+muon = False             # weights of 16 outputs and more move by orthogonal steps, the rest by AdamW
 lr = 1e-4
 min_lr = 4.5e-6          # reached at lr_decay_iters by a cosine, constant afterwards
 warmup_iters = 2000
@@ -285,43 +287,7 @@ def convvae_terms(batch, what, it):
                                             generators(batch, seed, 2))
     return terms, x_hat
 
-# ---------------------------------------------------------------- validation and checkpoints
-
-@torch.no_grad()
-def validate():
-    """The (averaged) model on eval_sessions validation sessions: whole-volume PSNR and use of the codes.
-
-    returns val/psnr_db/<modality>, val/psnr_db, their mean, val/n_sessions, and what quantize.code_use gives
-    """
-    averaged = ema or raw_model
-    averaged.eval()
-    sums = torch.zeros(len(modalities), 2, dtype=torch.float64)  # of PSNR, and of volumes
-    books = num_codebooks if hasattr(averaged, 'quantizer') else 0
-    counts = torch.zeros(2, books, num_codes, dtype=torch.int64)
-    n = val_set.n if eval_sessions < 0 else min(eval_sessions, val_set.n)
-    for i in range(rank, n, world):
-        for m in val_set.present(i):
-            x = torch.tensor(val_set.volume(i, m), device=device)[None, None]
-            with autocast(device, dtype):
-                view = averaged.analyse(x, m)
-            sums[m, 0] += psnr(view['x_hat'].clamp(0, 1), x.clamp(0, 1)).item()
-            sums[m, 1] += 1
-            if books:
-                counts += count_codes(view['tokens'], x, num_codes, num_codebooks)
-    if world > 1:
-        dist.all_reduce(sums)
-        dist.all_reduce(counts)
-    train_mode()
-    totals = zip(modalities, *sums.T.tolist())
-    record = {f'val/psnr_db/{name}': total / count for name, total, count in totals if count}
-    record |= {'val/psnr_db': sum(record.values()) / len(record), 'val/n_sessions': n}
-    if books:
-        use = code_use(counts)
-        record |= {f'val/{name}': value for name, value in use.items()}
-        warning = collapse(use, num_codes, counts.sum().item() // books)
-        if warning:
-            print0(warning)
-    return record
+# ---------------------------------------------------------------- checkpoints
 
 def train_mode():
     raw_model.train()
@@ -368,13 +334,14 @@ def load_start():
     raw_model.load_state_dict(start['model'])
     return start
 
-def take_step(optimizer, parameters, it):
+def take_step(optimizers, parameters, it):
     """Clip the gradients and update the weights; returns the gradients' norm."""
-    for group in optimizer.param_groups:
-        group['lr'] = get_lr(it)
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else math.inf)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group['lr'] = get_lr(it)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return norm
 
 def step_cost(step, batch, terms):
@@ -404,7 +371,7 @@ if __name__ == '__main__':
         prepare_absent(data_dir, prepare)
     if world > 1:
         dist.barrier()
-    train_set = Sessions(data_dir, modalities, 'train', temperature, seed, rank, world)
+    train_set = Sessions(data_dir, modalities, 'train', temperature, seed, rank, world, brain_patches)
     train_set.verify()
     has_val = any(row['split'] == 'val' for row in read_index(data_dir, modalities)[0])
     val_set = Sessions(data_dir, modalities, 'val') if has_val else None
@@ -443,9 +410,14 @@ if __name__ == '__main__':
     model_parameters = [p for p in raw_model.parameters() if p.requires_grad]
     trained = model_parameters + (list(classifier.parameters()) if classifier else [])
     adam = partial(adamw, lr=lr, betas=(beta1, beta2), eps=adam_eps, weight_decay=weight_decay)
-    optimizer = adam(trained)
+    matrices = [p for p in trained if muon and for_muon(p)]
+    taken = set(matrices)
+    optimizers = [adam([p for p in trained if p not in taken])]
+    if muon:
+        optimizers.append(Muon(matrices, lr, weight_decay))
     discriminator_optimizer = adam(list(discriminators.parameters())) if discriminators else None
-    parts = {'ema': ema, 'classifier': classifier, 'optimizer': optimizer, 'discriminators': discriminators,
+    parts = {'ema': ema, 'classifier': classifier, 'optimizer': optimizers[0],
+             'muon': optimizers[1] if muon else None, 'discriminators': discriminators,
              'discriminator_optimizer': discriminator_optimizer}
     it, best_val = 0, -math.inf
     if resumed:
@@ -508,9 +480,9 @@ if __name__ == '__main__':
             counted = 'slices' if step.what == 'slices' else 'volumes'
             log.count(counted, len(batch['x']), step_cost(step, batch, new_terms))
         all_reduce_mean([p.grad for p in (*trained, *discriminators.parameters()) if p.grad is not None])
-        gradient = take_step(optimizer, model_parameters, it)
+        gradient = take_step(optimizers, model_parameters, it)
         if adversary:
-            take_step(discriminator_optimizer, discriminators.parameters(), it)
+            take_step([discriminator_optimizer], discriminators.parameters(), it)
         codes_moved = move_statistics(raw_model)
         if ema:  # a short average while weights move fast
             update_average(ema, raw_model, min(ema_decay, (1 + it) / (10 + it)))
@@ -527,7 +499,10 @@ if __name__ == '__main__':
             log.step(it, terms, gradient, get_lr(it - 1))
         if validates:
             if val_set and not stopped_by:
-                record = {'iter': it} | validate()
+                averaged = ema or raw_model
+                averaged.eval()
+                record = {'iter': it} | validate(averaged, val_set, eval_sessions, device, dtype)
+                train_mode()
                 log.write(record)
                 shown = {k: v for k, v in record.items() if 'psnr' in k or 'brain' in k}
                 print0(f'iter {it}: ' + ' | '.join(f'{k} {v:.2f}' for k, v in shown.items()))

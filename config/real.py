@@ -11,12 +11,14 @@ res_blocks = 1
 
 batch_size = 2
 patch = (32, 32, 32)
-iters = 9000
+brain_patches = 0.9
+iters = 8000
+muon = True
 lr = 2e-3
 min_lr = 2e-5
 beta2 = 0.99
 warmup_iters = 100
-lr_decay_iters = 9000
+lr_decay_iters = 8000
 ema_decay = 0.999
 eval_interval = 1000
 eval_sessions = 2

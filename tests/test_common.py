@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from common import (configure, load_checkpoint, save_checkpoint, start_processes, update_average,
+from common import (Muon, configure, load_checkpoint, orthogonal, save_checkpoint, start_processes, update_average,
                     warn_of_slow_convolutions)
 from conftest import ROOT
 
@@ -115,3 +115,34 @@ def test_out_of_memory_ends_with_one_line():
 def test_other_errors_keep_their_traceback():
     done = run_code("import common; common.explain_failures('x'); raise KeyError('a fault of ours')")
     assert 'Traceback' in done.stderr and 'a fault of ours' in done.stderr
+
+# ---------------------------------------------------------------- orthogonal steps
+
+def test_a_muon_step_of_a_matrix_is_torchs():
+    weights = torch.randn(24, 40)
+    ours, theirs = (torch.nn.Parameter(weights.clone()) for _ in range(2))
+    optimizers = [Muon([ours], 0.01, 0.1),
+                  torch.optim.Muon([theirs], 0.01, 0.1, momentum=0.95, adjust_lr_fn='match_rms_adamw')]
+    for _ in range(3):
+        gradient = torch.randn(24, 40)
+        for weight, optimizer in zip((ours, theirs), optimizers):
+            weight.grad = gradient.clone()
+            optimizer.step()
+    moved = (ours - weights).norm()
+    assert moved > 0.1
+    assert (ours - theirs).norm() < 0.02 * moved  # theirs works in bfloat16
+
+@pytest.mark.parametrize('shape', [(16, 8, 3, 3, 3), (64, 8), (16, 500)])
+def test_singular_values_of_an_orthogonal_step_are_near_1(shape):
+    values = torch.linalg.svdvals(orthogonal(torch.randn(shape).flatten(1)))
+    assert values.min() > 0.6 and values.max() < 1.3
+
+def test_the_memory_format_of_a_convolution_changes_nothing_in_its_step():
+    stepped = []
+    for memory_format in (torch.contiguous_format, torch.channels_last_3d):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(16, 4, 3, 3, 3).to(memory_format=memory_format))
+        weight.grad = torch.randn(16, 4, 3, 3, 3)
+        Muon([weight], 0.01, 0.0).step()
+        stepped.append(weight.detach())
+    torch.testing.assert_close(*stepped)

@@ -318,3 +318,23 @@ def test_data_sets_of_different_boxes_are_refused(tiny_data, tmp_path):
     (other / 'dataset.json').write_text(json.dumps(facts | {'spacing_mm': 2.0}))
     with pytest.raises(SystemExit, match='other: made with spacing_mm 2.0, .* with 1.0'):
         Sessions(f'{tiny_data},{other}', MODALITIES, 'train')
+
+# ---------------------------------------------------------------- patches inside the brain
+
+@pytest.mark.parametrize('batch', ['scan_batch', 'session_batch'])
+def test_the_centres_of_brain_patches_are_brain(tiny_data, batch):
+    sessions = Sessions(tiny_data, MODALITIES, 'train', brain_patches=1.0)
+    for step in range(20):
+        x = getattr(sessions, batch)(step, 2, (8, 8, 8))['x']
+        first_of_session = x[:1]  # a patch lies where the session's first scan has brain
+        assert (first_of_session[:, 0, 4, 4, 4] > 0).all()
+
+def test_the_share_of_brain_patches_is_as_said(tiny_data):
+    def share_in_brain(brain_patches):
+        sessions = Sessions(tiny_data, MODALITIES, 'train', brain_patches=brain_patches)
+        batch = sessions.scan_batch(0, 400, (8, 8, 8))
+        return (batch['x'][:, 0, 4, 4, 4] > 0).float().mean().item()
+    anywhere = share_in_brain(0.0)
+    assert anywhere < 0.9
+    half = share_in_brain(0.5)
+    assert abs(half - (1 + anywhere) / 2) < 0.08

@@ -2,11 +2,12 @@
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import step_flops
-from model import (AxialAttention, Conv, Conv3d, NeuroQuant, NeuroQuantConfig, double, from_checkpoint, halve,
-                   model_args)
+from model import (AxialAttention, Conv, Conv3d, NeuroQuant, NeuroQuantConfig, ResBlock, double, double_axes,
+                   from_checkpoint, halve, model_args)
 
 TINY = dict(widths=(16, 16, 16, 16), anat_dim=8, mod_dim=4, modality_dim=4, num_codes=16)
 
@@ -299,3 +300,23 @@ def test_a_checkpoint_builds_the_same_model():
     model(x, torch.tensor([0, 1]))
     twin = from_checkpoint({'model_args': model_args(model), 'model': model.state_dict(), 'ema': None})
     assert torch.equal(twin.reconstruct(x, 'T1w'), model.eval().reconstruct(x, 'T1w'))
+
+# ---------------------------------------------------------------- doubling without scattered additions
+
+@pytest.mark.parametrize('dims', [2, 3])
+@pytest.mark.parametrize('mode', ['nearest', 'linear'])
+def test_doubling_is_torchs_in_value_and_gradient(mode, dims):
+    x = torch.rand(2, 3, *(5, 4, 6)[:dims], requires_grad=True)
+    torch_mode = mode if mode == 'nearest' else {2: 'bilinear', 3: 'trilinear'}[dims]
+    expected = F.interpolate(x, scale_factor=2, mode=torch_mode)
+    weights = torch.rand_like(expected)
+    torch.testing.assert_close(double_axes(x, mode), expected, atol=2e-7, rtol=0)
+    gradient, = torch.autograd.grad((weights * double_axes(x, mode)).sum(), x)
+    expected_gradient, = torch.autograd.grad((weights * expected).sum(), x)
+    torch.testing.assert_close(gradient, expected_gradient, atol=2e-6, rtol=1e-6)
+
+@pytest.mark.parametrize('size', [(3, 4, 5), (5, 2, 1)])
+def test_doubling_to_an_odd_size_is_torchs(size):
+    block = ResBlock(3, 4, 4, 4, 'up')
+    x = torch.rand(1, 4, *[-(-n // 2) for n in size])
+    torch.testing.assert_close(block.resize(x, size), F.interpolate(x, size=size, mode='nearest'))

@@ -1,0 +1,48 @@
+"""What train_vae.py asks of an autoencoder now and then: PSNR of held-out volumes, use of the codes."""
+import torch
+import torch.distributed as dist
+
+from common import autocast, print0
+from losses import psnr
+from quantize import code_use, collapse, count_codes
+
+@torch.no_grad()
+def validate(model, sessions, count, device, dtype):
+    """A model in evaluation mode on the first `count` sessions (-1: all), shared out over the processes.
+
+    returns {'val/psnr_db/<modality>', 'val/psnr_db' their mean, 'val/psnr_brain_db' inside the brain alone,
+    'val/n_sessions', and what quantize.code_use says of the codes}; PSNR of whole volumes
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    n = sessions.n if count < 0 else min(count, sessions.n)
+    c = model.config
+    books = c.num_codebooks if hasattr(model, 'quantizer') else 0
+    sums = torch.zeros(len(sessions.modalities), 3, dtype=torch.float64)  # of PSNR, of the brain's, of volumes
+    counts = torch.zeros(2, books, c.num_codes, dtype=torch.int64)
+    for i in range(rank, n, world):
+        for m in sessions.present(i):
+            x = torch.tensor(sessions.volume(i, m), device=device)[None, None]
+            with autocast(device, dtype):
+                view = model.analyse(x, m)
+            x = x.clamp(0, 1)
+            x_hat = view['x_hat'].clamp(0, 1)
+            scores = psnr(x_hat, x).item(), psnr(x_hat, x, mask=x > 0).item(), 1
+            sums[m] += torch.tensor(scores, dtype=torch.float64)
+            if books:
+                counts += count_codes(view['tokens'], x, c.num_codes, books)
+    if world > 1:
+        dist.all_reduce(sums)
+        dist.all_reduce(counts)
+    seen = sums[:, 2] > 0
+    means = sums[seen] / sums[seen, 2:]  # (modalities seen, 3)
+    names = [name for name, there in zip(sessions.modalities, seen) if there]
+    record = {f'val/psnr_db/{name}': value for name, value in zip(names, means[:, 0].tolist())}
+    record |= {'val/psnr_db': means[:, 0].mean().item(), 'val/psnr_brain_db': means[:, 1].mean().item(),
+               'val/n_sessions': n}
+    if books:
+        use = code_use(counts)
+        record |= {f'val/{name}': value for name, value in use.items()}
+        warning = collapse(use, c.num_codes, counts.sum().item() // books)
+        if warning:
+            print0(warning)
+    return record

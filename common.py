@@ -12,6 +12,7 @@ from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 # ---------------------------------------------------------------- settings
@@ -111,6 +112,25 @@ def warn_of_slow_convolutions(device, version, cudnn):
 def stop_processes():
     if dist.is_initialized():
         dist.destroy_process_group()
+
+def compile_for(net, sizes):
+    """Compile a network's training pass for a few numbers of volumes; batches between them are filled up.
+
+    So sessions that lack scans make no graphs of their own, of which there may be eight. Rows must not depend
+    on one another. Slices come as they are. In evaluation mode nothing is compiled.
+    """
+    eager = net.forward
+    compiled = torch.compile(eager, dynamic=False)
+
+    def forward(x, *args):
+        if not net.training: return eager(x, *args)
+        n = len(x)
+        rows = min((size for size in sizes if size >= n), default=n)
+        if rows == n or 1 in x.shape[2:]: return compiled(x, *args)
+        x, args = tree_map(lambda t: torch.cat([t, t[:1].detach().expand(rows - n, *t.shape[1:])]), (x, args))
+        return compiled(x, *args)[:n]
+
+    net.forward = forward
 
 def explain_failures(keys):
     """From now on, two errors end the program with one line: too little GPU memory, and a lost process.

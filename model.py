@@ -266,7 +266,7 @@ class FiLM(nn.Module):
         s_m = self.embedding(modality).to(pooled.dtype)       # (B,) -> (B, modality_dim)
         u_m = torch.cat([pooled, s_m], 1)                     # (B, mod_dim + modality_dim)
         halves = [mlp(u_m).chunk(2, 1) for mlp in self.mlps]  # pairs of (B, C_l)
-        return [(1 + gamma, beta) for gamma, beta in halves]
+        return [(1 + gamma, beta.contiguous()) for gamma, beta in halves]
 
 class DecoderBlock(nn.Module):
     """Convolution, [x2,] residual convolutions, axial attention, FiLM (NeuroQuant eq. 10), SiLU.

@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from common import (Muon, StepLog, adamw, all_reduce_mean, autocast, catch_signals, changes, configure,
-                    cosine, explain_failures, for_muon, git_commit, load_checkpoint, make_out_dir, print0, refuse_changes,
-                    save_checkpoint, start_processes, step_flops, stop_processes, update_average)
+from common import (Muon, StepLog, adamw, all_reduce_mean, autocast, catch_signals, changes, compile_for,
+                    configure, cosine, explain_failures, for_muon, git_commit, load_checkpoint, make_out_dir,
+                    print0, refuse_changes, save_checkpoint, start_processes, step_flops, stop_processes,
+                    update_average)
 from data import (Sessions, fingerprint, generators, prefetch, prepare_absent, read_index,
                   refuse_other_data)
 from judge.validate import validate
@@ -431,8 +432,13 @@ if __name__ == '__main__':
     compute_terms = neuroquant_terms if kind == 'neuroquant' else convvae_terms
     hold_statistics(raw_model)
     if compile:  # part by part: the quantiser between them stays eager, so no graph breaks
-        model.encoder.compile(dynamic=False)
-        model.decoder.compile(dynamic=False)
+        volumes = batch_size * (len(modalities) if kind == 'neuroquant' else 1)
+        swaps = volumes * (len(modalities) - 1)
+        for part in (model.encoder, model.decoder):
+            compile_for(part, (volumes, volumes + swaps))
+        for part in (*discriminators, *([lpips] if lpips else [])):
+            part.compile(dynamic=False)
+        reconstruction_loss = torch.compile(reconstruction_loss)
 
     # ---- what it costs
     flops = step_flops(raw_model, sample_shape)

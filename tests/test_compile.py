@@ -1,4 +1,6 @@
 """What speed rests on: networks compile whole and once, and no step asks the device for a number."""
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench import Live
+from common import compile_for
 from flow import flow_matching_loss
 from losses import (
     ModalityClassifier, PatchDiscriminator, adversarial_loss, grad_reverse, kl_loss, reconstruction_loss,
@@ -53,6 +56,73 @@ def test_networks_compile_without_graph_breaks_once_per_shape_and_give_the_same(
     for args in inputs + inputs:  # the second round finds what it needs
         torch.testing.assert_close(compiled(*args), net(*args), rtol=1e-4, atol=1e-5)
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == len(inputs)
+
+def graphs_of(call, monkeypatch):
+    """How many graphs torch.compile makes while call() runs."""
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='eager', fullgraph=True))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    call()
+    return torch._dynamo.utils.counters['stats']['unique_graphs']
+
+def test_gaps_swaps_and_planes_make_one_graph_per_phase_and_plane(monkeypatch):
+    def call():
+        net = NeuroQuant(NEUROQUANT)
+        for part in (net.encoder, net.decoder):
+            compile_for(part, (4, 8))  # volumes, with swaps
+        for n, swaps in ((4, None), (3, None), (2, None), (4, 4), (4, 2), (3, 2), (3, 1), (2, 2), (3, 3)):
+            pairs = None if swaps is None else torch.randint(n, (swaps, 2))
+            net(torch.rand(n, 1, 32, 32, 32), torch.randint(2, (n,)), pairs)['x_hat'].sum().backward()
+        for axis in (0, 1, 2):
+            slices = torch.rand(6, 1, 32, 32, 32).narrow(2 + axis, 0, 1)
+            net(slices, torch.randint(2, (6,)))['x_hat'].sum().backward()
+    # encoder: volumes and three planes; decoder: volumes with and without swaps and three planes
+    assert graphs_of(call, monkeypatch) == 4 + 5
+
+@pytest.mark.parametrize('rows', [2, 3, 4])
+def test_rows_that_fill_a_batch_up_change_neither_result_nor_gradient(monkeypatch, rows):
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='eager'))
+    net = randomised(NeuroQuant(NEUROQUANT)).encoder
+    x = torch.rand(rows, 1, 32, 32, 32)
+    results = []
+    for compiled in (False, True):
+        if compiled:
+            compile_for(net, (4,))
+        net.zero_grad()
+        y = net(x)
+        y.square().sum().backward()
+        results.append([y.detach(), *[p.grad.clone() for p in net.parameters()]])
+    torch.testing.assert_close(*results)
+
+def test_nothing_is_compiled_for_validation(monkeypatch):
+    net = NeuroQuant(NEUROQUANT).encoder.eval()
+    compile_for(net, (4,))
+    assert graphs_of(lambda: net(torch.rand(1, 1, 32, 32, 32)), monkeypatch) == 0
+
+def test_the_losses_of_a_step_compile_whole(monkeypatch):
+    x = torch.rand(2, 1, 24, 24, 24)
+    x_hat = torch.rand(2, 1, 24, 24, 24, requires_grad=True)
+    def call():
+        compiled = torch.compile(reconstruction_loss)
+        torch.testing.assert_close(compiled(x_hat, x, 0.5), reconstruction_loss(x_hat, x, 0.5))
+    assert graphs_of(call, monkeypatch) == 1
+
+# ---------------------------------------------------------------- no scattered additions
+
+SCATTERED = ('upsample', 'scatter', 'index_put', 'index_add', 'grid_sampler', 'embedding_dense_backward')
+
+class NoScatter(TorchDispatchMode):
+    """Raises where a backward pass on a GPU would be atomic additions: slow, and in no fixed order."""
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not func.overloadpacket.__name__.lstrip('_').startswith(SCATTERED), func
+        return func(*args, **(kwargs or {}))
+
+@pytest.mark.parametrize('name', list(networks()))
+def test_no_backward_pass_scatters(name):
+    net, inputs = networks()[name]
+    for args in inputs:
+        with NoScatter():
+            net(*args).sum().backward()
 
 # ---------------------------------------------------------------- no waiting
 

@@ -44,10 +44,7 @@ def configure(g, argv):
         g[key] = value
 
     for arg in argv:
-        if arg in ('-h', '--help'):
-            print('settings, changed by --key=value or a config file:')
-            print('\n'.join(f'  --{key}={g[key]!r}' for key in known))
-            raise SystemExit(0)
+        if arg in ('-h', '--help'): continue
         if arg.startswith('--'):
             key, equals, text = arg[2:].partition('=')
             if not equals: raise SystemExit(f'{arg}: write --{key}=value')
@@ -55,7 +52,26 @@ def configure(g, argv):
         else:
             for key, value in read_config(arg).items():
                 put(arg, key, value)
+    if '-h' in argv or '--help' in argv:
+        print(help_text(g, known))
+        raise SystemExit(0)
     return {key: g[key] for key in known}
+
+def help_text(g, known):
+    """The script's first lines, and its settings as they stand with the comments beside them."""
+    lines = [g['__doc__'] or '', 'Settings, changed by --key=value or a config file, with their values now:']
+    heading = ''
+    with open(g['__file__']) as f:
+        for line in f:
+            name, _, rest = line.rstrip('\n').partition(' = ')
+            if name in known:
+                if heading:
+                    lines += ['', heading]
+                setting = f'  --{name}={g[name]!r}'
+                comment = rest.partition('# ')[2]
+                lines.append(f'{setting:<40}  {comment}' if comment else setting)
+            heading = line[2:].strip() if line.startswith('# ') else ''
+    return '\n'.join(lines)
 
 def read_config(path):
     """The names that a config file sets, in a dict of their own: a misspelt one cannot hide among ours."""
@@ -348,6 +364,13 @@ def make_out_dir(path):
     except OSError as e:
         raise SystemExit(f'{path}: cannot write there ({e.strerror}); choose another --out_dir')
 
+def refuse_overwriting(out_dir, init_from, overwrite):
+    """SystemExit with what to do if a new run would take the place of one that out_dir holds."""
+    checkpoint = os.path.join(out_dir, 'ckpt.pt')
+    if init_from != 'resume' and not overwrite and os.path.exists(checkpoint):
+        raise SystemExit(f'{checkpoint}: a run is there; go on with --init_from=resume, choose another '
+                         '--out_dir, or add --overwrite=True')
+
 def write_text(path, text):
     """Write a small text file whole or not at all."""
     part = f'{path}.{os.getpid()}.part'  # jobs of an array may write the same file
@@ -367,15 +390,22 @@ def read_log(out_dir):
     except FileNotFoundError:
         return []
 
+def duration(seconds):
+    """Such as 40 s, 12 min or 3 h 20 min."""
+    if seconds < 90: return f'{seconds:.0f} s'
+    minutes = round(seconds / 60)
+    return f'{minutes} min' if minutes < 90 else f'{minutes // 60} h {minutes % 60:02d} min'
+
 class StepLog:
     """The bookkeeping of a training loop: clocks, counters, the line of a step, the records of log.jsonl.
 
     out_dir gets config.py, the settings, and log.jsonl, a JSON line per record. Records after iteration `it`
     are dropped first: those steps will be taken again. Only the first process writes. interval: steps between
-    lines. wandb_project: also sends records to wandb if it is not ''.
+    lines. total: iterations of the whole run. wandb_project: also sends records to wandb if it is not ''.
     """
-    def __init__(self, out_dir, config, wandb_project, interval, it, device, world):
+    def __init__(self, out_dir, config, wandb_project, interval, it, total, device, world):
         self.out_dir, self.interval, self.device, self.world = out_dir, interval, device, world
+        self.total = total
         self.first_it = it + 1
         self.recent = []  # of steps whose values nobody has looked at: a look waits for the GPU
         self.writes = not dist.is_initialized() or dist.get_rank() == 0
@@ -452,8 +482,18 @@ class StepLog:
             line.append(f"mfu {record['mfu']:.0%}")
         if 'peak_gib' in record:
             line.append(f"{record['peak_gib']:.1f} GiB")
-        print0(f'iter {it}: ' + ' | '.join(line))
+        line.append(f"{duration((self.total - it) * seconds / steps)} left")
+        print0(f'iter {it:,}/{self.total:,}: ' + ' | '.join(line))
         self.restart(it)
+
+    def tabulate(self):
+        """Write log.csv, the same as log.jsonl for a spreadsheet, and return the records."""
+        records = [json.loads(line) for line in read_log(self.out_dir)]
+        columns = list(dict.fromkeys(key for record in records for key in record))
+        rows = [columns] + [[record.get(key, '') for key in columns] for record in records]
+        text = '\n'.join(','.join('' if v is None else str(v) for v in row) for row in rows)
+        write_text(os.path.join(self.out_dir, 'log.csv'), text + '\n')
+        return records
 
     def write(self, record):
         """Append a record, a dict of numbers with 'iter', to log.jsonl; what is not finite becomes null."""

@@ -2,6 +2,8 @@
 
 Images are float in [0, 1]. A batch of slices may be 4-D (B, C, H, W) or 5-D with one axis of length 1.
 """
+import math
+
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
@@ -188,6 +190,18 @@ class ModalityClassifier(nn.Module):
 
     def forward(self, z):
         return self.mlp(self.features(z).mean((2, 3, 4)))
+
+def adversary_loss(classifier, z, modality, alpha):
+    """Mean cross entropy of what the classifier says of z (B, C, d, h, w); NeuroQuant eq. 15.
+
+    z gets the gradient reversed, times alpha. Departs: a scan of which the classifier says less than chance
+    gives none. Else the encoder runs from a wrong classifier without end, and codes fall out of use.
+    """
+    with torch.no_grad():
+        log_likelihood = classifier(z).float().log_softmax(1)
+        guessed = log_likelihood.gather(1, modality[:, None]) > -math.log(log_likelihood.shape[1])
+    logits = classifier(grad_reverse(z, alpha * guessed[:, :, None, None, None]))
+    return F.cross_entropy(logits.float(), modality)
 
 # ---------------------------------------------------------------- the latent of a KL autoencoder
 

@@ -6,7 +6,8 @@
     python train_flow.py config/flow.py --vae=out/decovae_vad/ckpt.pt --init_from=resume
 
 The first start encodes the training and validation scans into latents_dir. Writes out_dir/ckpt.pt (resume),
-best.pt (best validation loss), log.jsonl, config.py and, with matplotlib, samples_ITER.png.
+best.pt (best validation loss), log.jsonl, log.csv, config.py and, with matplotlib, curves.png and
+samples_ITER.png.
 """
 import copy
 import math
@@ -17,11 +18,11 @@ import torch
 import torch.distributed as dist
 
 from common import (StepLog, all_reduce_mean, autocast, catch_signals, configure, explain_failures,
-                    git_commit, load_checkpoint, make_out_dir, print0, refuse_changes, save_checkpoint,
-                    start_processes, stop_processes, unet_flops, update_average)
+                    git_commit, load_checkpoint, make_out_dir, print0, refuse_changes, refuse_overwriting,
+                    save_checkpoint, start_processes, stop_processes, unet_flops, update_average)
 from data import fingerprint, prefetch, refuse_other_data
 from flow import draw_times, flow_matching_loss, sample
-from judge.figures import views
+from judge.figures import curves, views
 from latents import Latents, encode_sessions
 from model import FlowUNet, FlowUNetConfig, encoder_hash, from_checkpoint, model_args
 
@@ -33,6 +34,7 @@ latents_dir = ''         # '' for a folder beside the autoencoder's checkpoint
 out_dir = 'out/flow'
 init_from = 'scratch'    # or resume (out_dir/ckpt.pt)
 resume_changed = False   # go on with other settings than the run began with
+overwrite = False        # begin anew in an out_dir that holds a run
 log_interval = 10
 eval_interval = 1000     # steps between validations; each writes ckpt.pt
 eval_scans = 32          # validation scans used; -1 for all
@@ -69,7 +71,7 @@ compile = True
 seed = 0
 
 # what may differ when a run is resumed; vae is known by its hash
-NOT_RESULTS = ('vae', 'data_dir', 'latents_dir', 'out_dir', 'init_from', 'resume_changed', 'log_interval',
+NOT_RESULTS = ('vae', 'data_dir', 'latents_dir', 'out_dir', 'init_from', 'resume_changed', 'overwrite', 'log_interval',
                'eval_interval', 'eval_scans', 'sample_interval', 'wandb_project', 'max_iters', 'device',
                'compile')
 
@@ -212,6 +214,7 @@ if __name__ == '__main__':
     config |= dict(data_dir=data_dir, latents_dir=latents_dir)
     if rank == 0:
         make_out_dir(out_dir)
+        refuse_overwriting(out_dir, init_from, overwrite)
     name = encoder_hash(autoencoder)
     encode_sessions(autoencoder, name, data_dir, modalities, latents_dir, rank, world, device)
     if world > 1:
@@ -252,7 +255,7 @@ if __name__ == '__main__':
            f'{flops / 1e9:.1f} GFLOP per latent forward, on {device} x {world}')
 
     # ---- loop
-    log = StepLog(out_dir, config, wandb_project, log_interval, it, device, world)
+    log = StepLog(out_dir, config, wandb_project, log_interval, it, stop, device, world)
     stop_signal = catch_signals()
     raw_model.train()
     batches = prefetch(make_batch, range(it, stop), device)
@@ -289,7 +292,9 @@ if __name__ == '__main__':
             if val_set and not stopped_by:
                 record = {'iter': it} | validate()
                 log.write(record)
-                print0(f'iter {it}: val/loss {record["val/loss"]:.4f}')
+                print0(f'iter {it:,}/{stop:,}: val/loss {record["val/loss"]:.4f}')
+                if rank == 0:
+                    curves(os.path.join(out_dir, 'curves.png'), log.tabulate())
                 if record['val/loss'] < best_val:
                     best_val = record['val/loss']
                     save('best.pt')

@@ -5,8 +5,8 @@
     torchrun --nproc_per_node=8 train_vae.py config/neuroquant.py --data_dir=data/mine
     python train_vae.py config/neuroquant.py --init_from=resume     # go on where it stopped
 
-Writes out_dir/ckpt.pt (resume), best.pt (best validation PSNR), log.jsonl and config.py; NeuroQuant also
-ckpt_3d.pt, the end of its 3D phase.
+Writes out_dir/ckpt.pt (resume), best.pt (best validation PSNR), log.jsonl, log.csv and config.py; with
+matplotlib curves.png and progress.png; NeuroQuant also ckpt_3d.pt, the end of its 3D phase.
 """
 import copy
 import dataclasses
@@ -18,17 +18,17 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from common import (Muon, StepLog, adamw, all_reduce_mean, autocast, catch_signals, changes, compile_for,
                     configure, cosine, explain_failures, for_muon, git_commit, load_checkpoint, make_out_dir,
-                    print0, refuse_changes, save_checkpoint, start_processes, step_flops, stop_processes,
-                    update_average)
+                    print0, refuse_changes, refuse_overwriting, save_checkpoint, start_processes, step_flops,
+                    stop_processes, update_average)
 from data import (Sessions, fingerprint, generators, prefetch, prepare_absent, read_index,
                   refuse_other_data)
+from judge import figures
 from judge.validate import validate
-from losses import (ModalityClassifier, PatchDiscriminator, cov_loss, discriminator_term, generator_term,
-                    grad_reverse, kl_loss, perceptual_loss, reconstruction_loss, sid_loss, ssim, var_loss)
+from losses import (ModalityClassifier, PatchDiscriminator, adversary_loss, cov_loss, discriminator_term,
+                    generator_term, kl_loss, perceptual_loss, reconstruction_loss, sid_loss, ssim, var_loss)
 from model import KINDS, model_args
 from pretrained import LPIPS
 from quantize import hold_statistics, move_statistics, perplexity
@@ -41,6 +41,7 @@ prepare = ''             # flags for prepare.py, run first when data_dir holds n
 out_dir = 'out/neuroquant'
 init_from = 'scratch'    # or resume (out_dir/ckpt.pt), or the PATH of a checkpoint with the weights
 resume_changed = False   # go on with other settings than the run began with
+overwrite = False        # begin anew in an out_dir that holds a run
 log_interval = 10        # steps between log lines
 eval_interval = 1000     # steps between validations; each writes ckpt.pt
 eval_sessions = 32       # validation sessions used; -1 for all
@@ -87,7 +88,7 @@ w_cross = 0.5            # eq. 14, over every ordered pair of a session's modali
 cross_start = 2000       # steps before w_cross sets in
 cross_ramp = 2000        # steps of its linear rise
 w_adv = 0.001            # scale of the reversed gradient, eq. 15; the classifier itself learns at full weight
-adv_start = 5000         # steps before the reversal sets in; it rises over the rest of the 3D phase
+adv_start = 5000         # steps before both begin; the scale rises over the rest of the 3D phase
 # objective of convvae: L1 + the following, DeCo eq. 1 and 7; 0 leaves a term out
 w_kl = 0.0
 kl_reduction = 'mean'    # over every element; 'sum' over the latent and mean over the batch, as MAISI
@@ -135,7 +136,7 @@ checkpointing = False    # recompute the large stages in the backward pass: less
 seed = 0
 
 # what may differ when a run is resumed; data_dir has its own check
-NOT_RESULTS = ('data_dir', 'prepare', 'out_dir', 'init_from', 'resume_changed', 'log_interval',
+NOT_RESULTS = ('data_dir', 'prepare', 'out_dir', 'init_from', 'resume_changed', 'overwrite', 'log_interval',
                'eval_interval', 'eval_sessions', 'wandb_project', 'max_iters', 'perc_trunk', 'perc_lin',
                'device', 'compile', 'checkpointing')
 
@@ -252,9 +253,8 @@ def neuroquant_terms(batch, what, it):
     }
     if what == 'slices':
         return {f'{name}_2d': term for name, term in terms.items()}, out['x_hat']
-    if classifier:
-        logits = classifier(grad_reverse(out['z_anat'].float(), get_alpha(it)))
-        terms['adv'] = share * F.cross_entropy(logits.float(), modality)
+    if classifier and it >= adv_start:
+        terms['adv'] = share * adversary_loss(classifier, out['z_anat'].float(), modality, get_alpha(it))
     if crosses:
         terms['cross'] = torch.zeros((), device=device)
         if len(pairs):
@@ -294,6 +294,11 @@ def train_mode():
     raw_model.train()
     if freeze_encoder and hasattr(raw_model, 'quantizer'):
         raw_model.quantizer.eval()  # the codebook is the encoder's
+
+def draw(shown):
+    """Pictures of how far the run is: its curves, and a held-out scan."""
+    figures.curves(os.path.join(out_dir, 'curves.png'), log.tabulate())
+    figures.progress(os.path.join(out_dir, 'progress.png'), shown, f'{out_dir}, iteration {it:,}')
 
 def save(name):
     """Write everything that a resumed run needs."""
@@ -369,6 +374,7 @@ if __name__ == '__main__':
     # ---- data
     if rank == 0:
         make_out_dir(out_dir)
+        refuse_overwriting(out_dir, init_from, overwrite)
         prepare_absent(data_dir, prepare)
     if world > 1:
         dist.barrier()
@@ -453,7 +459,7 @@ if __name__ == '__main__':
            f'on {device} x {world}')
 
     # ---- loop
-    log = StepLog(out_dir, config, wandb_project, log_interval, it, device, world)
+    log = StepLog(out_dir, config, wandb_project, log_interval, it, stop, device, world)
     stop_signal = catch_signals()
     train_mode()
     batches = prefetch(make_batch, (step for i in range(it, stop) for step in micro_steps(i)), device)
@@ -507,11 +513,13 @@ if __name__ == '__main__':
             if val_set and not stopped_by:
                 averaged = ema or raw_model
                 averaged.eval()
-                record = {'iter': it} | validate(averaged, val_set, eval_sessions, device, dtype)
+                record, shown = validate(averaged, val_set, eval_sessions, device, dtype)
                 train_mode()
-                log.write(record)
-                shown = {k: v for k, v in record.items() if 'psnr' in k or 'brain' in k}
-                print0(f'iter {it}: ' + ' | '.join(f'{k} {v:.2f}' for k, v in shown.items()))
+                log.write({'iter': it} | record)
+                line = [f'{k} {v:.2f}' for k, v in record.items() if 'psnr' in k or 'brain' in k]
+                print0(f'iter {it:,}/{stop:,}: ' + ' | '.join(line))
+                if rank == 0:
+                    draw(shown)
                 if record['val/psnr_db'] > best_val:
                     best_val = record['val/psnr_db']
                     save('best.pt')

@@ -3,6 +3,7 @@
 Volumes are arrays (D,H,W) in [0,1] with axes (left-right, posterior-anterior, inferior-superior).
 """
 import os
+from functools import lru_cache
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from common import print0
 
 GREY = dict(origin='lower', cmap='gray', vmin=0, vmax=1)
 
+@lru_cache
 def pyplot():
     """matplotlib's pyplot, drawing to files alone; None, with one line, where it is not installed."""
     try:
@@ -20,13 +22,14 @@ def pyplot():
     import matplotlib.pyplot as plt
     return plt
 
-def finish(plt, fig, path):
-    """Write whole or not at all."""
+def finish(plt, fig, path, quiet=False):
+    """Write whole or not at all, and say so."""
     fig.tight_layout()
     fig.savefig(f'{path}.part', dpi=110, format='png')
     os.replace(f'{path}.part', path)
     plt.close(fig)
-    print(f'picture: {path}')
+    if not quiet:
+        print(f'picture: {path}')
 
 def bare(ax):
     """Axes without ticks and frame."""
@@ -34,7 +37,7 @@ def bare(ax):
     ax.set_yticks([])
     ax.set_frame_on(False)
 
-def views(path, blocks, title=''):
+def views(path, blocks, title='', quiet=False):
     """Volumes side by side in three planes.
 
     blocks: lists of (heading, volume); each list is three rows of the picture.
@@ -58,7 +61,38 @@ def views(path, blocks, title=''):
                 axes[3 * b + axis, column].imshow(np.take(volume, middle, axis).T, **GREY)
     if title:
         fig.suptitle(title, fontsize=10)
-    finish(plt, fig, path)
+    finish(plt, fig, path, quiet)
+
+def progress(path, shown, title):
+    """A scan, its reconstruction and the error in three planes, while a model learns.
+
+    shown: (name, volume, reconstruction)
+    """
+    name, x, x_hat = shown
+    block = [(name, x), ('reconstruction', x_hat), ('absolute error', np.abs(x - x_hat))]
+    views(path, [block], title, quiet=True)
+
+def curves(path, records):
+    """What a run's log says over its iterations, a panel for each quantity.
+
+    records: dicts with 'iter' and numbers, as log.jsonl has them.
+    """
+    names = dict.fromkeys(key for record in records for key in record)  # in the order of the log
+    names = [name for name in names if name == 'lr' or name.startswith(('train/', 'val/'))]
+    plt = pyplot() if names else None
+    if not plt: return
+    height = -(-len(names) // 4)
+    fig, axes = plt.subplots(height, 4, figsize=(13, 2.4 * height), squeeze=False)
+    for ax in axes.flat[len(names):]:
+        ax.set_axis_off()
+    for ax, name in zip(axes.flat, names):
+        points = [(record['iter'], record[name]) for record in records if record.get(name) is not None]
+        ax.plot(*zip(*points), '.-' if len(points) < 50 else '-', linewidth=1)
+        ax.set_title(name, fontsize=9)
+        ax.tick_params(labelsize=7)
+        if name.startswith('train/') and min(value for _, value in points) > 0:
+            ax.set_yscale('log')
+    finish(plt, fig, path, quiet=True)
 
 def reconstruction_views(runs):
     """Blocks for views() of runs' scans in the picture: one run beside its errors, several side by side."""

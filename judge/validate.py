@@ -11,7 +11,8 @@ def validate(model, sessions, count, device, dtype):
     """A model in evaluation mode on the first `count` sessions (-1: all), shared out over the processes.
 
     returns {'val/psnr_db/<modality>', 'val/psnr_db' their mean, 'val/psnr_brain_db' inside the brain alone,
-    'val/n_sessions', and what quantize.code_use says of the codes}; PSNR of whole volumes
+    'val/n_sessions', and what quantize.code_use says of the codes}; PSNR is of whole volumes
+    and for a picture the first scan of this process as (modality, volume, reconstruction), each (D,H,W)
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     n = sessions.n if count < 0 else min(count, sessions.n)
@@ -19,6 +20,7 @@ def validate(model, sessions, count, device, dtype):
     books = c.num_codebooks if hasattr(model, 'quantizer') else 0
     sums = torch.zeros(len(sessions.modalities), 3, dtype=torch.float64)  # of PSNR, of the brain's, of volumes
     counts = torch.zeros(2, books, c.num_codes, dtype=torch.int64)
+    shown = None
     for i in range(rank, n, world):
         for m in sessions.present(i):
             x = torch.tensor(sessions.volume(i, m), device=device)[None, None]
@@ -28,6 +30,7 @@ def validate(model, sessions, count, device, dtype):
             x_hat = view['x_hat'].clamp(0, 1)
             scores = psnr(x_hat, x).item(), psnr(x_hat, x, mask=x > 0).item(), 1
             sums[m] += torch.tensor(scores, dtype=torch.float64)
+            shown = shown or (sessions.modalities[m], *(v[0, 0].float().cpu().numpy() for v in (x, x_hat)))
             if books:
                 counts += count_codes(view['tokens'], x, c.num_codes, books)
     if world > 1:
@@ -45,4 +48,4 @@ def validate(model, sessions, count, device, dtype):
         warning = collapse(use, c.num_codes, counts.sum().item() // books)
         if warning:
             print0(warning)
-    return record
+    return record, shown

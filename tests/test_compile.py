@@ -11,7 +11,7 @@ from bench import Live
 from common import compile_for
 from flow import flow_matching_loss
 from losses import (
-    ModalityClassifier, PatchDiscriminator, adversarial_loss, grad_reverse, kl_loss, reconstruction_loss,
+    ModalityClassifier, PatchDiscriminator, adversarial_loss, adversary_loss, kl_loss, reconstruction_loss,
     sid_loss, ssim, vad_loss)
 from model import ConvVAE, ConvVAEConfig, FlowUNet, FlowUNetConfig, NeuroQuant, NeuroQuantConfig
 
@@ -155,7 +155,7 @@ def neuroquant_loss():
         out = net(x, modality, pairs)
         recon = reconstruction_loss(out['x_hat'], x, 0.5)
         cross = reconstruction_loss(out['x_cross'], x[pairs[:, 1]], 0.0)
-        adversarial = F.cross_entropy(classifier(grad_reverse(out['z_anat'], 0.1)), modality)
+        adversarial = adversary_loss(classifier, out['z_anat'], modality, 0.1)
         return recon + out['commit'] + cross + adversarial
     return net, loss
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from conftest import Precision
-from losses import (ModalityClassifier, PatchDiscriminator, Product, adversarial_loss, cov_loss,
+from losses import (ModalityClassifier, PatchDiscriminator, Product, adversarial_loss, adversary_loss, cov_loss,
                     generator_loss, generator_term, grad_reverse, kl_loss, ms_ssim, perceptual_loss, psnr,
                     random_slices, reconstruction_loss, sid_loss, ssim, vad_loss, var_loss)
 
@@ -266,3 +266,19 @@ def test_gathered_statistics_are_those_of_the_joined_batch_and_so_are_the_gradie
         torch.testing.assert_close(value, loss.detach())
     # parameters get the sum over rows; averaged over two processes that is half the sum of these
     torch.testing.assert_close(torch.cat([g for _, g in parts]) / 2, whole.grad)
+
+@pytest.mark.parametrize('bias, reaches_encoder', [(3.0, True), (-3.0, False)])
+def test_a_scan_that_fools_the_classifier_beyond_chance_gives_the_encoder_no_gradient(bias, reaches_encoder):
+    torch.manual_seed(0)
+    classifier = ModalityClassifier(16, 2)
+    with torch.no_grad():
+        classifier.mlp[-1].bias.copy_(torch.tensor([bias, -bias]))  # so sure of modality 0
+    z = torch.randn(3, 16, 2, 3, 2, requires_grad=True)
+    target = torch.zeros(3, dtype=torch.int64)
+    loss = adversary_loss(classifier, z, target, 0.25)
+    of_z, *of_weights = torch.autograd.grad(loss, [z, *classifier.parameters()])
+    assert of_z.any().item() == reaches_encoder
+    assert all(gradient.any() for gradient in of_weights)  # the classifier learns either way
+    if reaches_encoder:
+        plain = torch.nn.functional.cross_entropy(classifier(z), target)
+        torch.testing.assert_close(of_z, -0.25 * torch.autograd.grad(plain, z)[0])

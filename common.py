@@ -1,4 +1,5 @@
 """What the scripts must agree on: settings, processes and devices, checkpoints, and the log of a run."""
+import csv
 import difflib
 import json
 import math
@@ -9,6 +10,7 @@ import sys
 import time
 from ast import literal_eval
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -129,6 +131,11 @@ def stop_processes():
     if dist.is_initialized():
         dist.destroy_process_group()
 
+def fill_up(x, rows):
+    """x (B, ...) with its first row again and again, (rows, ...)."""
+    filler = x[:1].detach().expand(rows - len(x), *x.shape[1:])
+    return torch.cat([x, filler])
+
 def compile_for(net, sizes):
     """Compile a network's training pass for a few numbers of volumes; batches between them are filled up.
 
@@ -143,7 +150,7 @@ def compile_for(net, sizes):
         n = len(x)
         rows = min((size for size in sizes if size >= n), default=n)
         if rows == n or 1 in x.shape[2:]: return compiled(x, *args)
-        x, args = tree_map(lambda t: torch.cat([t, t[:1].detach().expand(rows - n, *t.shape[1:])]), (x, args))
+        x, args = tree_map(partial(fill_up, rows=rows), (x, args))
         return compiled(x, *args)[:n]
 
     net.forward = forward
@@ -317,11 +324,42 @@ def save_checkpoint(path, checkpoint):
             os.remove(part)
         raise SystemExit(f'{path}: cannot write the checkpoint ({e}); the previous one is untouched')
 
+def save_weights(path, weights, about):
+    """Weights {name: tensor} and the dict of what they are, as .pt or, with a .json beside, .safetensors."""
+    if not path.endswith('.safetensors'):
+        return save_checkpoint(path, about | {'model': weights, 'ema': None})
+    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+    safetensors_of(path).save_file(weights, path)
+    write_text(path.replace('.safetensors', '.json'), json.dumps(about, indent=1) + '\n')
+
+def load_weights(path, device):
+    """What save_weights wrote as .safetensors."""
+    with open(path.replace('.safetensors', '.json')) as f:
+        about = as_tuples(json.load(f))
+    return about | {'model': safetensors_of(path).load_file(path, device), 'ema': None}
+
+def as_tuples(tree):
+    """A tree of JSON with tuples for lists."""
+    if isinstance(tree, list): return tuple(map(as_tuples, tree))
+    if isinstance(tree, dict): return {key: as_tuples(value) for key, value in tree.items()}
+    return tree
+
+def safetensors_of(path):
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise SystemExit(f'{path}: pip install safetensors for this format, or use .pt')
+    return safetensors.torch
+
 def load_checkpoint(path, device='cpu'):
     """A checkpoint of a training script as a dict; anything else ends the program with one line."""
+    path = str(path)
     if not os.path.isfile(path): raise SystemExit(f'{path}: no such checkpoint')
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        if path.endswith('.safetensors'):
+            checkpoint = load_weights(path, device)
+        else:
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as e:
         raise SystemExit(f'{path}: not a readable checkpoint ({type(e).__name__}); was the file cut short?')
     if not isinstance(checkpoint, dict) or 'model_args' not in checkpoint:
@@ -490,9 +528,10 @@ class StepLog:
         """Write log.csv, the same as log.jsonl for a spreadsheet, and return the records."""
         records = [json.loads(line) for line in read_log(self.out_dir)]
         columns = list(dict.fromkeys(key for record in records for key in record))
-        rows = [columns] + [[record.get(key, '') for key in columns] for record in records]
-        text = '\n'.join(','.join('' if v is None else str(v) for v in row) for row in rows)
-        write_text(os.path.join(self.out_dir, 'log.csv'), text + '\n')
+        with open(os.path.join(self.out_dir, 'log.csv'), 'w', newline='') as f:
+            table = csv.DictWriter(f, columns)
+            table.writeheader()
+            table.writerows(records)
         return records
 
     def write(self, record):

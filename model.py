@@ -25,11 +25,11 @@ def missing_axis(x):
     return ones[0] if ones else None
 
 def as_slices(images, axis):
-    """Images (B, C, ., .) -> (B, C, D, H, W) without `axis`. Channels-last stays channels-last."""
+    """Images (B, C, ., .) -> (B, C, D, H, W) without `axis`."""
     return images.movedim(1, -1).unsqueeze(1 + axis).movedim(-1, 1)
 
 class Conv3d(nn.Conv3d):
-    """On a CPU, one sample alone goes to oneDNN, up to 11 times as fast as torch's choice."""
+    """On a CPU, one sample alone goes to oneDNN, up to 11 times as fast."""
     def _conv_forward(self, x, weight, bias):
         alone = len(x) == 1 and math.prod(x.shape[2:]) >= 64
         float32_on_cpu = x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32
@@ -106,13 +106,13 @@ def group_norm(channels):
     return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
 
 class ResConv(nn.Module):
-    """x + conv(SiLU(norm(x))), 3x3x3, each channel normed alone.
+    """x + conv(SiLU(norm(x))), 3x3x3. norm: 'group', each channel alone, or 'none'.
 
     In larger groups, channels' constants outgrow what differs between brains, and codes fall out of use.
     """
-    def __init__(self, channels):
+    def __init__(self, channels, norm='group'):
         super().__init__()
-        self.norm = nn.GroupNorm(channels, channels)
+        self.norm = nn.Identity() if norm == 'none' else nn.GroupNorm(channels, channels)
         self.conv = Conv(channels, channels, 3, padding=1)
 
     def forward(self, x):
@@ -144,8 +144,8 @@ class Attention(nn.Module):
 class AxialAttention(Attention):
     """Attention along one axis (0, 1, 2), NeuroQuant eq. 2. Three in a row let any voxel reach any other.
 
-    Layer norm comes first. The projection starts at zero: the block starts as the identity. The scores cost
-    D*H*W*L*C for axis length L, not (D*H*W)^2*C. On slices the missing axis is skipped.
+    Layer norm comes first. The projection starts at zero: the block starts as the identity. On slices
+    the missing axis is skipped.
     """
     def __init__(self, channels, axis):
         super().__init__(channels, head_width=32 if channels % 32 == 0 else None)
@@ -162,7 +162,7 @@ class AxialAttention(Attention):
 
 def local_then_axial(c, level, channels):
     """Residual convolutions, then A(F) = Attn_W(Attn_H(Attn_D(F))), NeuroQuant eq. 3."""
-    layers = [ResConv(channels) for _ in range(c.res_blocks)]
+    layers = [ResConv(channels, c.norm) for _ in range(c.res_blocks)]
     if c.attention and level in c.attn_levels:
         layers += [AxialAttention(channels, axis) for axis in range(3)]
     return nn.Sequential(*layers)
@@ -213,6 +213,7 @@ class NeuroQuantConfig(QuantizerConfig):
     modalities: tuple = ('T1w', 'T2w')
     widths: tuple = (32, 64, 128, 256)  # channels of the four blocks, at 1/2, 1/4, 1/8, 1/16
     res_blocks: int = 1                 # 3x3x3 convolutions per block besides the strided one
+    norm: str = 'group'                 # of these, each channel alone; or 'none'
     attention: bool = True              # factorised multi-axis attention (FMA) in encoder and decoder
     attn_levels: tuple = (0, 1, 2, 3)   # where: 0 is 1/2 of the size (the dearest), 3 is 1/16
     film: bool = True                   # modality stream and FiLM (M-FiLM); without it, a plain VQ-VAE
@@ -319,8 +320,7 @@ class NeuroQuant(Autoencoder):
     x and x_hat, not clamped: (B,1,D,H,W). z_anat, z_q: (B,Ca,d,h,w). z_mod: (B,Cm,d,h,w), Cm = 0 if
     film is off. indices: (B,d,h,w) int64. FiLM: list of (gamma, beta), one per decoder layer, (B,C_l) each.
     modality: a name, an index into config.modalities, or (B,) int64 of indices.
-    Buffers mod_sum (M,Cm), mod_weight (M,): their ratio is the running mean of GAP(z_mod) by modality. So
-    translate() needs no scan of the target.
+    Buffers mod_sum (M,Cm), mod_weight (M,): their ratio is the running mean of GAP(z_mod) by modality.
     """
     factor = 16
 
@@ -330,6 +330,7 @@ class NeuroQuant(Autoencoder):
         self.held = None  # a list after quantize.hold_statistics
         if len(c.widths) != 4 or any(width < 8 or width % 8 for width in c.widths):
             raise ValueError(f'widths {c.widths}: four are needed, each a multiple of 8')
+        if c.norm not in NORM: raise ValueError(f"norm={c.norm!r}: one of {tuple(NORM)}")
         if not c.modalities: raise ValueError('modalities is empty: name at least one, such as T1w')
         self.encoder = Encoder(c)
         self.anat_head = nn.Sequential(nn.SiLU(), Conv(c.widths[-1], c.anat_dim, 3, padding=1))

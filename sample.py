@@ -5,11 +5,15 @@
     python sample.py --mode=tokens --ckpt=out/RUN/best.pt --input=t1.nii.gz --output=t1.npy
     python sample.py --mode=tokens --ckpt=out/RUN/best.pt --input=t1.npy --output=back.nii.gz --target=T1w
     python sample.py --mode=generate --ckpt=out/FLOW/best.pt --output=DIR --sex=F --age=40
+    python sample.py --mode=export --ckpt=out/RUN/best.pt --output=weights.pt --dtype=float16
+
+In Python: Codec, which encodes and decodes files and arrays.
 
 A scan goes through the steps of prepare.py into the model's box and back onto its own grid: a viewer overlays
 input and output voxel by voxel. What does not fit the box comes back as 0, and so does the background of the
 input unless --mask=False. generate writes volumes (with NeuroQuant one per modality, aligned), latents.npy,
-montage.png and nearest.md.
+montage.png and nearest.md. export writes the averaged weights alone, with what builds the model and its box:
+as .pt, or as .safetensors with a .json beside.
 """
 import os
 import sys
@@ -18,8 +22,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import (autocast, configure, load_checkpoint, make_out_dir, markdown_table, start_processes,
-                    write_text)
+from common import (autocast, configure, load_checkpoint, make_out_dir, markdown_table, save_weights,
+                    start_processes, write_text)
 from data import as_float, open_npy, random, read_index
 from flow import sample
 from judge.figures import views
@@ -30,7 +34,7 @@ from scans import nifti
 from slabs import slabwise
 
 # ---------------------------------------------------------------- settings
-mode = 'reconstruct'      # or translate, tokens, generate
+mode = 'reconstruct'      # or translate, tokens, generate, export
 ckpt = 'out/neuroquant/best.pt'
 input = ''                # .nii or .nii.gz; for tokens also .npy
 output = ''
@@ -50,13 +54,19 @@ vae = ''                  # another autoencoder with the same encoder, such as o
 # system
 slab = 0                  # > 0: the autoencoder runs slab by slab, for volumes that do not fit the card
 device = ''
-dtype = 'float32'         # bfloat16 for autocast
+dtype = 'float32'         # bfloat16 for autocast; of export float16 for half the size
 
 def check_settings():
     """SystemExit with one line for settings that cannot be."""
     if mode not in MODES: raise SystemExit(f'--mode={mode}: one of {", ".join(MODES)}')
-    if not output or (not input and mode != 'generate'):
+    if not output or (not input and mode not in ('generate', 'export')):
         raise SystemExit('give --input=FILE and --output=FILE; generate wants --output=DIR')
+    if mode == 'export':
+        if not output.endswith(('.pt', '.safetensors')):
+            raise SystemExit(f'--output={output}: must end in .pt or .safetensors')
+        if dtype not in ('float32', 'float16'):
+            raise SystemExit(f'--dtype={dtype}: float32 or float16')
+        return
     if mode == 'generate':
         if steps < 1 or n < 1: raise SystemExit(f'--steps={steps} --n={n}: at least 1 each')
         return
@@ -69,6 +79,7 @@ def check_settings():
 def check_model(model):
     """SystemExit with one line if this model of --ckpt cannot do what --mode asks for."""
     flow = isinstance(model, FlowUNet)
+    if mode == 'export': return
     if mode == 'generate' and not flow:
         raise SystemExit(f'{ckpt}: an autoencoder; generate wants a flow (train_flow.py)')
     if mode != 'generate' and flow:
@@ -113,7 +124,7 @@ class Scan:
             print(f'{path}: {doubt}')
         self.box = torch.from_numpy(boxes[0])[None, None]
         lost = self.placement.lost
-        if lost > 0:
+        if lost > 5e-4:
             print(f'{path}: {lost:.1%} of the brain lies outside the box of {data["shape"]} voxels')
         if self.placement.estimated[0]:
             print(f'{path}: no zero background, taken as a raw head scan')
@@ -186,6 +197,49 @@ def box_grid(checkpoint):
     affine = np.diag([*size, 1.0])
     affine[:3, 3] = -(np.array(shape) - 1) / 2 * size
     return nifti.Native(affine, tuple(shape), 'RAS', tuple(size))
+
+def export(model, checkpoint):
+    kept = ('model_args', 'config', 'data', 'voxel_mm', 'encoder_hash', 'conditions', 'latent_shape')
+    weights = {}
+    for name, value in model.state_dict().items():
+        weights[name] = value.cpu().to(getattr(torch, dtype)) if value.is_floating_point() else value.cpu()
+    save_weights(output, weights, {key: checkpoint[key] for key in kept if key in checkpoint})
+    print(f'{os.path.getsize(output) / 2 ** 20:.1f} MiB, {dtype}: {output}')
+
+class Codec:
+    """An autoencoder for files and arrays: codec = Codec('weights/real_t1w.pt').
+
+    encode(scan) -> codes: of a KL autoencoder the latent (C,d,h,w) float32, else tokens int64. scan: path of
+    a NIfTI file, or an array (D,H,W) in [0,1] on the model's own box.
+    decode(codes) -> array (D,H,W) in [0,1] on the box. modality: of NeuroQuant, what it shall look like.
+    write(path, volume, like): such an array as NIfTI, on the grid of the NIfTI file `like`.
+    """
+    def __init__(self, path, device='cpu'):
+        self.checkpoint = load_checkpoint(path)
+        self.model = from_checkpoint(self.checkpoint).to(device)
+        self.device = device
+        self.box = self.checkpoint['data']
+
+    @torch.no_grad()
+    def encode(self, scan):
+        box = Scan(scan, self.box).box if isinstance(scan, (str, os.PathLike)) else torch.as_tensor(scan)
+        x = box.to(self.device).view(1, 1, *box.shape[-3:])
+        if hasattr(self.model, 'quantizer'): return self.model.tokens(x)[0]
+        return self.model.latent(x)[0]
+
+    @torch.no_grad()
+    def decode(self, codes, modality=None):
+        codes = codes[None].to(self.device)
+        if hasattr(self.model, 'quantizer'):
+            x = self.model.from_tokens(codes, modality)
+        else:
+            x = self.model.from_latent(codes)
+        D, H, W = self.box['shape']
+        return x[0, 0, :D, :H, :W].clamp(0, 1).cpu().numpy()
+
+    def write(self, path, volume, like):
+        scan = Scan(like, self.box)
+        scan.write(path, torch.as_tensor(volume)[None, None], own_scale=False)
 
 # ---------------------------------------------------------------- new volumes
 
@@ -311,7 +365,8 @@ def volume_of(part, k):
     """The volume (D,H,W) behind latent k of a split."""
     return as_float(open_npy(os.path.join(part.scans[k][0]['folder'], part.file(k))))
 
-MODES = {'reconstruct': reconstruct, 'translate': translate, 'tokens': tokens, 'generate': generate}
+MODES = {'reconstruct': reconstruct, 'translate': translate, 'tokens': tokens, 'generate': generate,
+         'export': export}
 
 if __name__ == '__main__':
     configure(globals(), sys.argv[1:])
@@ -320,6 +375,9 @@ if __name__ == '__main__':
     checkpoint = load_checkpoint(ckpt)
     model = from_checkpoint(checkpoint).to(device)
     check_model(model)
+    if mode == 'export':
+        export(model, checkpoint)
+        raise SystemExit(0)
     try:
         with torch.no_grad(), autocast(device, dtype):
             MODES[mode](model if mode == 'generate' else in_slabs(model), checkpoint)

@@ -79,6 +79,7 @@ def curves(path, records):
     """
     names = dict.fromkeys(key for record in records for key in record)  # in the order of the log
     names = [name for name in names if name == 'lr' or name.startswith(('train/', 'val/'))]
+    names = [name for name in names if not name.endswith(('n_sessions', 'background'))]
     plt = pyplot() if names else None
     if not plt: return
     height = -(-len(names) // 4)
@@ -89,7 +90,7 @@ def curves(path, records):
         points = [(record['iter'], record[name]) for record in records if record.get(name) is not None]
         ax.plot(*zip(*points), '.-' if len(points) < 50 else '-', linewidth=1)
         ax.set_title(name, fontsize=9)
-        ax.tick_params(labelsize=7)
+        ax.tick_params(which='both', labelsize=7)
         if name.startswith('train/') and min(value for _, value in points) > 0:
             ax.set_yscale('log')
     finish(plt, fig, path, quiet=True)

@@ -14,11 +14,13 @@ def validate(model, sessions, count, device, dtype):
     'val/n_sessions', and what quantize.code_use says of the codes}; PSNR is of whole volumes
     and for a picture the first scan of this process as (modality, volume, reconstruction), each (D,H,W)
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = 0, 1
+    if dist.is_initialized():
+        rank, world = dist.get_rank(), dist.get_world_size()
     n = sessions.n if count < 0 else min(count, sessions.n)
     c = model.config
     books = c.num_codebooks if hasattr(model, 'quantizer') else 0
-    sums = torch.zeros(len(sessions.modalities), 3, dtype=torch.float64)  # of PSNR, of the brain's, of volumes
+    sums = torch.zeros(len(sessions.modalities), 3, dtype=torch.float64)  # PSNR, the brain's, volumes
     counts = torch.zeros(2, books, c.num_codes, dtype=torch.int64)
     shown = None
     for i in range(rank, n, world):

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from common import (Muon, configure, load_checkpoint, orthogonal, save_checkpoint, start_processes, update_average,
-                    warn_of_slow_convolutions)
+from common import (Muon, configure, load_checkpoint, orthogonal, refuse_overwriting, save_checkpoint,
+                    start_processes, update_average, warn_of_slow_convolutions)
 from conftest import ROOT
 
 def settings():
@@ -146,3 +146,27 @@ def test_the_memory_format_of_a_convolution_changes_nothing_in_its_step():
         Muon([weight], 0.01, 0.0).step()
         stepped.append(weight.detach())
     torch.testing.assert_close(*stepped)
+
+# ---------------------------------------------------------------- help, and what a run would overwrite
+
+def test_help_shows_values_after_config_and_flags_with_their_comments(tmp_path, capsys):
+    script = tmp_path / 'script.py'
+    script.write_text('# in and out\nlr = 0.1   # the rate\nsteps = 3\n\n# not a setting\nother = f(2)\n')
+    file = tmp_path / 'c.py'
+    file.write_text('steps = 7\n')
+    g = dict(__doc__='Does it.', __file__=str(script), lr=0.1, steps=3)
+    with pytest.raises(SystemExit) as end:
+        configure(g, [str(file), '--help', '--lr=0.5'])
+    lines = capsys.readouterr().out.splitlines()
+    assert end.value.code == 0 and lines[0] == 'Does it.'
+    assert 'in and out' in lines and 'not a setting' not in lines
+    assert any(line.split() == ['--lr=0.5', 'the', 'rate'] for line in lines)
+    assert '  --steps=7' in lines
+
+def test_a_run_is_not_overwritten_unasked(tmp_path):
+    refuse_overwriting(tmp_path, 'scratch', False)
+    (tmp_path / 'ckpt.pt').write_text('')
+    refuse_overwriting(tmp_path, 'resume', False)
+    refuse_overwriting(tmp_path, 'scratch', True)
+    with pytest.raises(SystemExit, match='--overwrite=True'):
+        refuse_overwriting(tmp_path, 'scratch', False)

@@ -8,6 +8,7 @@ from scipy import ndimage
 from common import load_checkpoint
 from conftest import play, refuses
 from model import from_checkpoint
+from sample import Codec
 from test_evaluate import data, kl, neuroquant, vq2d  # noqa: F401, fixtures
 from test_nifti import head, store
 
@@ -145,3 +146,46 @@ def test_a_model_without_codes_has_no_tokens(kl, scan, tmp_path):
 def test_a_model_without_film_does_not_translate(kind, request, scan, tmp_path):
     checkpoint = request.getfixturevalue(kind)
     assert 'translates' in refuses(*sampling(checkpoint, 'translate', scan, tmp_path / 't.nii'))
+
+# ---------------------------------------------------------------- weights alone, and use in Python
+
+@pytest.mark.parametrize('ending', ['.pt', '.safetensors'])
+def test_exported_weights_are_the_checkpoints_to_the_bit(kl, tmp_path, ending):
+    if ending == '.safetensors':
+        pytest.importorskip('safetensors')
+    exported = tmp_path / f'weights{ending}'
+    play('sample.py', '--mode=export', f'--ckpt={kl}', f'--output={exported}', '--device=cpu')
+    before = from_checkpoint(load_checkpoint(kl))
+    after = load_checkpoint(str(exported))
+    assert 'optimizer' not in after
+    assert tuple(after['data']['shape']) == tuple(load_checkpoint(kl)['data']['shape'])
+    after = from_checkpoint(after)
+    assert after.config == before.config
+    for name, value in before.state_dict().items():
+        assert torch.equal(value, after.state_dict()[name]), name
+
+def test_half_precision_halves_the_file(kl, tmp_path):
+    sizes = []
+    for dtype in ('float32', 'float16'):
+        path = tmp_path / f'{dtype}.pt'
+        play('sample.py', '--mode=export', f'--ckpt={kl}', f'--output={path}', f'--dtype={dtype}')
+        numbers = load_checkpoint(str(path))['model'].values()
+        sizes.append(sum(value.numel() * value.element_size() for value in numbers))
+    assert sizes[1] == sizes[0] / 2
+
+def test_the_codec_makes_what_reconstruct_makes(kl, scan, tmp_path):
+    play(*sampling(kl, 'reconstruct', scan, tmp_path / 'script.nii'))
+    codec = Codec(kl)
+    volume = codec.decode(codec.encode(scan))
+    assert volume.shape == tuple(codec.box['shape'])
+    codec.write(str(tmp_path / 'codec.nii'), volume, like=scan)
+    by_script, by_codec = values(tmp_path / 'script.nii'), values(tmp_path / 'codec.nii')
+    inside = by_codec > 0.05
+    slope, intercept = np.polyfit(by_codec[inside], by_script[inside], 1)  # the scan's own intensities
+    np.testing.assert_allclose(by_script[inside], slope * by_codec[inside] + intercept, atol=1e-3 * slope)
+
+def test_the_codec_takes_an_array_on_the_box(neuroquant):
+    codec = Codec(neuroquant)
+    tokens = codec.encode(np.random.default_rng(0).random(codec.box['shape'], np.float32))
+    assert tokens.dtype == torch.int64
+    assert codec.decode(tokens, 'T2w').shape == tuple(codec.box['shape'])

@@ -3,6 +3,7 @@
     python bench.py                                   # every case: full sizes on a GPU, small ones on a CPU
     python bench.py --cases=vae,unet --profile=True   # some, with a step's ten dearest kernels
     python bench.py --samplers=out/demo_flow/best.pt  # error of a flow's samples at equal numbers of calls
+    python bench.py --check=True                      # is everything right on this machine? writes check.json
 
 Times are medians after a warm-up, in ms, with the spread from least to most. MFU is the FLOP of convolutions,
 products and attentions over time and the measured rate of a large matrix product.
@@ -31,6 +32,7 @@ import synth
 from common import autocast, configure, load_checkpoint, save_checkpoint, start_processes
 from data import Sessions, prefetch, read_folder
 from flow import flow_matching_loss, sample
+from judge.selfcheck import run_all
 from losses import PatchDiscriminator, adversarial_loss, kl_loss, reconstruction_loss
 from scans import nifti
 from slabs import slabwise
@@ -38,6 +40,7 @@ from slabs import slabwise
 # ---------------------------------------------------------------- settings
 cases = ('memory', 'neuroquant', 'slices', 'vae', 'whole', 'unet', 'discriminator', 'prepare', 'loader',
          'checkpoint')
+check = False            # properties instead of cases, see judge/selfcheck.py
 samplers = ''            # checkpoint of a flow, instead of cases
 pairs = ()               # sessions per batch of memory and neuroquant; () picks 1,2,4, or 1 on a CPU
 repeats = 5
@@ -183,7 +186,7 @@ def case_neuroquant():
 def case_slices():
     """ms of a step on slices, over those of a network that takes them for volumes of depth 1."""
     def double(x, mode='nearest'):
-        return F.interpolate(x, size=[n if n == 1 else 2 * n for n in x.shape[2:]], mode=mode)
+        return networks.double_axes(x, mode, list(x.shape[2:]).index(1))
     def halve(x):
         return F.avg_pool3d(x, [min(2, n) for n in x.shape[2:]])
     blind = {'missing_axis': lambda x: None, 'halve': halve, 'double': double}
@@ -339,6 +342,8 @@ if __name__ == '__main__':
         dtype, compile = 'float32', False
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
+    if check:
+        sys.exit(min(1, run_all(device, 'check.json')))
     if samplers:
         bench_samplers()
         sys.exit()

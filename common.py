@@ -136,14 +136,14 @@ def fill_up(x, rows):
     filler = x[:1].detach().expand(rows - len(x), *x.shape[1:])
     return torch.cat([x, filler])
 
-def compile_for(net, sizes):
+def compile_for(net, sizes, backend='inductor'):
     """Compile a network's training pass for a few numbers of volumes; batches between them are filled up.
 
     So sessions that lack scans make no graphs of their own, of which there may be eight. Rows must not depend
     on one another. Slices come as they are. In evaluation mode nothing is compiled.
     """
     eager = net.forward
-    compiled = torch.compile(eager, dynamic=False)
+    compiled = torch.compile(eager, dynamic=False, backend=backend)
 
     def forward(x, *args):
         if not net.training: return eager(x, *args)
@@ -294,7 +294,7 @@ class Muon(torch.optim.Optimizer):
         weight.mul_(1 - lr * weight_decay).add_(update.reshape(weight.shape), alpha=-rate)
 
 def orthogonal(matrix, steps=5):
-    """Nearly U V^T of a matrix U S V^T: its singular values come to lie within 0.7 and 1.2 (Newton-Schulz)."""
+    """Nearly U V^T of a matrix U S V^T: its singular values become 0.7 to 1.2 (Newton-Schulz)."""
     tall = len(matrix) > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x / (x.norm() + 1e-7)

@@ -72,8 +72,8 @@ seed = 0
 
 # what may differ when a run is resumed; vae is known by its hash
 NOT_RESULTS = ('vae', 'data_dir', 'latents_dir', 'out_dir', 'init_from', 'resume_changed', 'overwrite',
-               'log_interval', 'eval_interval', 'eval_scans', 'sample_interval', 'wandb_project', 'max_iters', 'device',
-               'compile')
+               'log_interval', 'eval_interval', 'eval_scans', 'sample_interval', 'wandb_project', 'max_iters',
+               'device', 'compile')
 
 def check_settings():
     """SystemExit with one line for settings that cannot be."""

@@ -17,6 +17,7 @@ w_commit = 0.025
 batch_size = 2
 iters_3d = 700
 joint = 'none'
+muon = True
 lr = 1e-3
 min_lr = 1e-5
 beta2 = 0.99

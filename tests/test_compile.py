@@ -69,7 +69,7 @@ def test_gaps_swaps_and_planes_make_one_graph_per_phase_and_plane(monkeypatch):
     def call():
         net = NeuroQuant(NEUROQUANT)
         for part in (net.encoder, net.decoder):
-            compile_for(part, (4, 8))  # volumes, with swaps
+            compile_for(part, (4, 8), 'eager')  # volumes, with swaps
         for n, swaps in ((4, None), (3, None), (2, None), (4, 4), (4, 2), (3, 2), (3, 1), (2, 2), (3, 3)):
             pairs = None if swaps is None else torch.randint(n, (swaps, 2))
             net(torch.rand(n, 1, 32, 32, 32), torch.randint(2, (n,)), pairs)['x_hat'].sum().backward()
@@ -87,7 +87,7 @@ def test_rows_that_fill_a_batch_up_change_neither_result_nor_gradient(monkeypatc
     results = []
     for compiled in (False, True):
         if compiled:
-            compile_for(net, (4,))
+            compile_for(net, (4,), 'eager')
         net.zero_grad()
         y = net(x)
         y.square().sum().backward()
@@ -96,7 +96,7 @@ def test_rows_that_fill_a_batch_up_change_neither_result_nor_gradient(monkeypatc
 
 def test_nothing_is_compiled_for_validation(monkeypatch):
     net = NeuroQuant(NEUROQUANT).encoder.eval()
-    compile_for(net, (4,))
+    compile_for(net, (4,), 'eager')
     assert graphs_of(lambda: net(torch.rand(1, 1, 32, 32, 32)), monkeypatch) == 0
 
 def test_the_losses_of_a_step_compile_whole(monkeypatch):

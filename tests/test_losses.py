@@ -9,8 +9,9 @@ import torch.multiprocessing as mp
 
 from conftest import Precision
 from losses import (ModalityClassifier, PatchDiscriminator, Product, adversarial_loss, adversary_loss,
-                    cov_loss, generator_loss, generator_term, grad_reverse, kl_loss, ms_ssim, perceptual_loss, psnr,
-                    random_slices, reconstruction_loss, sid_loss, ssim, vad_loss, var_loss)
+                    cov_loss, generator_loss, generator_term, grad_reverse, kl_loss, ms_ssim,
+                    perceptual_loss, psnr, random_slices, reconstruction_loss, sid_loss, ssim, vad_loss,
+                    var_loss)
 
 def pair(shape, seed=0):
     rng = np.random.default_rng(seed)

@@ -1,0 +1,274 @@
+"""What a person with a card runs once, `python bench.py --check=True`: a line PASS or FAIL for each property.
+
+On a machine without a card, what a CPU can show is shown there. No case ends the others.
+"""
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import Muon, adamw, compile_for, update_average
+from flow import flow_matching_loss
+from losses import ModalityClassifier, adversary_loss, kl_loss, reconstruction_loss, ssim
+from model import (ConvVAE, ConvVAEConfig, FlowUNet, FlowUNetConfig, NeuroQuant, NeuroQuantConfig,
+                   double_axes, group_norm)
+from pretrained import LPIPS
+from quantize import VectorQuantizer
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SMALL = NeuroQuantConfig(widths=(8, 8, 16, 16), anat_dim=8, mod_dim=4, modality_dim=4, num_codes=16)
+
+def distance(a, b):
+    """Relative distance of two tensors in norm."""
+    a = a.detach().double().cpu()
+    b = b.detach().double().cpu()
+    return ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
+
+def randomised(net, seed=0):
+    """The network without the zeros that it starts with."""
+    torch.manual_seed(seed)
+    for p in net.parameters():
+        if p.ndim > 1:
+            nn.init.normal_(p, std=0.7 * p[0].numel() ** -0.5)
+    return net
+
+# ---------------------------------------------------------------- numbers: this device against a CPU
+
+def value_and_gradient(function, inputs, device, dtype):
+    moved = [x.to(device, dtype).requires_grad_() for x in inputs]
+    y = function(*moved)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    return y, *torch.autograd.grad((weights * y).sum(), moved)
+
+def check_numbers(device):
+    """Losses, norms and doubling in float32, value and gradient."""
+    torch.manual_seed(0)
+    x = torch.rand(2, 1, 24, 24, 24)
+    close = x + 0.02 * torch.randn_like(x)
+    h = torch.randn(2, 32, 8, 10, 6)
+    norm = group_norm(32)
+    functions = {
+        'double, nearest': (lambda t: double_axes(t, 'nearest'), [h]),
+        'double, linear': (lambda t: double_axes(t, 'linear'), [h]),
+        'group norm': (lambda t: norm.to(t)(t), [h]),
+        'layer norm': (lambda t: F.layer_norm(t.movedim(1, -1), (32,)), [h]),
+    }
+    for name, (function, inputs) in functions.items():
+        exact = value_and_gradient(function, inputs, 'cpu', torch.float64)
+        here = value_and_gradient(function, inputs, device, torch.float32)
+        yield f'{name}, float32 against float64', max(map(distance, here, exact)), 1e-4
+    for name, function in (('SSIM', partial(ssim, size=7)), ('LPIPS of random features', lpips_of(device))):
+        exact = value_and_gradient(function, [x, close], 'cpu', torch.float32)
+        here = value_and_gradient(function, [x, close], device, torch.float32)
+        yield f'{name}, this device against the CPU', max(map(distance, here, exact)), 1e-4
+
+def lpips_of(device):
+    nets = {where: LPIPS().to(where) for where in {'cpu', device}}
+    def similarity(a, b):
+        return nets[a.device.type if a.device.type == 'cpu' else device](a[:, :, 0], b[:, :, 0])
+    return similarity
+
+def check_codes(device):
+    """Tokens and one step of the codebook against the CPU."""
+    torch.manual_seed(0)
+    z = torch.randn(4, 16, 6, 6, 6)
+    quantizers = []
+    for where in ('cpu', device):
+        torch.manual_seed(0)
+        q = VectorQuantizer(64, 16, revive=0.0).to(where).train()
+        codes = torch.randn(64, 16, generator=torch.Generator().manual_seed(1)).to(where)
+        q.codebook.copy_(codes)
+        q.cluster_size.fill_(1.0)
+        q.embed_sum.copy_(codes)
+        quantizers.append((q, q(z.to(where))[1].cpu()))
+    (exact, tokens), (here, tokens_here) = quantizers
+    yield 'tokens that differ from the CPU\'s, share', (tokens != tokens_here).float().mean().item(), 1e-3
+    yield 'codebook after a step', distance(here.codebook, exact.codebook), 1e-4
+
+def check_optimisers(device):
+    """A step of AdamW and of Muon, and the average of the weights, against the CPU."""
+    for name in ('AdamW', 'Muon'):
+        results = []
+        for where in ('cpu', device):
+            torch.manual_seed(0)
+            net = nn.Linear(48, 32)
+            gradient = torch.randn(32, 48)
+            net.to(where)
+            net.weight.grad = gradient.to(where)
+            matrices = [net.weight]
+            optimizer = adamw(matrices, 0.1, (0.9, 0.99), 1e-8, 0.1)
+            if name == 'Muon':
+                optimizer = Muon(matrices, 0.1, 0.1)
+            before = net.weight.detach().clone()
+            optimizer.step()
+            average = nn.Linear(48, 32).to(where)
+            average.load_state_dict({'weight': before, 'bias': net.bias})
+            update_average(average, net, 0.9)
+            expected = 0.9 * before + 0.1 * net.weight
+            results.append((net.weight.detach() - before, distance(average.weight, expected)))
+        yield f'step of {name}', distance(results[1][0], results[0][0]), 1e-3
+        yield f'average of weights after {name}', results[1][1], 1e-5
+
+# ---------------------------------------------------------------- networks: as trained against float32
+
+def networks(device):
+    """{name: (network, loss of it)} for volumes and the three planes."""
+    nq = randomised(NeuroQuant(SMALL)).to(device, memory_format=torch.channels_last_3d)
+    vae = randomised(ConvVAE(ConvVAEConfig(widths=(16, 32)))).to(device, memory_format=torch.channels_last_3d)
+    flow = randomised(FlowUNet(FlowUNetConfig(widths=(16, 32), attention=(False, True)))).to(device)
+    modality = torch.tensor([0, 1], device=device)
+    film = [(torch.ones(2, c, device=device), torch.zeros(2, c, device=device)) for c in nq.decoder.channels]
+    parts = {}
+    for name, size in (('volume', (32, 48, 32)), ('sagittal', (1, 48, 32)), ('coronal', (32, 1, 32)),
+                       ('axial', (32, 48, 1))):
+        x = torch.rand(2, 1, *size, device=device)
+        z = torch.randn(2, 8, *[max(1, n // 16) for n in size], device=device)
+        parts[f'NeuroQuant encoder, {name}'] = nq.encoder, (x,)
+        parts[f'NeuroQuant decoder, {name}'] = nq.decoder, (z, film)
+    parts['ConvVAE encoder'] = vae.encoder, (torch.rand(2, 1, 16, 16, 16, device=device),)
+    parts['ConvVAE decoder'] = vae.decoder, (torch.randn(2, 4, 8, 8, 8, device=device),)
+    parts['FlowUNet'] = flow, (torch.randn(2, 4, 8, 8, 8, device=device), modality.float())
+    return parts
+
+def check_networks(device):
+    """Forward pass in bfloat16 and compiled, as on a card; on a CPU in bfloat16 alone."""
+    for name, (net, args) in networks(device).items():
+        with torch.no_grad():
+            exact = net(*args)
+            with torch.autocast(device.split(':')[0], torch.bfloat16):
+                forward = torch.compile(net, dynamic=False) if device != 'cpu' else net
+                yield f'{name}, bfloat16', distance(forward(*args), exact), 2e-2
+
+def neuroquant_loss(device, n=2):
+    net = randomised(NeuroQuant(SMALL)).to(device, memory_format=torch.channels_last_3d).train()
+    classifier = ModalityClassifier(SMALL.anat_dim, 2).to(device)
+    x = torch.rand(n, 1, 32, 48, 32, device=device).to(memory_format=torch.channels_last_3d)
+    modality = torch.arange(n, device=device) % 2
+    pairs = torch.tensor([[0, 1], [1, 0]], device=device)
+    def loss():
+        out = net(x, modality, pairs)
+        own = reconstruction_loss(out['x_hat'], x, 0.5) + out['commit']
+        cross = reconstruction_loss(out['x_cross'], x[pairs[:, 1]], 0.0)
+        return own + cross + adversary_loss(classifier, out['z_anat'], modality, 0.1)
+    return net, loss
+
+def strides(x):
+    """Of the axes longer than 1; the others' say nothing."""
+    return [stride for stride, n in zip(x.stride(), x.shape) if n > 1]
+
+def check_steps(device):
+    """A step waits for nothing, and leaves gradients laid out as the weights are."""
+    flow = FlowUNet(FlowUNetConfig(widths=(16, 32), attention=(False, True))).to(device)
+    z = torch.randn(2, 4, 16, 16, 16, device=device)
+    t = torch.rand(2, device=device)
+    vae = ConvVAE(ConvVAEConfig(widths=(16, 32))).to(device, memory_format=torch.channels_last_3d)
+    x = torch.rand(1, 1, 32, 32, 32, device=device)
+    def vae_loss():
+        out = vae(x)
+        return reconstruction_loss(out['x_hat'], x, 0.0) + kl_loss(out['mu'], out['logvar'])
+    losses = {'NeuroQuant': neuroquant_loss(device), 'ConvVAE': (vae, vae_loss),
+              'FlowUNet': (flow, lambda: flow_matching_loss(flow, z, torch.randn_like(z), t))}
+    for name, (net, loss) in losses.items():
+        loss().backward()  # the first one may wait: libraries choose their kernels
+        if device != 'cpu':
+            torch.cuda.set_sync_debug_mode('error')
+        try:
+            loss().backward()
+            waits = 0
+        except RuntimeError:
+            waits = 1
+        finally:
+            if device != 'cpu':
+                torch.cuda.set_sync_debug_mode('default')
+        yield f'{name}: steps that wait for the device', waits, 0
+        trained = [p for p in net.parameters() if p.grad is not None]
+        others = sum(strides(p) != strides(p.grad) for p in trained)
+        yield f'{name}: gradients laid out otherwise than their weights', others, 0
+
+def check_graphs(device):
+    """Sessions with gaps, swaps and three planes: graphs that the decoder is compiled to."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    net = NeuroQuant(SMALL).to(device)
+    modality = torch.zeros(6, dtype=torch.int64, device=device)
+    for part in (net.encoder, net.decoder):
+        compile_for(part, (4, 8), backend='inductor' if device != 'cpu' else 'eager')
+    for n, swaps in ((4, 0), (3, 0), (4, 4), (3, 2), (2, 2), (4, 2)):
+        pairs = torch.randint(n, (swaps, 2), device=device) if swaps else None
+        net(torch.rand(n, 1, 32, 32, 32, device=device), modality[:n], pairs)
+    for axis in range(3):
+        x = torch.rand(6, 1, 32, 32, 32, device=device).narrow(2 + axis, 0, 1)
+        net(x, modality)
+    graphs = torch._dynamo.utils.counters['stats']['unique_graphs']
+    yield 'graphs beyond one per phase and plane', graphs - 9, 0
+
+# ---------------------------------------------------------------- scripts: start, signal, resume
+
+def check_scripts(device):
+    """train_vae.py and train_flow.py on phantoms: some steps, a signal, and the rest of the run."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = f'--data_dir={folder}/data'
+        vae = ['train_vae.py', 'config/demo_kl.py', data, f'--out_dir={folder}/vae', '--iters=20']
+        vae.append('--prepare=--source=phantom --n=8 --shape=32,48,32 --modalities=T1w --split=0.6,0.2,0.2')
+        flow = ['train_flow.py', 'config/demo_flow.py', data, f'--out_dir={folder}/flow', '--iters=20',
+                f'--vae={folder}/vae/ckpt.pt', '--sample_interval=0']
+        for name, args in (('train_vae.py', vae), ('train_flow.py', flow)):
+            yield f'{name}: exit after SIGTERM, 143 less', stopped(args, device) - 143, 0
+            yield f'{name}: exit of the resumed run', start(args, device, '--init_from=resume').wait(300), 0
+
+def start(args, device, *more):
+    command = [sys.executable, *args, *more, '--log_interval=1', f'--device={device}']
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+def stopped(args, device):
+    """The exit status of a run that gets a signal after its fifth step."""
+    process = start(args, device)
+    for line in process.stdout:
+        if line.startswith('iter 5/'):
+            process.send_signal(signal.SIGTERM)
+    return process.wait(300)
+
+# ---------------------------------------------------------------- all of them
+
+CASES = (check_numbers, check_codes, check_optimisers, check_networks, check_steps, check_graphs,
+         check_scripts)
+
+def machine(device):
+    """What was checked, for the report."""
+    about = {'torch': torch.__version__, 'python': platform.python_version(), 'device': device,
+             'tf32': torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32}
+    if device != 'cpu':
+        about |= {'card': torch.cuda.get_device_name(), 'cuda': torch.version.cuda,
+                  'cudnn': torch.backends.cudnn.version()}
+    return about
+
+def run_all(device, path):
+    """Print every line, write them to the JSON file `path`; returns how many fail."""
+    about = machine(device)
+    print(', '.join(f'{key} {value}' for key, value in about.items()))
+    lines = []
+    for case in CASES:
+        began = time.perf_counter()
+        try:
+            for what, value, limit in case(device):
+                fine = bool(value <= limit)
+                lines.append({'what': what, 'value': value, 'limit': limit, 'pass': fine})
+                print(f"{'PASS' if fine else 'FAIL'}  {what}: {value:.3g} (at most {limit:g})", flush=True)
+        except Exception as e:  # one case must not end the others
+            lines.append({'what': case.__name__, 'error': f'{type(e).__name__}: {e}', 'pass': False})
+            print(f'FAIL  {case.__name__}: {type(e).__name__}: {str(e).splitlines()[:1]}', flush=True)
+        print(f'      {case.__name__}: {time.perf_counter() - began:.0f} s')
+    with open(path, 'w') as f:
+        json.dump({'machine': about, 'lines': lines}, f, indent=1)
+    failed = sum(not line['pass'] for line in lines)
+    print(f'{len(lines) - failed} of {len(lines)} pass: {path}')
+    return failed

@@ -75,6 +75,11 @@ def help_text(g, known):
             heading = line[2:].strip() if line.startswith('# ') else ''
     return '\n'.join(lines)
 
+def refuse_below_one(settings, *names):
+    """SystemExit for a setting that counts something and is less than 1."""
+    for name in names:
+        if settings[name] < 1: raise SystemExit(f'--{name}={settings[name]}: at least 1')
+
 def read_config(path):
     """The names that a config file sets, in a dict of their own: a misspelt one cannot hide among ours."""
     namespace = {}
@@ -106,9 +111,10 @@ def start_processes(device):
     returns rank, world (1 when alone), and the device string of this process
     """
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    if not device.startswith(('cuda', 'cpu')):
+        raise SystemExit(f'--device={device}: cuda or cpu; others, mps among them, are not supported')
     if device.startswith('cuda') and not torch.cuda.is_available():
         raise SystemExit(f'--device={device}: this torch sees no CUDA device; use --device=cpu')
-    warn_of_slow_convolutions(device, torch.__version__, torch.backends.cudnn.version() or 0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if 'RANK' not in os.environ: return 0, 1, device
     if device == 'cuda':
@@ -116,16 +122,6 @@ def start_processes(device):
         torch.cuda.set_device(device)
     dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
     return dist.get_rank(), dist.get_world_size(), device
-
-def warn_of_slow_convolutions(device, version, cudnn):
-    """Print one line for torch 2.9 with a cuDNN before 9.15.
-
-    3D convolutions in bfloat16 take 3 to 4 times the time and memory there (pytorch#166122, pytorch#166643).
-    """
-    slow = device.startswith('cuda') and version.startswith('2.9.') and cudnn < 91500
-    if slow and os.environ.get('RANK', '0') == '0':
-        print(f'torch {version} with cuDNN {cudnn}: 3D convolutions in bfloat16 are slow and take much '
-              'memory; upgrade torch, or pip install nvidia-cudnn-cu12>=9.15', flush=True)
 
 def stop_processes():
     if dist.is_initialized():
@@ -281,7 +277,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for weight in group['params']:
                 if weight.grad is not None:
-                    self.move(weight, **{key: group[key] for key in self.defaults})
+                    self.move(weight, group['lr'], group['weight_decay'], group['momentum'])
 
     def move(self, weight, lr, weight_decay, momentum):
         state = self.state[weight]

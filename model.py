@@ -65,7 +65,7 @@ def double(x, mode='nearest'):
 def double_axes(x, mode, missing=None):
     """x (B, C, *size) to twice the size along all axes but a missing one.
 
-    As F.interpolate, whose backward pass on a GPU is atomic additions; this one's are plain sums.
+    As F.interpolate, without its atomic additions in the backward pass on a GPU.
     """
     h = x.movedim(1, -1)                                   # (B, *size, C): channels-last comes out
     for axis, n in enumerate(x.shape[2:], 1):
@@ -108,7 +108,7 @@ def group_norm(channels):
 class ResConv(nn.Module):
     """x + conv(SiLU(norm(x))), 3x3x3. norm: 'group', each channel alone, or 'none'.
 
-    In larger groups, channels' constants outgrow what differs between brains, and codes fall out of use.
+    In larger groups constants outgrow what differs, and codes fall out of use.
     """
     def __init__(self, channels, norm='group'):
         super().__init__()
@@ -123,6 +123,8 @@ class Attention(nn.Module):
     def __init__(self, channels, head_width=None):
         super().__init__()
         self.n_head = channels // (head_width or channels)
+        if not self.n_head:
+            raise ValueError(f'head_width {head_width}: more than {channels} channels')
         self.norm = group_norm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
@@ -213,7 +215,7 @@ class NeuroQuantConfig(QuantizerConfig):
     modalities: tuple = ('T1w', 'T2w')
     widths: tuple = (32, 64, 128, 256)  # channels of the four blocks, at 1/2, 1/4, 1/8, 1/16
     res_blocks: int = 1                 # 3x3x3 convolutions per block besides the strided one
-    norm: str = 'group'                 # of these, each channel alone; or 'none'
+    norm: str = 'group'                 # or 'none'
     attention: bool = True              # factorised multi-axis attention (FMA) in encoder and decoder
     attn_levels: tuple = (0, 1, 2, 3)   # where: 0 is 1/2 of the size (the dearest), 3 is 1/16
     film: bool = True                   # modality stream and FiLM (M-FiLM); without it, a plain VQ-VAE
@@ -272,8 +274,8 @@ class FiLM(nn.Module):
 class DecoderBlock(nn.Module):
     """Convolution, [x2,] residual convolutions, axial attention, FiLM (NeuroQuant eq. 10), SiLU.
 
-    The channels change before the upsampling, where it costs an eighth. No norm between body and FiLM: with
-    one, what every brain has in common drowns what the codes say.
+    The channels change before the upsampling. No norm between body and FiLM: with one, what every brain
+    has in common drowns the codes.
     """
     def __init__(self, c, level, c_in, c_out):
         super().__init__()
@@ -330,7 +332,7 @@ class NeuroQuant(Autoencoder):
         self.held = None  # a list after quantize.hold_statistics
         if len(c.widths) != 4 or any(width < 8 or width % 8 for width in c.widths):
             raise ValueError(f'widths {c.widths}: four are needed, each a multiple of 8')
-        if c.norm not in NORM: raise ValueError(f"norm={c.norm!r}: one of {tuple(NORM)}")
+        if c.norm not in NORM: raise ValueError(f'norm={c.norm!r}: one of {tuple(NORM)}')
         if not c.modalities: raise ValueError('modalities is empty: name at least one, such as T1w')
         self.encoder = Encoder(c)
         self.anat_head = nn.Sequential(nn.SiLU(), Conv(c.widths[-1], c.anat_dim, 3, padding=1))

@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 
 from common import (StepLog, all_reduce_mean, autocast, catch_signals, configure, explain_failures,
-                    git_commit, load_checkpoint, make_out_dir, print0, refuse_changes, refuse_overwriting,
-                    save_checkpoint, start_processes, stop_processes, unet_flops, update_average)
+                    git_commit, load_checkpoint, make_out_dir, print0, refuse_below_one, refuse_changes,
+                    refuse_overwriting, save_checkpoint, start_processes, stop_processes, unet_flops,
+                    update_average)
 from data import fingerprint, prefetch, refuse_other_data
 from flow import draw_times, flow_matching_loss, sample
 from judge.figures import curves, views
@@ -77,6 +78,8 @@ NOT_RESULTS = ('vae', 'data_dir', 'latents_dir', 'out_dir', 'init_from', 'resume
 
 def check_settings():
     """SystemExit with one line for settings that cannot be."""
+    refuse_below_one(config, 'batch_size', 'iters', 'log_interval', 'eval_interval')
+    autocast('cpu', dtype)  # refuses other types
     if init_from not in ('scratch', 'resume'):
         raise SystemExit(f'--init_from={init_from}: scratch or resume')
     if normalise not in ('global', 'channel'):

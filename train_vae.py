@@ -21,8 +21,8 @@ import torch.distributed as dist
 
 from common import (Muon, StepLog, adamw, all_reduce_mean, autocast, catch_signals, changes, compile_for,
                     configure, cosine, explain_failures, for_muon, git_commit, load_checkpoint, make_out_dir,
-                    print0, refuse_changes, refuse_overwriting, save_checkpoint, start_processes, step_flops,
-                    stop_processes, update_average)
+                    print0, refuse_below_one, refuse_changes, refuse_overwriting, save_checkpoint,
+                    start_processes, step_flops, stop_processes, update_average)
 from data import (Sessions, fingerprint, generators, prefetch, prepare_absent, read_index,
                   refuse_other_data)
 from judge import figures
@@ -142,6 +142,8 @@ NOT_RESULTS = ('data_dir', 'prepare', 'out_dir', 'init_from', 'resume_changed', 
 
 def check_settings():
     """SystemExit with one line for settings that cannot be, or not together."""
+    refuse_below_one(config, 'batch_size', 'batch_size_2d', 'grad_accum', 'log_interval', 'eval_interval')
+    autocast('cpu', dtype)  # refuses other types
     choices = {
         'kind': ('neuroquant', 'convvae'),
         'joint': ('sequential', 'interleaved', 'none'),
@@ -296,7 +298,7 @@ def train_mode():
         raw_model.quantizer.eval()  # the codebook is the encoder's
 
 def draw(shown):
-    """Pictures of how far the run is: its curves, and a held-out scan."""
+    """Curves of the run, and a held-out scan."""
     figures.curves(os.path.join(out_dir, 'curves.png'), log.tabulate())
     figures.progress(os.path.join(out_dir, 'progress.png'), shown, f'{out_dir}, iteration {it:,}')
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common import (Muon, configure, load_checkpoint, orthogonal, refuse_overwriting, save_checkpoint,
-                    start_processes, update_average, warn_of_slow_convolutions)
+                    start_processes, update_average)
 from conftest import ROOT
 
 def settings():
@@ -83,16 +83,6 @@ def test_average_follows_weights_and_copies_buffers():
     b.running_mean.fill_(7)
     update_average(a, b, 0.75)
     assert a.weight.tolist() == [1.5] * 3 and a.running_mean.tolist() == [7] * 3
-
-@pytest.mark.parametrize('device, version, cudnn, warned', [
-    ('cuda', '2.9.1+cu128', 91002, True),
-    ('cuda:3', '2.9.0', 90800, True),
-    ('cpu', '2.9.1', 0, False),
-    ('cuda', '2.9.1', 91501, False),
-    ('cuda', '2.13.0', 91002, False)])
-def test_slow_versions_are_warned_of(device, version, cudnn, warned, capsys):
-    warn_of_slow_convolutions(device, version, cudnn)
-    assert ('cuDNN' in capsys.readouterr().out) == warned
 
 def test_float32_is_float32_in_every_script(tf32_allowed):
     torch.backends.cudnn.allow_tf32 = True

@@ -1,4 +1,5 @@
 """train_vae.py as a user runs it: every config, resume, two processes, refusals; tiny networks, tiny data."""
+import csv
 import json
 import os
 import runpy
@@ -381,3 +382,35 @@ def test_sigterm_finishes_the_step_saves_and_says_so(tiny_data, tmp_path):
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 143 and 'resume' in printed and errors == ''
     assert load_checkpoint(tmp_path / 'out' / 'ckpt.pt')['iter_num'] >= 3
+
+# ---------------------------------------------------------------- what a run shows, and refuses
+
+def test_a_validation_leaves_curves_a_picture_and_a_table(tiny_data, tmp_path):
+    pytest.importorskip('matplotlib')
+    out = tmp_path / 'out'
+    printed = play('train_vae.py', *TINY, *SHORT, f'--data_dir={tiny_data}', f'--out_dir={out}')
+    assert 'iter 3/7: ' in printed and ' left' in printed
+    for name in ('curves.png', 'progress.png'):
+        assert (out / name).stat().st_size > 5000
+    with open(out / 'log.csv', newline='') as f:
+        rows = list(csv.DictReader(f))
+    with open(out / 'log.jsonl') as f:
+        records = [json.loads(line) for line in f]
+    assert len(rows) == len(records)
+    for row, record in zip(rows, records):
+        assert {key: float(value) for key, value in row.items() if value} == pytest.approx(record)
+
+@pytest.mark.parametrize('flag, message', [
+    ('--batch_size=0', 'at least 1'), ('--dtype=fp16', 'bfloat16 or float32'), ('--device=mps', 'cuda or cpu')])
+def test_settings_that_cannot_be_end_with_one_line(tiny_data, tmp_path, flag, message):
+    args = [*TINY, *SHORT, f'--data_dir={tiny_data}', f'--out_dir={tmp_path}', flag]
+    assert message in refuses('train_vae.py', *args)
+
+def test_muon_resumes_to_the_same_bits(tiny_data, tmp_path):
+    args = ('--muon=True', '--iters_2d=0')
+    whole = train(tiny_data, tmp_path / 'a', *args)
+    train(tiny_data, tmp_path / 'b', *args, '--max_iters=2')
+    parts = train(tiny_data, tmp_path / 'b', *args, '--init_from=resume')
+    assert whole['muon']['state']
+    assert_same_tensors(whole['muon'], parts['muon'])
+    assert_same_tensors(whole['model'], parts['model'])

@@ -198,8 +198,11 @@ def box_grid(checkpoint):
     affine[:3, 3] = -(np.array(shape) - 1) / 2 * size
     return nifti.Native(affine, tuple(shape), 'RAS', tuple(size))
 
+PLACES = ('data_dir', 'out_dir', 'init_from', 'prepare', 'perc_trunk', 'perc_lin')  # of one machine
+
 def export(model, checkpoint):
     kept = ('model_args', 'config', 'data', 'voxel_mm', 'encoder_hash', 'conditions', 'latent_shape')
+    checkpoint['config'] |= {key: '' for key in PLACES if key in checkpoint['config']}
     weights = {}
     for name, value in model.state_dict().items():
         weights[name] = value.cpu().to(getattr(torch, dtype)) if value.is_floating_point() else value.cpu()

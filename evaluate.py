@@ -172,6 +172,13 @@ def model_row(run):
         'codes': code_rows(run.codes, run.modalities),
         'cross': cross_rows(run.cross, seed)}
 
+def write_tables(results):
+    """table.md and table.json of what has been measured so far; returns the text."""
+    text = report(results)
+    write_text(f'{out_dir}/table.md', text)
+    write_text(f'{out_dir}/table.json', json.dumps(results, indent=1))
+    return text
+
 if __name__ == '__main__':
     settings = configure(globals(), sys.argv[1:])
     if table:
@@ -184,6 +191,7 @@ if __name__ == '__main__':
     paths = [path for path in ckpt.split(',') if path]
     checkpoints = [load_checkpoint(path) for path in paths]
     data_dir = data_dir or checkpoints[0]['config']['data_dir']
+    if not data_dir: raise SystemExit(f'{paths[0]} names no data; give --data_dir=FOLDER')
     out_dir = out_dir or os.path.dirname(paths[0]) or '.'
     make_out_dir(out_dir)
 
@@ -214,12 +222,11 @@ if __name__ == '__main__':
         results['diversity'] = diversity_rows(all_runs, seed, device)
     if segmenter:
         results['anatomy'] = anatomy_rows(all_runs, seed, no_segment)
-    if probe:
+    text = write_tables(results)
+    if probe:  # it may take hours, or end
         results['probes'] = probe_rows(all_runs, probe, probe_networks, probe_epochs, device, dtype, seed)
-    text = report(results)
+        text = write_tables(results)
     print(text)
-    write_text(f'{out_dir}/table.md', text)
-    write_text(f'{out_dir}/table.json', json.dumps(results, indent=1))
     print(f'tables: {out_dir}/table.md, table.json')
 
     # ---- pictures

@@ -3,6 +3,7 @@
     python sample.py --mode=reconstruct --ckpt=out/RUN/best.pt --input=t1.nii.gz --output=rec.nii.gz
     python sample.py --mode=translate --ckpt=out/RUN/best.pt --input=t1.nii.gz --output=t2.nii.gz
     python sample.py --mode=tokens --ckpt=out/RUN/best.pt --input=t1.nii.gz --output=t1.npy
+    python sample.py --mode=latents --ckpt=out/RUN/best.pt --input=FOLDER --output=FOLDER
     python sample.py --mode=tokens --ckpt=out/RUN/best.pt --input=t1.npy --output=back.nii.gz --target=T1w
     python sample.py --mode=generate --ckpt=out/FLOW/best.pt --output=DIR --sex=F --age=40
     python sample.py --mode=export --ckpt=out/RUN/best.pt --output=weights.pt --dtype=float16
@@ -11,19 +12,21 @@ In Python: Codec, which encodes and decodes files and arrays.
 
 A scan goes through the steps of prepare.py into the model's box and back onto its own grid: a viewer overlays
 input and output voxel by voxel. What does not fit the box comes back as 0, and so does the background of the
-input unless --mask=False. generate writes volumes (with NeuroQuant one per modality, aligned), latents.npy,
-montage.png and nearest.md. export writes the averaged weights alone, with what builds the model and its box:
-as .pt, or as .safetensors with a .json beside.
+input unless --mask=False. --input and --output may be folders: every scan below the one goes to the same name
+below the other, unless that is there already; torchrun shares the scans out. generate writes volumes (with
+NeuroQuant one per modality, aligned), latents.npy, montage.png and nearest.md. export writes the averaged
+weights alone, with what builds the model and its box: as .pt, or as .safetensors with a .json beside.
 """
 import os
 import sys
+import time
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from common import (autocast, configure, load_checkpoint, make_out_dir, markdown_table, save_weights,
-                    start_processes, write_text)
+                    start_processes, stop_processes, write_text)
 from data import as_float, open_npy, random, read_index
 from flow import sample
 from judge.figures import views
@@ -31,12 +34,13 @@ from latents import Latents, encode_conditions, nearest, value_of
 from losses import psnr
 from model import FlowUNet, NeuroQuant, encoder_hash, from_checkpoint
 from scans import nifti
+from scans.files import every_scan, stem
 from slabs import slabwise
 
 # ---------------------------------------------------------------- settings
-mode = 'reconstruct'      # or translate, tokens, generate, export
+mode = 'reconstruct'      # or translate, tokens, latents (of the encoder, float16), generate, export
 ckpt = 'out/neuroquant/best.pt'
-input = ''                # .nii or .nii.gz; for tokens also .npy
+input = ''                # .nii or .nii.gz, or a folder of them; for tokens also .npy
 output = ''
 source = 'T1w'            # modality of the input
 target = 'T2w'            # of translate, and of tokens back to a volume
@@ -70,7 +74,9 @@ def check_settings():
     if mode == 'generate':
         if steps < 1 or n < 1: raise SystemExit(f'--steps={steps} --n={n}: at least 1 each')
         return
-    endings = ('.npy',) if mode == 'tokens' and not input.endswith('.npy') else ('.nii', '.nii.gz')
+    if os.path.isdir(input): return
+    codes = mode in ('tokens', 'latents') and not input.endswith('.npy')
+    endings = ('.npy',) if codes else ('.nii', '.nii.gz')
     if not output.endswith(endings):
         raise SystemExit(f'--output={output}: must end in {" or ".join(endings)}')
 
@@ -138,7 +144,7 @@ class Scan:
         volume = nifti.restore(box[0, 0].numpy(), self.placement, self.affine, self.volume.shape, low, high)
         nifti.write(path, volume, self.native)
 
-def reconstruct(model, checkpoint):
+def reconstruct(model, checkpoint, input, output):
     scan = Scan(input, checkpoint['data'])
     x = placed(scan.box)
     x_hat = model.reconstruct(x, source).float().clamp(0, 1)
@@ -147,37 +153,48 @@ def reconstruct(model, checkpoint):
     score, background = f'PSNR {whole:.2f} dB whole, {brain:.2f} dB brain', ''
     if mask:
         score, background = f'{score}, before masking', ', whose background is that of the input'
-    print(f'{score}: {output}{background}')
+    return f'{score}: {output}{background}'
 
-def translate(model, checkpoint):
+def translate(model, checkpoint, input, output):
     scan = Scan(input, checkpoint['data'])
     scan.write(output, model.translate(placed(scan.box), source, target), own_scale=False)
-    print(f'{source} as {target}, intensities in [0,1]: {output}')
+    return f'{source} as {target}, intensities in [0,1]: {output}'
 
-def tokens(model, checkpoint):
-    """Tokens of a scan; back to a volume if --input holds tokens."""
-    if input.endswith('.npy'): return from_tokens(model, checkpoint)
+def tokens(model, checkpoint, input, output):
+    """Tokens of a scan; back to a volume if the input holds tokens."""
+    if input.endswith('.npy'): return from_tokens(model, checkpoint, input, output)
     scan = Scan(input, checkpoint['data'])
     indices = model.tokens(placed(scan.box))[0].cpu().numpy().astype(np.int32)
-    try:
-        nifti.save_npy(output, indices)
-    except OSError as e:
-        raise ValueError(f'{output}: cannot write ({e.strerror})')
-    print(f'{indices.size} tokens of {model.config.num_codes} codes, shape {indices.shape}: {output}')
+    save_codes(output, indices)
+    return f'{indices.size} tokens of {model.config.num_codes} codes, shape {indices.shape}: {output}'
 
-def from_tokens(model, checkpoint):
+def latents(model, checkpoint, input, output):
+    """What a flow models: of a KL autoencoder the posterior mean, else the latent before quantisation."""
+    scan = Scan(input, checkpoint['data'])
+    mean, _ = model.posterior(placed(scan.box))
+    mean = mean[0].float().cpu().numpy().astype(np.float16)
+    save_codes(output, mean)
+    return f'latent of shape {mean.shape}, float16: {output}'
+
+def save_codes(path, array):
+    try:
+        nifti.save_npy(path, array)
+    except OSError as e:
+        raise ValueError(f'{path}: cannot write ({e.strerror})')
+
+def from_tokens(model, checkpoint, input, output):
     shape = checkpoint['data']['shape']
-    indices = read_tokens(model, shape)
+    indices = read_tokens(model, shape, input)
     volume = model.from_tokens(placed(indices), target).float().clamp(0, 1)
     volume = volume[:, :, :shape[0], :shape[1], :shape[2]]
     if like:
         Scan(like, checkpoint['data']).write(output, volume, own_scale=False)
     else:
         nifti.write(output, volume[0, 0].cpu().numpy(), box_grid(checkpoint))
-    print(f'{indices.numel()} tokens as {target}: {output}')
+    return f'{indices.numel()} tokens as {target}: {output}'
 
-def read_tokens(model, shape):
-    """--input as (1,d,h,w) int64; ValueError if it holds no tokens of this model for a volume (D,H,W)."""
+def read_tokens(model, shape, input):
+    """The input as (1,d,h,w) int64; ValueError if it holds no tokens of this model for a volume (D,H,W)."""
     try:
         indices = np.load(input, allow_pickle=False)
     except (OSError, EOFError, ValueError) as e:
@@ -198,10 +215,33 @@ def box_grid(checkpoint):
     affine[:3, 3] = -(np.array(shape) - 1) / 2 * size
     return nifti.Native(affine, tuple(shape), 'RAS', tuple(size))
 
+def each_below(model, checkpoint):
+    """Every scan below the folder --input, this process's share of them; one that fails is left out."""
+    notes = []
+    paths = every_scan(input, notes)
+    for note in notes:
+        print(note)
+    ending = '.npy' if mode in ('tokens', 'latents') else '.nii.gz'
+    begun, done, failed = time.perf_counter(), 0, 0
+    for path in tqdm(paths[rank::world], desc=mode, leave=False):
+        target_path = os.path.join(output, stem(os.path.relpath(path, input)) + ending)
+        if os.path.exists(target_path): continue
+        try:
+            make_out_dir(os.path.dirname(target_path))
+            tqdm.write(MODES[mode](model, checkpoint, path, target_path))
+            done += 1
+        except ValueError as e:
+            tqdm.write(f'{e.args[0]}; left out')
+            failed += 1
+    seconds = time.perf_counter() - begun
+    print(f'{done} of {len(paths[rank::world])} scans now, {failed} left out, '
+          f'{done / seconds:.2f} scans/s: {output}')
+
 PLACES = ('data_dir', 'out_dir', 'init_from', 'prepare', 'perc_trunk', 'perc_lin')  # of one machine
 
 def export(model, checkpoint):
-    kept = ('model_args', 'config', 'data', 'voxel_mm', 'encoder_hash', 'conditions', 'latent_shape')
+    kept = ('model_args', 'config', 'data', 'voxel_mm', 'iter_num', 'git_commit', 'encoder_hash',
+            'conditions', 'latent_shape')
     checkpoint['config'] |= {key: '' for key in PLACES if key in checkpoint['config']}
     weights = {}
     for name, value in model.state_dict().items():
@@ -368,21 +408,29 @@ def volume_of(part, k):
     """The volume (D,H,W) behind latent k of a split."""
     return as_float(open_npy(os.path.join(part.scans[k][0]['folder'], part.file(k))))
 
-MODES = {'reconstruct': reconstruct, 'translate': translate, 'tokens': tokens, 'generate': generate,
-         'export': export}
+MODES = {'reconstruct': reconstruct, 'translate': translate, 'tokens': tokens, 'latents': latents,
+         'generate': generate, 'export': export}
 
 if __name__ == '__main__':
     configure(globals(), sys.argv[1:])
-    _, _, device = start_processes(device)
+    rank, world, device = start_processes(device)
     check_settings()
     checkpoint = load_checkpoint(ckpt)
     model = from_checkpoint(checkpoint).to(device)
     check_model(model)
-    if mode == 'export':
-        export(model, checkpoint)
-        raise SystemExit(0)
     try:
-        with torch.no_grad(), autocast(device, dtype):
-            MODES[mode](model if mode == 'generate' else in_slabs(model), checkpoint)
+        if mode == 'export':
+            export(model, checkpoint)
+        elif mode == 'generate':
+            with torch.no_grad(), autocast(device, dtype):
+                generate(model, checkpoint)
+        else:
+            with torch.no_grad(), autocast(device, dtype):
+                model = in_slabs(model)
+                if os.path.isdir(input):
+                    each_below(model, checkpoint)
+                else:
+                    print(MODES[mode](model, checkpoint, input, output))
     except ValueError as e:
         raise SystemExit(str(e.args[0]))
+    stop_processes()

@@ -1,4 +1,6 @@
 """sample.py on NIfTI scans as a user runs it, with small autoencoders that are trained once."""
+import shutil
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -189,3 +191,34 @@ def test_the_codec_takes_an_array_on_the_box(neuroquant):
     tokens = codec.encode(np.random.default_rng(0).random(codec.box['shape'], np.float32))
     assert tokens.dtype == torch.int64
     assert codec.decode(tokens, 'T2w').shape == tuple(codec.box['shape'])
+
+# ---------------------------------------------------------------- folders
+
+@pytest.fixture
+def folder(scan, tmp_path):
+    """Two scans, one of them in a folder of its own, and a file that is none."""
+    (tmp_path / 'scans' / 'sub-2').mkdir(parents=True)
+    for name in ('sub-1_T1w.nii.gz', 'sub-2/sub-2_T1w.nii.gz'):
+        shutil.copy(scan, tmp_path / 'scans' / name)
+    (tmp_path / 'scans' / 'broken.nii.gz').write_bytes(b'no scan')
+    return tmp_path / 'scans'
+
+def test_a_folder_gives_what_its_scans_give_alone(kl, folder, scan, tmp_path):
+    play(*sampling(kl, 'reconstruct', scan, tmp_path / 'alone.nii.gz'))
+    printed = play(*sampling(kl, 'reconstruct', folder, tmp_path / 'out'))
+    assert '2 of 3 scans now, 1 left out' in printed and 'broken.nii.gz' in printed
+    for name in ('sub-1_T1w.nii.gz', 'sub-2/sub-2_T1w.nii.gz'):
+        assert np.array_equal(values(tmp_path / 'out' / name), values(tmp_path / 'alone.nii.gz'))
+
+def test_a_folder_goes_on_where_it_stopped(kl, folder, tmp_path):
+    play(*sampling(kl, 'latents', folder, tmp_path / 'out'))
+    (tmp_path / 'out' / 'sub-1_T1w.npy').unlink()
+    kept = tmp_path / 'out' / 'sub-2' / 'sub-2_T1w.npy'
+    written = kept.stat().st_mtime_ns
+    assert '1 of 3 scans now' in play(*sampling(kl, 'latents', folder, tmp_path / 'out'))
+    assert kept.stat().st_mtime_ns == written
+    latent = np.load(tmp_path / 'out' / 'sub-1_T1w.npy')
+    model = from_checkpoint(load_checkpoint(kl))
+    expected = Codec(kl).encode(str(folder / 'sub-1_T1w.nii.gz'))
+    assert latent.dtype == np.float16 and latent.shape == model.latent_shape((32, 48, 32))
+    np.testing.assert_allclose(latent, expected, rtol=2e-3, atol=1e-3)

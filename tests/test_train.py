@@ -401,7 +401,9 @@ def test_a_validation_leaves_curves_a_picture_and_a_table(tiny_data, tmp_path):
         assert {key: float(value) for key, value in row.items() if value} == pytest.approx(record)
 
 @pytest.mark.parametrize('flag, message', [
-    ('--batch_size=0', 'at least 1'), ('--dtype=fp16', 'bfloat16 or float32'), ('--device=mps', 'cuda or cpu')])
+    ('--batch_size=0', 'at least 1'),
+    ('--dtype=fp16', 'bfloat16 or float32'),
+    ('--device=mps', 'cuda or cpu')])
 def test_settings_that_cannot_be_end_with_one_line(tiny_data, tmp_path, flag, message):
     args = [*TINY, *SHORT, f'--data_dir={tiny_data}', f'--out_dir={tmp_path}', flag]
     assert message in refuses('train_vae.py', *args)

@@ -132,6 +132,7 @@ class Finding:
 def find_sessions():
     if source == 'phantom':
         return Finding([Session(f'sub-{i:03d}', 'ses-01', {}, i) for i in range(1, n + 1)], {}, [], [])
+    if not root: raise SystemExit(f'--source={source} needs --root=PATH, where the scans are')
     if not os.path.exists(root): raise SystemExit(f'--root={root}: no such file or folder')
     return find_maps() if source == 'labelmaps' else find_scans()
 
@@ -153,9 +154,10 @@ def find_scans():
         subjects, unread = {subject for subject, _ in scans_of}, Unread()
         tables.append(read_people(people, columns, sex_codes, subjects, set(scans_of), unread))
         doubts += unread.lines()
+    there = sorted({m for scans in scans_of.values() for m in scans})
     for m in modalities:
-        if not any(m in scans for scans in scans_of.values()):
-            raise SystemExit(f'{root}: no scan of modality {m}')
+        if m not in there:
+            raise SystemExit(f"{root}: no scan of modality {m}; there is {', '.join(there) or 'no scan at all'}")
     for (subject, name), scans in sorted(scans_of.items()):
         scans = {m: path for m, path in scans.items() if m in modalities or not modalities}
         if scans:

@@ -298,9 +298,11 @@ class LPIPS(nn.Module):
         for name, values in (('shift', [-0.030, -0.088, -0.188]), ('scale', [0.458, 0.448, 0.450])):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
         if not self.random:
-            state = read_weights(trunk_path, f"torchvision's {trunk.file} (download.pytorch.org/models)")
-            source = 'github.com/richzhang/PerceptualSimilarity, lpips/weights/v0.1'
-            lins = read_weights(lin_path, f'LPIPS v0.1 {net}.pth ({source})')
+            without = 'of train_vae.py, which goes without by --w_perc=0; --lpips_{} of evaluate.py'
+            state = read_weights(trunk_path, f'https://download.pytorch.org/models/{trunk.file}, '
+                                             f'for --perc_trunk {without.format("trunk")}')
+            source = 'https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1'
+            lins = read_weights(lin_path, f'{source}/{net}.pth, for --perc_lin {without.format("lin")}')
             fill(self.features, {key[9:]: v for key, v in bare(state).items() if key.startswith('features.')})
             fill(self.weights, {key: v.flatten() for key, v in bare(lins).items()},
                  {str(i): f'lin{i}.model.1.weight' for i in range(len(trunk.channels))})

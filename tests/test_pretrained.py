@@ -106,7 +106,7 @@ def test_a_missing_trunk_is_refused_by_the_name_of_its_file(tmp_path):
 
 def test_missing_channel_weights_are_refused_by_their_name(tmp_path):
     _, _, trunk_path, _ = lpips_files(tmp_path, 'squeeze')
-    with pytest.raises(SystemExit, match='no path given.*LPIPS v0.1'):
+    with pytest.raises(SystemExit, match='no path given.*lpips.weights.v0.1'):
         LPIPS('squeeze', trunk_path, '')
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):

@@ -333,7 +333,9 @@ def random_slices(volumes, fraction, generators=None):
         chosen = []
         for b, generator in enumerate(generators or [None] * len(volumes[0])):
             chosen.append(b * n + torch.randperm(n, generator=generator)[:take])
-        chosen = torch.cat(chosen).to(volumes[0].device)
+        chosen = torch.cat(chosen)
+        if volumes[0].is_cuda:  # from pinned memory the copy does not wait for the device
+            chosen = chosen.pin_memory().to(volumes[0].device, non_blocking=True)
         planes.append([volume.movedim(axis, 1).flatten(0, 1)[chosen] for volume in volumes])
     return planes
 

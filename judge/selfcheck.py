@@ -18,7 +18,8 @@ import torch.nn.functional as F
 
 from common import Muon, adamw, compile_for, update_average
 from flow import flow_matching_loss
-from losses import ModalityClassifier, adversary_loss, kl_loss, reconstruction_loss, ssim
+from losses import (ModalityClassifier, PatchDiscriminator, adversary_loss, generator_term, kl_loss,
+                    perceptual_loss, reconstruction_loss, ssim)
 from model import (ConvVAE, ConvVAEConfig, FlowUNet, FlowUNetConfig, NeuroQuant, NeuroQuantConfig,
                    double_axes, group_norm)
 from pretrained import LPIPS
@@ -172,9 +173,13 @@ def check_steps(device):
     t = torch.rand(2, device=device)
     vae = ConvVAE(ConvVAEConfig(widths=(16, 32))).to(device, memory_format=torch.channels_last_3d)
     x = torch.rand(1, 1, 32, 32, 32, device=device)
+    lpips = LPIPS().to(device)
+    critics = nn.ModuleList(PatchDiscriminator(dims, channels=8, layers=1) for dims in (2, 3)).to(device)
     def vae_loss():
         out = vae(x)
-        return reconstruction_loss(out['x_hat'], x, 0.0) + kl_loss(out['mu'], out['logvar'])
+        own = reconstruction_loss(out['x_hat'], x, 0.0) + kl_loss(out['mu'], out['logvar'])
+        adversarial = generator_term(critics, out['x_hat'], 'least_squares', 0.2, None)
+        return own + perceptual_loss(lpips, out['x_hat'], x) + adversarial
     losses = {'NeuroQuant': neuroquant_loss(device), 'ConvVAE': (vae, vae_loss),
               'FlowUNet': (flow, lambda: flow_matching_loss(flow, z, torch.randn_like(z), t))}
     for name, (net, loss) in losses.items():

@@ -157,7 +157,8 @@ def find_scans():
     there = sorted({m for scans in scans_of.values() for m in scans})
     for m in modalities:
         if m not in there:
-            raise SystemExit(f"{root}: no scan of modality {m}; there is {', '.join(there) or 'no scan at all'}")
+            others = ', '.join(there) or 'no scan at all'
+            raise SystemExit(f'{root}: no scan of modality {m}; there is {others}')
     for (subject, name), scans in sorted(scans_of.items()):
         scans = {m: path for m, path in scans.items() if m in modalities or not modalities}
         if scans:

@@ -298,7 +298,7 @@ class Sessions:
         return tuple(min(p, n) for p, n in zip(patch or self.shape, self.shape))
 
     def patch_start(self, volume, size, rng):
-        """Where a random patch of `size` of a stored volume begins."""
+        """Where a random patch of `size` of a stored volume begins; of brain_patches the centre is brain."""
         in_brain = self.brain_patches > 0 and rng.random() < self.brain_patches
         for _ in range(100):
             start = rng.integers(0, np.subtract(self.shape, size) + 1)

@@ -223,7 +223,7 @@ if __name__ == '__main__':
     if segmenter:
         results['anatomy'] = anatomy_rows(all_runs, seed, no_segment)
     text = write_tables(results)
-    if probe:  # it may take hours, or end
+    if probe:  # it may take hours, or fail
         results['probes'] = probe_rows(all_runs, probe, probe_networks, probe_epochs, device, dtype, seed)
         text = write_tables(results)
     print(text)

@@ -98,6 +98,7 @@ def check_model(model):
 def load_decoder(flow_checkpoint):
     """The autoencoder whose latents a flow was trained on, or that of --vae; and its modalities."""
     path = vae or flow_checkpoint['config']['vae']
+    if not path: raise SystemExit(f'{ckpt} names no autoencoder; give --vae=PATH')
     checkpoint = load_checkpoint(path)
     model = from_checkpoint(checkpoint).to(device)
     if isinstance(model, FlowUNet):
@@ -237,7 +238,8 @@ def each_below(model, checkpoint):
     print(f'{done} of {len(paths[rank::world])} scans now, {failed} left out, '
           f'{done / seconds:.2f} scans/s: {output}')
 
-PLACES = ('data_dir', 'out_dir', 'init_from', 'prepare', 'perc_trunk', 'perc_lin')  # of one machine
+# settings that name places of one machine
+PLACES = ('data_dir', 'out_dir', 'init_from', 'prepare', 'perc_trunk', 'perc_lin', 'vae', 'latents_dir')
 
 def export(model, checkpoint):
     kept = ('model_args', 'config', 'data', 'voxel_mm', 'iter_num', 'git_commit', 'encoder_hash',
@@ -266,7 +268,7 @@ class Codec:
     @torch.no_grad()
     def encode(self, scan):
         box = Scan(scan, self.box).box if isinstance(scan, (str, os.PathLike)) else torch.as_tensor(scan)
-        x = box.to(self.device).view(1, 1, *box.shape[-3:])
+        x = box.float().to(self.device).view(1, 1, *box.shape[-3:])
         if hasattr(self.model, 'quantizer'): return self.model.tokens(x)[0]
         return self.model.latent(x)[0]
 

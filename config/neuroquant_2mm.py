@@ -1,4 +1,4 @@
-# A small NeuroQuant of T1w and T2w at 2 mm: 150 tokens a brain. Two CPU cores train it in half an hour.
+# A small NeuroQuant of T1w and T2w at 2 mm: 150 tokens a brain. One CPU thread trains it in half an hour.
 # Data: prepare.py --source=labelmaps --root=labelmaps --n=140 --spacing_mm=2 --shape=80,96,80
 #   --modalities=T1w,T2w --dtype=uint8 --split=0.8,0.1,0.1
 data_dir = 'data/labelmaps_2mm'

@@ -3,6 +3,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -115,6 +116,12 @@ class NoScatter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert not func.overloadpacket.__name__.lstrip('_').startswith(SCATTERED), func
         return func(*args, **(kwargs or {}))
+
+def test_the_detector_detects_an_interpolation():
+    x = torch.rand(1, 1, 4, 4, 4, requires_grad=True)
+    y = F.interpolate(x, scale_factor=2)
+    with pytest.raises(AssertionError), NoScatter():
+        y.sum().backward()
 
 @pytest.mark.parametrize('name', list(networks()))
 def test_no_backward_pass_scatters(name):

@@ -6,10 +6,12 @@
     python bench.py --check=True                      # is everything right on this machine? writes check.json
 
 Times are medians after a warm-up, in ms, with the spread from least to most. MFU is the FLOP of convolutions,
-products and attentions over time and the measured rate of a large matrix product.
+products and attentions over time and the measured rate of a large matrix product. GB are what the compiled
+kernels read and write; the floor is the longer of FLOP and bytes at the machine's own rates.
 """
 import itertools
 import json
+import logging
 import os
 import statistics
 import sys
@@ -22,6 +24,7 @@ import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch._inductor import compile_fx, metrics
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -29,17 +32,17 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, register_
 
 import model as networks
 import synth
-from common import autocast, configure, load_checkpoint, save_checkpoint, start_processes
+from common import autocast, compile_whole, configure, load_checkpoint, save_checkpoint, start_processes
 from data import Sessions, prefetch, read_folder
 from flow import flow_matching_loss, sample
-from judge.selfcheck import run_all
+from judge.selfcheck import rates, run_all
 from losses import PatchDiscriminator, adversarial_loss, kl_loss, reconstruction_loss
 from scans import nifti
 from slabs import slabwise
 
 # ---------------------------------------------------------------- settings
-cases = ('memory', 'neuroquant', 'slices', 'vae', 'whole', 'unet', 'discriminator', 'prepare', 'loader',
-         'checkpoint')
+cases = ('memory', 'neuroquant', 'slices', 'vae', 'whole', 'unet', 'discriminator', 'convolutions', 'prepare',
+         'loader', 'checkpoint')
 check = False            # properties instead of cases, see judge/selfcheck.py
 samplers = ''            # checkpoint of a flow, instead of cases
 pairs = ()               # sessions per batch of memory and neuroquant; () picks 1,2,4, or 1 on a CPU
@@ -111,19 +114,43 @@ def measure(name, calls, *modules):
             call()
         flops[what] = counter.get_total_flops()
     for module in modules if compile else ():
-        module.compile(dynamic=False)
-    table('case', 'ms', 'spread', 'TFLOP', 'MFU')
+        compile_whole(module)
+    table('case', 'ms', 'spread', 'TFLOP', 'MFU', 'GB', 'floor, ms', 'peak GiB', 'compiled in s')
     for what, call in calls.items():
+        metrics.reset()
+        start = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - start
+        moved = metrics.num_bytes_accessed
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         ms, spread = milliseconds(call)
-        mfu = 1000 * flops[what] / ms / flop_rate
-        row(f'{name}, {what}', f'{ms:.0f}', f'{spread:.0f}', f'{flops[what] / 1e12:.3f}', f'{mfu:.0%}')
+        floor = 1000 * max(flops[what] / flop_rate, moved / byte_rate)
+        peak = f'{torch.cuda.max_memory_allocated() / 2 ** 30:.1f}' if on_gpu else ''
+        cells = [f'{ms:.0f}', f'{spread:.0f}', f'{flops[what] / 1e12:.3f}']
+        cells += [f'{1000 * flops[what] / ms / flop_rate:.0%}', f'{moved / 1e9:.1f}', f'{floor:.0f}', peak]
+        row(f'{name}, {what}', *cells, f'{seconds:.0f}')
         medians[what] = ms
     if profile and 'training step' in calls:
-        with torch.profiler.profile() as trace:
-            calls['training step']()
-        key = f'self_{"cuda" if on_gpu else "cpu"}_time_total'
-        print(trace.key_averages().table(sort_by=key, row_limit=10, max_name_column_width=60))
+        print_profile(calls['training step'])
     return medians
+
+def print_profile(step):
+    """The ten dearest kernels of a step, its launches, and the share of its time that the device is busy."""
+    start = time.perf_counter()
+    with torch.profiler.profile() as trace:
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    where = 'cuda' if on_gpu else 'cpu'
+    totals = trace.key_averages()
+    print(totals.table(sort_by=f'self_{where}_time_total', row_limit=10, max_name_column_width=60))
+    if on_gpu:
+        kernels = [e for e in totals if e.device_type == torch.autograd.DeviceType.CUDA]
+        busy = sum(e.self_device_time_total for e in kernels) / 1e6
+        launches = sum(e.count for e in kernels)
+        print(f'{launches} launches, busy for {busy:.3f} of {seconds:.3f} s with the profiler')
 
 def training(net, loss, layout=torch.channels_last_3d):
     """The forward pass and a training step of net, as calls for measure(). loss(): a scalar."""
@@ -150,10 +177,11 @@ def neuroquant_step(shape, sessions):
     x = torch.rand(2 * sessions, 1, *shape, device=device).to(memory_format=torch.channels_last_3d)
     rows = torch.arange(2 * sessions, device=device)
     swaps = torch.stack([rows, rows + 1 - 2 * (rows % 2)], 1)  # (0, 1), (1, 0), (2, 3), ...
+    error = torch.compile(reconstruction_loss) if compile else reconstruction_loss
     def loss():
         out = net(x, rows % 2, swaps)
-        own = reconstruction_loss(out['x_hat'], x, 0.5) + 0.25 * out['commit']
-        return own + 0.5 * reconstruction_loss(out['x_cross'], x[swaps[:, 1]], 0.0)
+        own = error(out['x_hat'], x, 0.5) + 0.25 * out['commit']
+        return own + 0.5 * error(out['x_cross'], x[swaps[:, 1]], 0.0)
     return net, loss
 
 def in_float(norm):
@@ -202,6 +230,27 @@ def case_slices():
         with mock.patch.multiple(networks, **blind):
             blind_ms = measure(f'{name}, as volumes', calls, net.encoder, net.decoder)['training step']
         print(f'\nslices against volumes of depth 1: ratio {ms / blind_ms:.2f}')
+
+def case_convolutions():
+    """ms of a 3x3x3 convolution alone, by channels: forward, and gradients of data and weights; and its floor."""
+    side = 96 if on_gpu else 32
+    table(f'convolution, {by_x((side,) * 3)}', 'channels last: forward', 'data', 'weights', 'floor each',
+          'contiguous: forward', 'data', 'weights')
+    for c_in, c_out in ((1, 16), (16, 1), (8, 8), (16, 16), (32, 32), (64, 64), (128, 128)):
+        times = []
+        for layout in (torch.channels_last_3d, torch.contiguous_format):
+            kind = dict(device=device, dtype=getattr(torch, dtype))
+            x = torch.randn(2, c_in, side, side, side, **kind).to(memory_format=layout).requires_grad_()
+            w = torch.randn(c_out, c_in, 3, 3, 3, **kind).to(memory_format=layout).requires_grad_()
+            y = F.conv3d(x, w, padding=1)
+            grad = torch.randn_like(y)
+            times.append(milliseconds(lambda: F.conv3d(x, w, padding=1))[0])
+            for wanted in (x, w):
+                times.append(milliseconds(lambda: torch.autograd.grad(y, wanted, grad, retain_graph=True))[0])
+        moved = (x.numel() + y.numel()) * x.element_size()
+        floor = 1000 * max(2 * 27 * c_in * y.numel() / flop_rate, moved / byte_rate)
+        times.insert(3, floor)
+        row(f'{c_in} to {c_out}', *[f'{ms:.2f}' for ms in times])
 
 def cubes():
     return torch.rand((2, 1, 96, 96, 96) if on_gpu else (1, 1, 48, 48, 48), device=device)
@@ -347,10 +396,10 @@ if __name__ == '__main__':
     if samplers:
         bench_samplers()
         sys.exit()
-    side = 8192 if on_gpu else 2048
-    a = torch.randn(side, side, device=device, dtype=getattr(torch, dtype))
-    flop_rate = 1000 * 2 * side ** 3 / milliseconds(lambda: a @ a)[0]
+    compile_fx.inductor_metrics_log.setLevel(logging.INFO)  # else no bytes are counted
+    flop_rate, byte_rate = rates(device, getattr(torch, dtype))
     machine = torch.cuda.get_device_name() if on_gpu else f'{torch.get_num_threads()} CPU threads'
-    print(f'{machine}, torch {torch.__version__}, {dtype}: matrix product {flop_rate / 1e12:.2f} TFLOP/s')
+    print(f'{machine}, torch {torch.__version__}, {dtype}: matrix product {flop_rate / 1e12:.2f} TFLOP/s, '
+          f'copy {byte_rate / 1e9:.0f} GB/s')
     for name in cases:
         CASES[name]()

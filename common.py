@@ -132,6 +132,10 @@ def fill_up(x, rows):
     filler = x[:1].detach().expand(rows - len(x), *x.shape[1:])
     return torch.cat([x, filler])
 
+def compile_whole(net):
+    """Compile what a network does. net.compile() would leave a subclass of nn.Sequential as it is."""
+    net.forward = torch.compile(net.forward, dynamic=False)
+
 def compile_for(net, sizes, backend='inductor'):
     """Compile a network's training pass for a few numbers of volumes; batches between them are filled up.
 
@@ -275,29 +279,34 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            alike = {}  # matrices of one size are orthogonalised together: a GPU waits for few launches
             for weight in group['params']:
                 if weight.grad is not None:
-                    self.move(weight, group['lr'], group['weight_decay'], group['momentum'])
+                    alike.setdefault(weight.flatten(1).shape, []).append(weight)
+            for weights in alike.values():
+                self.move(weights, group['lr'], group['weight_decay'], group['momentum'])
 
-    def move(self, weight, lr, weight_decay, momentum):
-        state = self.state[weight]
-        if not state:
-            state['average'] = torch.zeros_like(weight)
-        state['average'].lerp_(weight.grad, 1 - momentum)
-        ahead = weight.grad.lerp(state['average'], momentum)  # Nesterov's
-        update = orthogonal(ahead.flatten(1))
-        rate = 0.2 * lr * math.sqrt(max(update.shape))
-        weight.mul_(1 - lr * weight_decay).add_(update.reshape(weight.shape), alpha=-rate)
+    def move(self, weights, lr, weight_decay, momentum):
+        for weight in weights:
+            self.state[weight].setdefault('average', torch.zeros_like(weight))
+        averages = [self.state[weight]['average'] for weight in weights]
+        gradients = [weight.grad for weight in weights]
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        ahead = torch._foreach_lerp(gradients, averages, momentum)  # Nesterov's
+        updates = orthogonal(torch.stack([matrix.flatten(1) for matrix in ahead]))
+        rate = 0.2 * lr * math.sqrt(max(updates.shape[1:]))
+        torch._foreach_mul_(weights, 1 - lr * weight_decay)
+        torch._foreach_add_(weights, [u.reshape(w.shape) for u, w in zip(updates, weights)], alpha=-rate)
 
-def orthogonal(matrix, steps=5):
-    """Nearly U V^T of a matrix U S V^T: its singular values become 0.7 to 1.2 (Newton-Schulz)."""
-    tall = len(matrix) > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / (x.norm() + 1e-7)
+def orthogonal(matrices, steps=5):
+    """Nearly U V^T of each U S V^T in (n, rows, columns): singular values become 0.7 to 1.2 (Newton-Schulz)."""
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if tall else x
+    return x.mT if tall else x
 
 @torch.no_grad()
 def update_average(average, model, decay):

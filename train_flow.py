@@ -17,8 +17,8 @@ import sys
 import torch
 import torch.distributed as dist
 
-from common import (StepLog, all_reduce_mean, autocast, catch_signals, configure, explain_failures,
-                    git_commit, load_checkpoint, make_out_dir, print0, refuse_below_one, refuse_changes,
+from common import (StepLog, all_reduce_mean, autocast, catch_signals, compile_whole, configure,
+                    explain_failures, git_commit, load_checkpoint, make_out_dir, print0, refuse_below_one, refuse_changes,
                     refuse_overwriting, save_checkpoint, start_processes, stop_processes, unet_flops,
                     update_average)
 from data import fingerprint, prefetch, refuse_other_data
@@ -252,7 +252,7 @@ if __name__ == '__main__':
         print0(f'resumed {out_dir}/ckpt.pt at iteration {it}')
     del resumed
     if compile:
-        raw_model.compile(dynamic=False)
+        compile_whole(raw_model)
     flops = unet_flops(raw_model, train_set.shape)
     print0(f'{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, '
            f'{flops / 1e9:.1f} GFLOP per latent forward, on {device} x {world}')

@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 
 from common import (Muon, StepLog, adamw, all_reduce_mean, autocast, catch_signals, changes, compile_for,
-                    configure, cosine, explain_failures, for_muon, git_commit, load_checkpoint, make_out_dir,
-                    print0, refuse_below_one, refuse_changes, refuse_overwriting, save_checkpoint,
-                    start_processes, step_flops, stop_processes, update_average)
+                    compile_whole, configure, cosine, explain_failures, for_muon, git_commit,
+                    load_checkpoint, make_out_dir, print0, refuse_below_one, refuse_changes,
+                    refuse_overwriting, save_checkpoint, start_processes, step_flops, stop_processes,
+                    update_average)
 from data import (Sessions, fingerprint, generators, prefetch, prepare_absent, read_index,
                   refuse_other_data)
 from judge import figures
@@ -445,7 +446,7 @@ if __name__ == '__main__':
         for part in (model.encoder, model.decoder):
             compile_for(part, (volumes, volumes + swaps))
         for part in (*discriminators, *([lpips] if lpips else [])):
-            part.compile(dynamic=False)
+            compile_whole(part)
         reconstruction_loss = torch.compile(reconstruction_loss)
 
     # ---- what it costs

@@ -4,9 +4,11 @@ On a machine without a card the lines that compare with the CPU compare it with 
 check runs; float64, bfloat16, graphs, gradients and scripts are checked there too. No case ends the others.
 """
 import json
+import math
 import os
 import platform
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import Muon, adamw, compile_for, update_average
 from flow import flow_matching_loss
@@ -150,6 +153,37 @@ def check_networks(device):
                 forward = torch.compile(net, dynamic=False) if device != 'cpu' else net
                 yield f'{name}, bfloat16', distance(forward(*args), exact), 2e-2
 
+BACKENDS = {'flash': SDPBackend.FLASH_ATTENTION, 'efficient': SDPBackend.EFFICIENT_ATTENTION,
+            'cudnn': SDPBackend.CUDNN_ATTENTION, 'math': SDPBackend.MATH}
+
+def check_attention(device):
+    """What scaled_dot_product_attention chooses for the rows of axial attention, against every backend."""
+    full = (144, 192, 144) if device != 'cpu' else (32, 48, 32)
+    for level in range(4):
+        grid = [n // 2 ** (level + 1) for n in full]
+        for length in sorted(set(grid)):
+            rows = min(65535, 2 * math.prod(grid) // length)
+            torch.manual_seed(0)
+            q, k, v = torch.randn(3, rows, 1, length, 32, device=device, dtype=torch.bfloat16)
+            attend = partial(F.scaled_dot_product_attention, q, k, v)
+            with sdpa_kernel(SDPBackend.MATH):
+                exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+            what = f'attention of {rows} rows of {length}'
+            yield what, distance(attend(), exact), 2e-2
+            if device != 'cpu':
+                times = {name: attention_time(attend, backend, device) for name, backend in BACKENDS.items()}
+                told = ', '.join(f'{name} {1000 * s:.2f}' for name, s in times.items())
+                own = seconds_of(attend, device)
+                yield f'{what}: {1000 * own:.2f} ms over the best ({told})', own / min(times.values()), 1.5
+
+def attention_time(attend, backend, device):
+    """Seconds; infinite where the backend cannot."""
+    try:
+        with sdpa_kernel(backend):
+            return seconds_of(attend, device)
+    except RuntimeError:
+        return math.inf
+
 def neuroquant_loss(device):
     net = randomised(NeuroQuant(SMALL)).to(device, memory_format=torch.channels_last_3d).train()
     classifier = ModalityClassifier(SMALL.anat_dim, 2).to(device)
@@ -248,8 +282,28 @@ def stopped(args, device):
 
 # ---------------------------------------------------------------- all of them
 
-CASES = (check_numbers, check_codes, check_optimisers, check_networks, check_steps, check_graphs,
-         check_scripts)
+CASES = (check_numbers, check_codes, check_optimisers, check_networks, check_attention, check_steps,
+         check_graphs, check_scripts)
+
+def seconds_of(call, device, repeats=5):
+    """Median time of a call after one that warms up."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        call()
+        if device != 'cpu':
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+def rates(device, dtype):
+    """FLOP/s of a large matrix product, and bytes/s of a copy, read and written."""
+    side = 8192 if device != 'cpu' else 2048
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    product = 2 * side ** 3 / seconds_of(lambda: a @ a, device)
+    source = torch.rand(2 ** 30 if device != 'cpu' else 2 ** 26, device=device)
+    target = torch.empty_like(source)
+    return product, 2 * 4 * source.numel() / seconds_of(lambda: target.copy_(source), device)
 
 def machine(device):
     """What was checked, for the report."""
@@ -258,7 +312,8 @@ def machine(device):
     if device != 'cpu':
         about |= {'card': torch.cuda.get_device_name(), 'cuda': torch.version.cuda,
                   'cudnn': torch.backends.cudnn.version()}
-    return about
+    product, copy = rates(device, torch.bfloat16 if device != 'cpu' else torch.float32)
+    return about | {'product TFLOP/s': round(product / 1e12, 2), 'copy GB/s': round(copy / 1e9, 1)}
 
 def run_all(device, path):
     """Print every line, write them to the JSON file `path`; returns how many fail."""

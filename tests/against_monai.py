@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import autocast, configure, markdown_table, start_processes
+from common import autocast, compile_whole, configure, markdown_table, start_processes
 from losses import PatchDiscriminator
 from pretrained import load_maisi_unet, load_maisi_vae
 
@@ -122,6 +122,8 @@ def one_run(network, ours):
     if ours:
         net = load(net.state_dict())
     net.to(device).train()
+    if ours and on_gpu:
+        net.to(memory_format=torch.channels_last_3d)  # as the trainers
     loss = make_loss(network, net, ours)
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
@@ -134,7 +136,7 @@ def one_run(network, ours):
             net.zero_grad(set_to_none=False)
 
     if compile:
-        net.compile(dynamic=False)
+        compile_whole(net)
         step()
     memory = peak_memory(step)
     return {'ms': milliseconds(step), 'mib': memory}

@@ -1,0 +1,27 @@
+# config/real.py on a GPU: half as wide again, sixteen larger patches at a time.
+kind = 'convvae'
+data_dir = 'data/ds002748'
+out_dir = 'out/real_gpu'
+modalities = ('T1w',)
+layout = 'fold'
+norm = 'none'
+widths = (48, 96)
+res_blocks = 1
+
+batch_size = 16
+patch = (64, 64, 64)
+brain_patches = 0.9
+iters = 8000
+muon = True
+lr = 2e-3
+min_lr = 2e-5
+beta2 = 0.99
+warmup_iters = 100
+lr_decay_iters = 8000
+ema_decay = 0.999
+eval_interval = 1000
+eval_sessions = 2
+log_interval = 100
+
+w_ssim = 0.0
+w_kl = 1e-5

@@ -62,6 +62,7 @@ modalities = ('T1w', 'T2w')
 widths = (32, 64, 128, 256)
 res_blocks = 1
 norm = 'group'
+fold = False             # of neuroquant
 quantizer = 'ema'
 num_codes = 4096
 num_codebooks = 1
@@ -408,8 +409,8 @@ if __name__ == '__main__':
         if lpips.random:
             print0("perceptual='random': the perceptual loss compares random features, it is not LPIPS")
     resumed = load_start()
-    layout = torch.channels_last if kind == 'convvae' and dims == 2 else torch.channels_last_3d
-    raw_model.to(device, memory_format=layout)
+    memory_format = torch.channels_last if kind == 'convvae' and dims == 2 else torch.channels_last_3d
+    raw_model.to(device, memory_format=memory_format)
     if freeze_encoder:
         for name, p in raw_model.named_parameters():
             p.requires_grad_(name.startswith(('decoder.', 'post.')))

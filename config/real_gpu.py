@@ -1,12 +1,12 @@
-# config/real.py on a GPU: half as wide again, sixteen larger patches at a time.
+# config/real.py on a GPU: a deeper network, sixteen larger patches at a time.
 kind = 'convvae'
 data_dir = 'data/ds002748'
 out_dir = 'out/real_gpu'
 modalities = ('T1w',)
 layout = 'fold'
 norm = 'none'
-widths = (48, 96)
-res_blocks = 1
+widths = (40, 80)
+res_blocks = 2
 
 batch_size = 16
 patch = (64, 64, 64)

@@ -241,7 +241,7 @@ def check_graphs(device):
     net = NeuroQuant(SMALL).to(device)
     modality = torch.zeros(6, dtype=torch.int64, device=device)
     for part in (net.encoder, net.decoder):
-        compile_for(part, (4, 8), backend='inductor' if device != 'cpu' else 'eager')
+        compile_for(part, (4, 8), backend='eager')  # which counts the same graphs, in seconds
     for n, swaps in ((4, 0), (3, 0), (4, 4), (3, 2), (2, 2), (4, 2)):
         pairs = torch.randint(n, (swaps, 2), device=device) if swaps else None
         net(torch.rand(n, 1, 32, 32, 32, device=device), modality[:n], pairs)

@@ -90,20 +90,16 @@ def zeroed(layer):
     return layer
 
 def space_to_depth(x):
-    """2x2x2 voxels as channels: (B, C, D, H, W) -> (B, 8C, D/2, H/2, W/2); slices count as two alike."""
-    axis = missing_axis(x)
-    if axis is not None:
-        x = x.repeat_interleave(2, 2 + axis)
+    """2x2x2 voxels as channels: (B, C, D, H, W) -> (B, 8C, D/2, H/2, W/2)."""
     B, C, D, H, W = x.shape
     blocks = x.reshape(B, C, D // 2, 2, H // 2, 2, W // 2, 2).permute(0, 1, 3, 5, 7, 2, 4, 6)
     return blocks.reshape(B, 8 * C, D // 2, H // 2, W // 2)
 
-def depth_to_space(x, missing=None):
-    """Back: (B, 8C, d, h, w) -> (B, C, 2d, 2h, 2w); along a missing axis the mean of the two."""
+def depth_to_space(x):
+    """Back: (B, 8C, d, h, w) -> (B, C, 2d, 2h, 2w)."""
     B, C, d, h, w = x.shape
     blocks = x.reshape(B, C // 8, 2, 2, 2, d, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
-    volume = blocks.reshape(B, C // 8, 2 * d, 2 * h, 2 * w)
-    return volume if missing is None else volume.mean(2 + missing, keepdim=True)
+    return blocks.reshape(B, C // 8, 2 * d, 2 * h, 2 * w)
 
 def group_norm(channels):
     """MAISI's: 32 groups, or the largest power of 2 that divides fewer or odd channels."""
@@ -220,7 +216,6 @@ class NeuroQuantConfig(QuantizerConfig):
     widths: tuple = (32, 64, 128, 256)  # channels of the four blocks, at 1/2, 1/4, 1/8, 1/16
     res_blocks: int = 1                 # 3x3x3 convolutions per block besides the strided one
     norm: str = 'group'                 # or 'none'
-    fold: bool = False                  # begin and end with blocks of 2x2x2 voxels: no layer at full size
     attention: bool = True              # factorised multi-axis attention (FMA) in encoder and decoder
     attn_levels: tuple = (0, 1, 2, 3)   # where: 0 is 1/2 of the size (the dearest), 3 is 1/16
     film: bool = True                   # modality stream and FiLM (M-FiLM); without it, a plain VQ-VAE
@@ -235,28 +230,24 @@ class EncoderBlock(nn.Module):
     """
     def __init__(self, c, level, c_in, c_out):
         super().__init__()
-        self.folded = c.fold and level == 0  # then x has half the size already
         self.skip = Conv(c_in, c_out, 1)
-        self.down = Conv(c_in, c_out, 3, stride=1 if self.folded else 2, padding=1)
+        self.down = Conv(c_in, c_out, 3, stride=2, padding=1)
         self.body = local_then_axial(c, level, c_out)
 
     def forward(self, x):
-        small = x if self.folded else halve(x)
-        return self.skip(small) + self.body(self.down(x))  # (B, c_out, D/2, H/2, W/2)
+        return self.skip(halve(x)) + self.body(self.down(x))  # (B, c_out, D/2, H/2, W/2)
 
 class Encoder(nn.Module):
     """A stem at full size and four blocks, NeuroQuant 3.2. Only the half-size block is checkpointed."""
     def __init__(self, c):
         super().__init__()
         self.checkpointing = False
-        self.folds = c.fold
-        widths = (8 if self.folds else c.widths[0] // 2, *c.widths)  # few at full size, where memory is dear
-        if not self.folds:
-            self.stem = Conv(1, widths[0], 3, padding=1)
+        widths = (c.widths[0] // 2, *c.widths)  # half the width at full size, where memory is dear
+        self.stem = Conv(1, widths[0], 3, padding=1)
         self.blocks = nn.ModuleList(EncoderBlock(c, i, widths[i], widths[i + 1]) for i in range(4))
 
     def forward(self, x):
-        h = space_to_depth(x) if self.folds else self.stem(x)  # (B, 8, D/2, H/2, W/2) or (B, C1/2, D, H, W)
+        h = self.stem(x)  # (B, C1/2, D, H, W)
         for i, block in enumerate(self.blocks):
             h = run(self, block, h) if i == 0 else block(h)
         return h          # (B, C4, D/16, H/16, W/16)
@@ -309,16 +300,10 @@ class Decoder(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.checkpointing = False
-        self.channels = tuple(reversed(c.widths))  # of the FiLM layers
-        if not c.fold:
-            self.channels += (c.widths[0] // 2,)
+        self.channels = (*reversed(c.widths), c.widths[0] // 2)  # of the five FiLM layers
         c_in = (c.anat_dim, *self.channels)
-        levels = range(len(self.channels))
-        self.blocks = nn.ModuleList(DecoderBlock(c, 3 - i, c_in[i], c_in[i + 1]) for i in levels)
+        self.blocks = nn.ModuleList(DecoderBlock(c, 3 - i, c_in[i], c_in[i + 1]) for i in range(5))
         self.heads = nn.ModuleList(Conv(channels, 1, 3, padding=1) for channels in self.channels)
-        self.folds = c.fold
-        if self.folds:
-            self.voxels = zeroed(Conv(c.widths[0], 8, 3, padding=1))
 
     def forward(self, z_q, film):
         h = z_q
@@ -329,8 +314,6 @@ class Decoder(nn.Module):
                 x_hat = head(h)
             else:
                 x_hat = head(h) + double(x_hat, 'linear')            # (B, 1, 2^i d, 2^i h, 2^i w)
-        if self.folds:
-            x_hat = double(x_hat, 'linear') + depth_to_space(self.voxels(h), missing_axis(h))
         return x_hat
 
 class NeuroQuant(Autoencoder):
@@ -868,9 +851,8 @@ def model_args(model):
 def encoder_hash(model):
     """16 hex digits that name an autoencoder's encoder and codebook, whatever its decoder."""
     args = model_args(model)
-    for key, value in (('norm', 'group'), ('fold', False)):
-        if args.get(key) == value:
-            del args[key]  # older networks keep their name
+    if args.get('norm') == 'group':
+        del args['norm']  # older networks keep their name
     digest = hashlib.sha256(repr(sorted(args.items())).encode())
     for name, tensor in model.state_dict().items():
         if not name.startswith(('decoder.', 'post.', 'film', 'mod_')):

@@ -462,12 +462,15 @@ def write_index(facts, used, recipe, finding):
     size = os.path.getsize(f"{out_dir}/{next(iter(used[0]['checksums']))}")
     print(f'{text}{rate(used, size)}\nwritten to {printable(out_dir)}')
 
+def by_commas(sizes):
+    return ','.join(map(str, sizes))
+
 def warn_of_shape():
-    """A line where the box is none that NeuroQuant takes, with the nearest that is."""
+    """A line where the box is none that NeuroQuant takes, with the nearest one."""
     nearest = tuple(max(32, 16 * int(n / 16 + 0.5)) for n in shape)
     if nearest != tuple(shape):
-        print(f'warning: --shape={",".join(map(str, shape))}: NeuroQuant takes axes that are multiples of 16, '
-              f'from 32 on (a ConvVAE of 4 or 8); the nearest such box is {",".join(map(str, nearest))}')
+        print(f'warning: --shape={by_commas(shape)}: NeuroQuant takes axes that are multiples of 16, '
+              f'from 32 on (a ConvVAE of 4 or 8); the nearest such box is {by_commas(nearest)}')
 
 def look(finding):
     """Print what is there and what is odd; write a table and contact sheets to out_dir/preflight."""

@@ -42,6 +42,7 @@ eval_interval = 1000     # steps between validations; each writes ckpt.pt
 eval_scans = 32          # validation scans used; -1 for all
 sample_interval = 10_000 # steps between pictures of two samples; 0 for none
 wandb_project = ''
+tensorboard = False      # also for TensorBoard, in out_dir/tensorboard
 # data
 batch_size = 4           # latents per process
 conditions = ()          # of modality, sex, age; () is the paper's unconditional row
@@ -74,8 +75,8 @@ seed = 0
 
 # what may differ when a run is resumed; vae is known by its hash
 NOT_RESULTS = ('vae', 'data_dir', 'latents_dir', 'out_dir', 'init_from', 'resume_changed', 'overwrite',
-               'log_interval', 'eval_interval', 'eval_scans', 'sample_interval', 'wandb_project', 'max_iters',
-               'device', 'compile')
+               'log_interval', 'eval_interval', 'eval_scans', 'sample_interval', 'wandb_project',
+               'tensorboard', 'max_iters', 'device', 'compile')
 
 def check_settings():
     """SystemExit with one line for settings that cannot be."""

@@ -49,6 +49,7 @@ log_interval = 10        # steps between log lines
 eval_interval = 1000     # steps between validations; each writes ckpt.pt
 eval_sessions = 32       # validation sessions used; -1 for all
 wandb_project = ''       # '' is off
+tensorboard = False      # also for TensorBoard, in out_dir/tensorboard
 # data
 batch_size = 4           # per process and micro-step: sessions (neuroquant), scans or slices (convvae)
 grad_accum = 1           # micro-steps per step
@@ -141,8 +142,8 @@ seed = 0
 
 # what may differ when a run is resumed; data_dir has its own check
 NOT_RESULTS = ('data_dir', 'prepare', 'out_dir', 'init_from', 'resume_changed', 'overwrite', 'log_interval',
-               'eval_interval', 'eval_sessions', 'wandb_project', 'max_iters', 'perc_trunk', 'perc_lin',
-               'device', 'compile', 'checkpointing')
+               'eval_interval', 'eval_sessions', 'wandb_project', 'tensorboard', 'max_iters', 'perc_trunk',
+               'perc_lin', 'device', 'compile', 'checkpointing')
 
 def check_settings():
     """SystemExit with one line for settings that cannot be, or not together."""

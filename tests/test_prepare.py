@@ -343,7 +343,7 @@ def test_a_cohort_without_an_empty_part_is_split_by_the_hashes_alone():
         assert split_subjects(NAMES[:n], (0.8, 0.1, 0.1), 0) == alone
 
 def test_five_phantoms_are_trained_validated_and_tested(tmp_path):
-    prepared('phantom', '', tmp_path / 'out', '--n=5', '--shape=32,32,32', '--split=0.7,0.1,0.2', '--workers=1')
+    prepared('phantom', '', tmp_path / 'out', '--n=5', '--shape=32,32,32', '--split=0.7,0.1,0.2')
     assert sorted(row['split'] for row in table(tmp_path / 'out')) == ['test'] + 3 * ['train'] + ['val']
 
 def test_a_box_that_neuroquant_does_not_take_is_named_with_the_nearest_that_it_takes(tmp_path):

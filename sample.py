@@ -14,9 +14,10 @@ A scan goes through the steps of prepare.py into the model's box and back onto i
 input and output voxel by voxel. What does not fit the box comes back as 0, and so does the background of the
 input unless --mask=False. --input and --output may be folders: every scan below the one goes to the same name
 below the other, unless that is there already; torchrun shares the scans out. A folder that prepare.py wrote
-will do too: its volumes are taken as they are, and what becomes of them stays on the model's box. generate writes volumes (with
-NeuroQuant one per modality, aligned), latents.npy, montage.png and nearest.md. export writes the averaged
-weights alone, with what builds the model and its box: as .pt, or as .safetensors with a .json beside.
+will do too: its volumes are taken as they are, and what becomes of them stays on the model's box. generate
+writes volumes (with NeuroQuant one per modality, aligned), latents.npy, montage.png and nearest.md. export
+writes the averaged weights alone, with what builds the model and its box: as .pt, or as .safetensors with a
+.json beside.
 """
 import os
 import sys

@@ -17,7 +17,6 @@ import statistics
 import sys
 import tempfile
 import time
-import weakref
 from unittest import mock
 
 import nibabel as nib
@@ -25,9 +24,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch._inductor import compile_fx, metrics
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, register_flop_formula
 
 import model as networks
@@ -37,6 +33,7 @@ from data import Sessions, prefetch, read_folder
 from flow import flow_matching_loss, sample
 from judge.selfcheck import rates, run_all
 from losses import PatchDiscriminator, adversarial_loss, kl_loss, reconstruction_loss
+from memory import counting
 from scans import nifti
 from slabs import slabwise
 
@@ -72,28 +69,6 @@ def milliseconds(call):
 @register_flop_formula(torch.ops.aten.mkldnn_convolution)
 def count_onednn(x_shape, w_shape, *args, out_shape=None, **kwargs):
     return conv_flop_count(x_shape, w_shape, out_shape)
-
-class Live(TorchDispatchMode):
-    """Counts the bytes of the tensors alive, in blocks of 512 as CUDA's allocator, and keeps the peak."""
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.known = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for storage in [t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]:
-            key, size = storage._cdata, -(-storage.nbytes() // 512) * 512
-            if key in self.known: continue
-            self.known.add(key)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.forget, key, size)
-        return out
-
-    def forget(self, key, size):
-        self.known.discard(key)
-        self.now -= size
 
 def table(*head):
     print()
@@ -184,14 +159,10 @@ def neuroquant_step(shape, sessions):
         return own + 0.5 * error(out['x_cross'], x[swaps[:, 1]], 0.0)
     return net, loss
 
-def in_float(norm):
-    return lambda x, *args, **kwargs: norm(x.float(), *args, **kwargs)
-
 def step_gib(sessions, checkpointing):
     """Peak GiB of a full training step in bfloat16, counted on tensors without content, norms as on a GPU."""
-    norms = dict(group_norm=in_float(F.group_norm), layer_norm=in_float(F.layer_norm))
     changed = mock.patch.dict(globals(), device='cpu', dtype='bfloat16', checkpointing=checkpointing)
-    with changed, mock.patch.multiple(F, **norms), FakeTensorMode(), Live() as live:
+    with changed, counting('bfloat16') as live:
         step = training(*neuroquant_step(FULL, sessions), layout=None)['training step']
         step()
         step()  # this one holds the optimiser's state too

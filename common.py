@@ -299,7 +299,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(weights, [u.reshape(w.shape) for u, w in zip(updates, weights)], alpha=-rate)
 
 def orthogonal(matrices, steps=5):
-    """Nearly U V^T of each U S V^T in (n, rows, columns): singular values become 0.7 to 1.2 (Newton-Schulz)."""
+    """Nearly U V^T of each U S V^T in (n, rows, columns), singular values 0.7 to 1.2 (Newton-Schulz)."""
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -445,6 +445,7 @@ class StepLog:
     out_dir gets config.py, the settings, and log.jsonl, a JSON line per record. Records after iteration `it`
     are dropped first: those steps will be taken again. Only the first process writes. interval: steps between
     lines. total: iterations of the whole run. wandb_project: also sends records to wandb if it is not ''.
+    config's tensorboard also writes them for it, to out_dir/tensorboard.
     """
     def __init__(self, out_dir, config, wandb_project, interval, it, total, device, world):
         self.out_dir, self.interval, self.device, self.world = out_dir, interval, device, world
@@ -452,7 +453,7 @@ class StepLog:
         self.first_it = it + 1
         self.recent = []  # of steps whose values nobody has looked at: a look waits for the GPU
         self.writes = not dist.is_initialized() or dist.get_rank() == 0
-        self.wandb = None
+        self.wandb, self.board = None, None
         if self.writes:
             settings = ''.join(f'{key} = {value!r}\n' for key, value in config.items())
             write_text(os.path.join(out_dir, 'config.py'), settings)
@@ -460,6 +461,8 @@ class StepLog:
             write_text(os.path.join(out_dir, 'log.jsonl'), ''.join(kept))
             if wandb_project:
                 self.wandb = start_wandb(wandb_project, out_dir, config)
+            if config.get('tensorboard'):
+                self.board = start_tensorboard(out_dir, it)
         self.restart(it)
 
     def restart(self, it):
@@ -549,6 +552,10 @@ class StepLog:
             f.write(json.dumps(clean) + '\n')
         if self.wandb:
             self.wandb.log(record, step=record['iter'])
+        if self.board:
+            for key in record.keys() - {'iter'}:
+                self.board.add_scalar(key, record[key], record['iter'])
+            self.board.flush()
 
 def start_wandb(project, out_dir, config):
     try:
@@ -557,6 +564,13 @@ def start_wandb(project, out_dir, config):
         raise SystemExit('--wandb_project needs wandb: pip install wandb, or leave it empty')
     wandb.init(project=project, name=os.path.basename(out_dir), config=config)
     return wandb
+
+def start_tensorboard(out_dir, it):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise SystemExit('--tensorboard=True needs tensorboard: pip install tensorboard, or leave it off')
+    return SummaryWriter(os.path.join(out_dir, 'tensorboard'), purge_step=it + 1)  # those come again
 
 def git_commit():
     """Short commit of the source, with + when it was edited; '' outside a repository."""

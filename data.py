@@ -83,9 +83,11 @@ def read_index(data_dir, modalities, split=None):
             filled = {m for row in rows for m in row if row[m]}
             present = ', '.join(m for m in first_dataset.get('modalities', []) if m in filled)
             raise SystemExit(f"{data_dir}: no volume of modality {modality}; it has {present or 'none'}")
+    splits = {row['split'] for row in rows if any(map(row.get, modalities))}
     rows = [row for row in rows if split in (None, row['split']) and any(map(row.get, modalities))]
     if not rows:
-        raise SystemExit(f"{data_dir}: no session of {', '.join(modalities)} in split '{split}'")
+        hint = '; --split=val has some' if split == 'test' and 'val' in splits else ''
+        raise SystemExit(f"{data_dir}: no session of {', '.join(modalities)} in split '{split}'{hint}")
     return rows, first_dataset
 
 def fingerprint(data_dir):

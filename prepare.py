@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from nibabel.affines import voxel_sizes
@@ -59,7 +60,7 @@ clip = True               # False keeps what lies above 1 for training (DeCo-VAE
 percentiles_of = 'brain'  # or 'volume', background and all (DeCo-VAE, with 0,99.5)
 # what to write
 out_dir = 'data/phantom'
-split = (0.8, 0.1, 0.1)   # train, val, test; a subject's part follows from a hash of its name
+split = (0.8, 0.1, 0.1)   # train, val, test; by a hash of the subject's name; see split_subjects
 dtype = 'float32'         # or float16: errors up to 0.00025; or uint8: up to 0.002, below 0.004 up to 0.004
 seed = 0                  # of phantoms and of the split
 # how to run
@@ -367,12 +368,38 @@ def run_all(task, sessions):
 
 # ---------------------------------------------------------------- the whole
 
+PARTS = ('train', 'val', 'test')
+
+def hash_of(subject, seed):
+    """A number in [0, 1) that depends on the subject's name and the seed alone."""
+    digest = hashlib.sha256(f'{seed}:{subject}'.encode()).hexdigest()
+    return int(digest[:16], 16) / 16 ** 16
+
 def split_of(subject, fractions, seed):
     """train, val or test from a hash of the subject's name: the same however many others there are."""
-    digest = hashlib.sha256(f'{seed}:{subject}'.encode()).hexdigest()
-    u = int(digest[:16], 16) / 16 ** 16
+    u = hash_of(subject, seed)
     if u < fractions[0]: return 'train'
     return 'val' if u < fractions[0] + fractions[1] else 'test'
+
+def split_subjects(subjects, fractions, seed):
+    """{subject: part}: each by its hash alone, unless a part that is wanted would stay empty.
+
+    Then the subjects in the order of their hashes fill exact counts (the largest remainders are rounded up),
+    at least one a part. So few subjects cannot stay where they are when others join.
+    """
+    alone = {subject: split_of(subject, fractions, seed) for subject in subjects}
+    wanted = {part for part, fraction in zip(PARTS, fractions) if fraction > 0}
+    if wanted <= set(alone.values()) or len(alone) < len(wanted): return alone
+    order = sorted(alone, key=partial(hash_of, seed=seed))
+    exact = [fraction * len(order) for fraction in fractions]
+    counts = [max(int(share), int(share > 0)) for share in exact]
+    while sum(counts) != len(order):
+        step = 1 if sum(counts) < len(order) else -1
+        missing = [step * (share - count) for share, count in zip(exact, counts)]
+        free = [i for i in range(3) if counts[i] > 1 or (step > 0 and exact[i] > 0)]
+        counts[max(free, key=missing.__getitem__)] += step
+    filled = [part for part, count in zip(PARTS, counts) for _ in range(count)]
+    return dict(zip(order, filled))
 
 def claim_out_dir():
     """The RECIPE as a dict, and the folder's from now on; SystemExit if it holds data of another."""
@@ -402,11 +429,13 @@ def parse_shard():
 def index_rows(facts, names, persons):
     """Rows of subjects.tsv, a dict per session. names: of the modalities."""
     rows = []
+    unknown = [f for f in facts if not persons.get((f['subject'], f['session']), {}).get('split')]
+    parts = split_subjects({f['subject'] for f in unknown}, split, seed)  # a table knows the others
     for f in facts:
         person = persons.get((f['subject'], f['session']), {})
         rows.append({
             'subject': f['subject'], 'session': f['session'],
-            'split': person.get('split') or split_of(f['subject'], split, seed),
+            'split': person.get('split') or parts[f['subject']],
             **{name: f['files'].get(name, '') for name in (*names, 'dseg')},
             'sex': f.get('sex') or person.get('sex', ''), 'age': f.get('age') or person.get('age', ''),
             'lost': f"{f['lost']:.4f}"})
@@ -433,6 +462,16 @@ def write_index(facts, used, recipe, finding):
     size = os.path.getsize(f"{out_dir}/{next(iter(used[0]['checksums']))}")
     print(f'{text}{rate(used, size)}\nwritten to {printable(out_dir)}')
 
+def by_commas(sizes):
+    return ','.join(map(str, sizes))
+
+def warn_of_shape():
+    """A line where the box is none that NeuroQuant takes, with the nearest one."""
+    nearest = tuple(max(32, 16 * int(n / 16 + 0.5)) for n in shape)
+    if nearest != tuple(shape):
+        print(f'warning: --shape={by_commas(shape)}: NeuroQuant takes axes that are multiples of 16, '
+              f'from 32 on (a ConvVAE of 4 or 8); the nearest such box is {by_commas(nearest)}')
+
 def look(finding):
     """Print what is there and what is odd; write a table and contact sheets to out_dir/preflight."""
     rows = [row for rows in run_all(examine_session, finding.sessions) for row in rows]
@@ -447,6 +486,7 @@ def look(finding):
 
 def main():
     check_settings()
+    warn_of_shape()
     finding = find_sessions()
     if dry_run: return look(finding)
     part, parts = parse_shard()

@@ -13,9 +13,11 @@ In Python: Codec, which encodes and decodes files and arrays.
 A scan goes through the steps of prepare.py into the model's box and back onto its own grid: a viewer overlays
 input and output voxel by voxel. What does not fit the box comes back as 0, and so does the background of the
 input unless --mask=False. --input and --output may be folders: every scan below the one goes to the same name
-below the other, unless that is there already; torchrun shares the scans out. generate writes volumes (with
-NeuroQuant one per modality, aligned), latents.npy, montage.png and nearest.md. export writes the averaged
-weights alone, with what builds the model and its box: as .pt, or as .safetensors with a .json beside.
+below the other, unless that is there already; torchrun shares the scans out. A folder that prepare.py wrote
+will do too: its volumes are taken as they are, and what becomes of them stays on the model's box. generate
+writes volumes (with NeuroQuant one per modality, aligned), latents.npy, montage.png and nearest.md. export
+writes the averaged weights alone, with what builds the model and its box: as .pt, or as .safetensors with a
+.json beside.
 """
 import os
 import sys
@@ -23,11 +25,12 @@ import time
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-from common import (autocast, configure, load_checkpoint, make_out_dir, markdown_table, save_weights,
-                    start_processes, stop_processes, write_text)
-from data import as_float, open_npy, random, read_index
+from common import (autocast, configure, load_checkpoint, make_out_dir, markdown_table, print0,
+                    save_weights, start_processes, stop_processes, write_text)
+from data import as_float, open_npy, random, read_folder, read_index
 from flow import sample
 from judge.figures import views
 from latents import Latents, encode_conditions, nearest, value_of
@@ -40,7 +43,7 @@ from slabs import slabwise
 # ---------------------------------------------------------------- settings
 mode = 'reconstruct'      # or translate, tokens, latents (of the encoder, float16), generate, export
 ckpt = 'out/neuroquant/best.pt'
-input = ''                # .nii or .nii.gz, or a folder of them; for tokens also .npy
+input = ''                # .nii or .nii.gz, a folder of them or of prepared data; for tokens also .npy
 output = ''
 source = 'T1w'            # modality of the input
 target = 'T2w'            # of translate, and of tokens back to a volume
@@ -121,6 +124,7 @@ def placed(x):
 class Scan:
     """A NIfTI file, its box (1,1,D,H,W) in [0,1] for the model, and what it takes to go back."""
     def __init__(self, path, data):
+        self.modality = source
         self.volume, self.affine, self.native = nifti.read(path)
         try:
             boxes, self.placement = nifti.conform([self.volume], [self.affine], **data)
@@ -145,10 +149,50 @@ class Scan:
         volume = nifti.restore(box[0, 0].numpy(), self.placement, self.affine, self.volume.shape, low, high)
         nifti.write(path, volume, self.native)
 
+class Stored:
+    """A volume that prepare.py wrote, in its box; the same interface as Scan's."""
+    def __init__(self, path, checkpoint):
+        self.modality = path.removesuffix('.npy').rpartition('_')[2]
+        self.grid = box_grid(checkpoint)
+        try:
+            volume = as_float(open_npy(path))
+        except (OSError, EOFError, ValueError) as e:
+            raise ValueError(f'{path}: unreadable ({e})')
+        if volume.shape != tuple(checkpoint['data']['shape']):
+            box = checkpoint['data']['shape']
+            raise ValueError(f"{path}: shape {volume.shape}, the model's box is {box}")
+        self.box = torch.tensor(volume)[None, None]
+
+    def write(self, path, box, own_scale):
+        """box (1,1,D,H,W) in [0,1], which is the volume's own scale too."""
+        box = box.float().cpu().clamp(0, 1)
+        if mask:
+            box = box * (self.box > 0)
+        nifti.write(path, box[0, 0].numpy(), self.grid)
+
+def open_scan(path, checkpoint):
+    return Stored(path, checkpoint) if is_stored(path) else Scan(path, checkpoint['data'])
+
+def is_prepared(folder):
+    names = 'subjects.tsv', 'dataset.json'
+    return all(os.path.exists(os.path.join(folder, name)) for name in names)
+
+def is_stored(path):
+    """Whether a file is a volume of a prepared data set."""
+    return path.endswith('.npy') and is_prepared(os.path.dirname(path))
+
+def stored_volumes(checkpoint):
+    """Paths of the volumes of the prepared --input that the model knows; to translate those of --source."""
+    rows, _ = read_folder(input)
+    names = (source,) if mode == 'translate' else checkpoint['config']['modalities']
+    paths = [os.path.join(input, row[name]) for row in rows for name in names if row.get(name)]
+    if not paths: raise SystemExit(f'{input}: no volume of {", ".join(names)}')
+    return paths
+
 def reconstruct(model, checkpoint, input, output):
-    scan = Scan(input, checkpoint['data'])
+    scan = open_scan(input, checkpoint)
     x = placed(scan.box)
-    x_hat = model.reconstruct(x, source).float().clamp(0, 1)
+    x_hat = model.reconstruct(x, scan.modality).float().clamp(0, 1)
     scan.write(output, x_hat, own_scale=True)
     whole, brain = psnr(x_hat, x).item(), psnr(x_hat, x, mask=x > 0).item()
     score, background = f'PSNR {whole:.2f} dB whole, {brain:.2f} dB brain', ''
@@ -157,21 +201,22 @@ def reconstruct(model, checkpoint, input, output):
     return f'{score}: {output}{background}'
 
 def translate(model, checkpoint, input, output):
-    scan = Scan(input, checkpoint['data'])
+    scan = open_scan(input, checkpoint)
     scan.write(output, model.translate(placed(scan.box), source, target), own_scale=False)
     return f'{source} as {target}, intensities in [0,1]: {output}'
 
 def tokens(model, checkpoint, input, output):
     """Tokens of a scan; back to a volume if the input holds tokens."""
-    if input.endswith('.npy'): return from_tokens(model, checkpoint, input, output)
-    scan = Scan(input, checkpoint['data'])
+    if input.endswith('.npy') and not is_stored(input):
+        return from_tokens(model, checkpoint, input, output)
+    scan = open_scan(input, checkpoint)
     indices = model.tokens(placed(scan.box))[0].cpu().numpy().astype(np.int32)
     save_codes(output, indices)
     return f'{indices.size} tokens of {model.config.num_codes} codes, shape {indices.shape}: {output}'
 
 def latents(model, checkpoint, input, output):
     """What a flow models: of a KL autoencoder the posterior mean, else the latent before quantisation."""
-    scan = Scan(input, checkpoint['data'])
+    scan = open_scan(input, checkpoint)
     mean, _ = model.posterior(placed(scan.box))
     mean = mean[0].float().cpu().numpy().astype(np.float16)
     save_codes(output, mean)
@@ -217,15 +262,15 @@ def box_grid(checkpoint):
     return nifti.Native(affine, tuple(shape), 'RAS', tuple(size))
 
 def each_below(model, checkpoint):
-    """Every scan below the folder --input, this process's share of them; one that fails is left out."""
+    """Every scan of the folder --input, this process's share of them; one that fails is left out."""
     notes = []
-    paths = every_scan(input, notes)
+    paths = stored_volumes(checkpoint) if is_prepared(input) else every_scan(input, notes)
     for note in notes:
-        print(note)
+        print0(note)
     ending = '.npy' if mode in ('tokens', 'latents') else '.nii.gz'
     begun, done, failed = time.perf_counter(), 0, 0
-    for path in tqdm(paths[rank::world], desc=mode, leave=False):
-        target_path = os.path.join(output, stem(os.path.relpath(path, input)) + ending)
+    for path in tqdm(paths[rank::world], desc=mode, leave=False, disable=rank > 0):
+        target_path = os.path.join(output, stem(os.path.relpath(path, input).removesuffix('.npy')) + ending)
         if os.path.exists(target_path): continue
         try:
             make_out_dir(os.path.dirname(target_path))
@@ -234,9 +279,12 @@ def each_below(model, checkpoint):
         except ValueError as e:
             tqdm.write(f'{e.args[0]}; left out')
             failed += 1
+    counts = torch.tensor([done, failed])
+    if world > 1:
+        dist.all_reduce(counts)  # waits for the slowest
+    done, failed = counts.tolist()
     seconds = time.perf_counter() - begun
-    print(f'{done} of {len(paths[rank::world])} scans now, {failed} left out, '
-          f'{done / seconds:.2f} scans/s: {output}')
+    print0(f'{done} of {len(paths)} scans now, {failed} left out, {done / seconds:.2f} scans/s: {output}')
 
 # settings that name places of one machine
 PLACES = ('data_dir', 'out_dir', 'init_from', 'prepare', 'perc_trunk', 'perc_lin', 'vae', 'latents_dir')

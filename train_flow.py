@@ -18,13 +18,14 @@ import torch
 import torch.distributed as dist
 
 from common import (StepLog, all_reduce_mean, autocast, catch_signals, compile_whole, configure,
-                    explain_failures, git_commit, load_checkpoint, make_out_dir, print0, refuse_below_one, refuse_changes,
-                    refuse_overwriting, save_checkpoint, start_processes, stop_processes, unet_flops,
-                    update_average)
+                    explain_failures, git_commit, load_checkpoint, make_out_dir, print0, refuse_below_one,
+                    refuse_changes, refuse_overwriting, save_checkpoint, start_processes, stop_processes,
+                    unet_flops, update_average)
 from data import fingerprint, prefetch, refuse_other_data
 from flow import draw_times, flow_matching_loss, sample
 from judge.figures import curves, views
 from latents import Latents, encode_sessions
+from memory import available_bytes, memory_line, step_bytes
 from model import FlowUNet, FlowUNetConfig, encoder_hash, from_checkpoint, model_args
 
 # ---------------------------------------------------------------- settings; the defaults are DeCo-VAE's
@@ -41,6 +42,7 @@ eval_interval = 1000     # steps between validations; each writes ckpt.pt
 eval_scans = 32          # validation scans used; -1 for all
 sample_interval = 10_000 # steps between pictures of two samples; 0 for none
 wandb_project = ''
+tensorboard = False      # also for TensorBoard, in out_dir/tensorboard
 # data
 batch_size = 4           # latents per process
 conditions = ()          # of modality, sex, age; () is the paper's unconditional row
@@ -73,8 +75,8 @@ seed = 0
 
 # what may differ when a run is resumed; vae is known by its hash
 NOT_RESULTS = ('vae', 'data_dir', 'latents_dir', 'out_dir', 'init_from', 'resume_changed', 'overwrite',
-               'log_interval', 'eval_interval', 'eval_scans', 'sample_interval', 'wandb_project', 'max_iters',
-               'device', 'compile')
+               'log_interval', 'eval_interval', 'eval_scans', 'sample_interval', 'wandb_project',
+               'tensorboard', 'max_iters', 'device', 'compile')
 
 def check_settings():
     """SystemExit with one line for settings that cannot be."""
@@ -118,6 +120,13 @@ def draw_noise(sample_index):
         x0.append(torch.randn(train_set.shape, generator=g, device=device))
         t.append(draw_times(1, times, shift, device, g))
     return torch.stack(eps), torch.stack(x0), torch.cat(t)
+
+def learn(x1, x0, t, cond):
+    """The loss of a batch, whose gradients it adds to the network's."""
+    with autocast(device, dtype):
+        loss = flow_matching_loss(raw_model, x1, x0, t, cond, norm)
+    loss.backward()
+    return loss.detach()
 
 @torch.no_grad()
 def validate():
@@ -176,6 +185,11 @@ def make_model():
     made.latent_mean[:], made.latent_sd[:] = train_set.statistics(normalise)
     return made
 
+def rehearse():
+    """A step of this run for step_bytes."""
+    x1 = torch.empty(batch_size, *train_set.shape).contiguous(memory_format=layout)
+    learn(x1, torch.empty_like(x1), torch.rand(batch_size), train_set.cond([0] * batch_size))
+
 def load_resumed():
     """Load out_dir/ckpt.pt into raw_model if the run is resumed; returns it, or None."""
     if init_from == 'scratch': return None
@@ -199,7 +213,8 @@ if __name__ == '__main__':
     check_settings()
     if device == 'cpu':
         dtype, compile = 'float32', False
-    explain_failures(f'batch_size={batch_size}')
+    savers = f'batch_size={batch_size}'
+    explain_failures(savers)
     stop = min(max_iters, iters)
 
     # ---- autoencoder and its latents
@@ -251,11 +266,15 @@ if __name__ == '__main__':
             ema.load_state_dict(resumed['ema'])
         print0(f'resumed {out_dir}/ckpt.pt at iteration {it}')
     del resumed
+    if rank == 0:
+        others = (*autoencoder.parameters(), *(ema.parameters() if ema else ()))
+        needed = step_bytes(globals(), ('raw_model',), [*parameters, *parameters, *others], rehearse)
+        n_parameters = sum(p.numel() for p in parameters)
+        print0(memory_line(n_parameters, needed, available_bytes(device), device, savers))
     if compile:
         compile_whole(raw_model)
     flops = unet_flops(raw_model, train_set.shape)
-    print0(f'{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, '
-           f'{flops / 1e9:.1f} GFLOP per latent forward, on {device} x {world}')
+    print0(f'{flops / 1e9:.1f} GFLOP per latent forward, on {device} x {world}')
 
     # ---- loop
     log = StepLog(out_dir, config, wandb_project, log_interval, it, stop, device, world)
@@ -269,9 +288,7 @@ if __name__ == '__main__':
         if 'sd' in batch:
             z = z + batch['sd'] * eps  # a fresh draw from the posterior at every step
         x1 = raw_model.normalise(z).contiguous(memory_format=layout)
-        with autocast(device, dtype):
-            loss = flow_matching_loss(raw_model, x1, x0, t, cond, norm)
-        loss.backward()
+        loss = learn(x1, x0, t, cond)
         all_reduce_mean([p.grad for p in parameters if p.grad is not None])
         gradient = torch.nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else math.inf)
         for group in optimizer.param_groups:
@@ -282,7 +299,7 @@ if __name__ == '__main__':
             update_average(ema, raw_model, min(ema_decay, (1 + it) / (10 + it)))
         it += 1
 
-        terms = {'loss': loss.detach()}
+        terms = {'loss': loss}
         log.count('latents', batch_size, 3 * flops * batch_size)  # a backward pass costs two forward ones
         log.note(it, terms | {'gradient': gradient}, batch['files'])
         stopped_by = stop_signal()

@@ -16,6 +16,7 @@ import random
 import sys
 from functools import partial
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -30,6 +31,7 @@ from judge import figures
 from judge.validate import validate
 from losses import (ModalityClassifier, PatchDiscriminator, adversary_loss, cov_loss, discriminator_term,
                     generator_term, kl_loss, perceptual_loss, reconstruction_loss, sid_loss, ssim, var_loss)
+from memory import available_bytes, memory_line, step_bytes
 from model import KINDS, model_args
 from pretrained import LPIPS
 from quantize import hold_statistics, move_statistics, perplexity
@@ -47,6 +49,7 @@ log_interval = 10        # steps between log lines
 eval_interval = 1000     # steps between validations; each writes ckpt.pt
 eval_sessions = 32       # validation sessions used; -1 for all
 wandb_project = ''       # '' is off
+tensorboard = False      # also for TensorBoard, in out_dir/tensorboard
 # data
 batch_size = 4           # per process and micro-step: sessions (neuroquant), scans or slices (convvae)
 grad_accum = 1           # micro-steps per step
@@ -138,8 +141,8 @@ seed = 0
 
 # what may differ when a run is resumed; data_dir has its own check
 NOT_RESULTS = ('data_dir', 'prepare', 'out_dir', 'init_from', 'resume_changed', 'overwrite', 'log_interval',
-               'eval_interval', 'eval_sessions', 'wandb_project', 'max_iters', 'perc_trunk', 'perc_lin',
-               'device', 'compile', 'checkpointing')
+               'eval_interval', 'eval_sessions', 'wandb_project', 'tensorboard', 'max_iters', 'perc_trunk',
+               'perc_lin', 'device', 'compile', 'checkpointing')
 
 def check_settings():
     """SystemExit with one line for settings that cannot be, or not together."""
@@ -291,6 +294,25 @@ def convvae_terms(batch, what, it):
                                             generators(batch, seed, 2))
     return terms, x_hat
 
+def learn(batch, step, it):
+    """Add the gradients of a micro-step to those of step `it`; returns its unweighted terms."""
+    weights = loss_weights(it)
+    # to(), since contiguous() would leave a single channel as it is
+    batch['x'] = batch['x'].to(memory_format=torch.channels_last_3d)
+    discriminators.requires_grad_(False)  # the generator's step leaves them no gradient
+    with autocast(device, dtype):
+        terms, x_hat = compute_terms(batch, step.what, it)
+        loss = sum(weights[name] * term for name, term in terms.items() if weights[name] > 0)
+    (step.weight * loss).backward()
+    if discriminators and it >= discriminator_start:
+        discriminators.requires_grad_(True)
+        with autocast(device, dtype):
+            loss = discriminator_term(discriminators, x_hat.detach(), batch['x'], discriminator_form,
+                                      slice_fraction, generators(batch, seed, 3))
+        (step.weight * loss).backward()
+        terms['discriminator'] = loss
+    return terms
+
 # ---------------------------------------------------------------- checkpoints
 
 def train_mode():
@@ -353,6 +375,22 @@ def take_step(optimizers, parameters, it):
         optimizer.zero_grad(set_to_none=True)
     return norm
 
+def rehearse():
+    """A micro-step for step_bytes: with every term, and of this run's batches the one with most voxels."""
+    last = (iters_3d if kind == 'neuroquant' else iters) - 1
+    what, rows, shape = micro_steps(last)[0].what, batch_size, sample_shape
+    if kind == 'neuroquant':
+        rows = batch_size * len(modalities)
+        shortest = train_set.shape.index(min(train_set.shape))
+        plane = [1 if axis == shortest else n for axis, n in enumerate(train_set.shape)]
+        if joint != 'none' and batch_size_2d * math.prod(plane) > rows * math.prod(shape):
+            what, rows, shape = 'slices', batch_size_2d, plane
+    n_pairs = rows * (len(modalities) - 1) if what == 'sessions' else 0
+    batch = {'x': torch.empty(rows, 1, *shape), 'modality': torch.zeros(rows, dtype=torch.int64),
+             'sample_index': np.arange(rows), 'share': 1.0,
+             'pairs': torch.zeros(n_pairs, 2, dtype=torch.int64), 'pair_share': 1.0}
+    learn(batch, MicroStep(what, 0, 1.0, 1.0), last)
+
 def step_cost(step, batch, terms):
     """FLOP of a micro-step on this process; a backward pass counts as two forward passes."""
     encode, decode = forward_flops[step.what]
@@ -368,8 +406,9 @@ if __name__ == '__main__':
     check_settings()
     if device == 'cpu':
         dtype, compile = 'float32', False
-    explain_failures(f'batch_size={batch_size} (raise grad_accum for it), batch_size_2d={batch_size_2d}, '
-                     f'patch={patch} or set checkpointing=True')
+    savers = (f'batch_size={batch_size} (raise grad_accum for it), batch_size_2d={batch_size_2d}, '
+              f'patch={patch} or set checkpointing=True')
+    explain_failures(savers)
     if kind == 'neuroquant':
         iters = iters_3d + (iters_2d if joint == 'sequential' else 0)
     stop = min(max_iters, iters)
@@ -440,6 +479,12 @@ if __name__ == '__main__':
     model = raw_model
     compute_terms = neuroquant_terms if kind == 'neuroquant' else convvae_terms
     hold_statistics(raw_model)
+    if rank == 0:
+        averages = 2 * [*trained, *discriminators.parameters()]  # an optimiser's
+        needed = step_bytes(globals(), ('model', 'classifier', 'lpips', 'discriminators'),
+                            [*averages, *(ema.parameters() if ema else ())], rehearse)
+        n_parameters = sum(p.numel() for p in raw_model.parameters())
+        print0(memory_line(n_parameters, needed, available_bytes(device), device, savers))
     if compile:  # part by part: the quantiser between them stays eager, so no graph breaks
         volumes = batch_size * (len(modalities) if kind == 'neuroquant' else 1)
         swaps = volumes * (len(modalities) - 1)
@@ -455,8 +500,7 @@ if __name__ == '__main__':
     if kind == 'neuroquant':
         forward_flops['slices'] = step_flops(raw_model, (1, *train_set.shape[1:]))
     bits = raw_model.bits_per_volume(train_set.shape)
-    print0(f'{sum(p.numel() for p in raw_model.parameters()) / 1e6:.2f} M parameters, '
-           f'{bits:.0f} bits of latent per volume '
+    print0(f'{bits:.0f} bits of latent per volume '
            f'({16 * math.prod(train_set.shape) / bits:.0f}x less than 16-bit voxels), '
            f'{sum(flops) / 1e9:.1f} GFLOP forward for {"x".join(map(str, sample_shape))}, '
            f'on {device} x {world}')
@@ -468,27 +512,13 @@ if __name__ == '__main__':
     batches = prefetch(make_batch, (step for i in range(it, stop) for step in micro_steps(i)), device)
     while it < stop:
         torch.manual_seed((seed << 40) + it)  # the quantiser's draws: the same on every process
-        weights = loss_weights(it)
         adversary = discriminators and it >= discriminator_start
         terms, files = {}, []
         for step in micro_steps(it):
             batch = log.next_batch(batches)
             if 'labels' in batch:
                 batch['x'] = redraw(batch, modalities, synthesise, seed, train_set.box)
-            # to(), since contiguous() would leave a single channel as it is
-            batch['x'] = batch['x'].to(memory_format=torch.channels_last_3d)
-            discriminators.requires_grad_(False)  # the generator's step leaves them no gradient
-            with autocast(device, dtype):
-                new_terms, x_hat = compute_terms(batch, step.what, it)
-                loss = sum(weights[name] * term for name, term in new_terms.items() if weights[name] > 0)
-            (step.weight * loss).backward()
-            if adversary:
-                discriminators.requires_grad_(True)
-                with autocast(device, dtype):
-                    loss = discriminator_term(discriminators, x_hat.detach(), batch['x'], discriminator_form,
-                                              slice_fraction, generators(batch, seed, 3))
-                (step.weight * loss).backward()
-                new_terms['discriminator'] = loss
+            new_terms = learn(batch, step, it)
             for name, term in new_terms.items():
                 terms[name] = terms.get(name, 0.0) + step.log_weight * term.detach()
             files += batch['files']

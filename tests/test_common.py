@@ -2,12 +2,13 @@
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
-from common import (Muon, configure, load_checkpoint, orthogonal, refuse_overwriting, save_checkpoint,
-                    start_processes, update_average)
+from common import (Muon, StepLog, configure, load_checkpoint, orthogonal, refuse_overwriting,
+                    save_checkpoint, start_processes, update_average)
 from conftest import ROOT
 
 def settings():
@@ -160,3 +161,28 @@ def test_a_run_is_not_overwritten_unasked(tmp_path):
     refuse_overwriting(tmp_path, 'scratch', True)
     with pytest.raises(SystemExit, match='--overwrite=True'):
         refuse_overwriting(tmp_path, 'scratch', False)
+
+# ---------------------------------------------------------------- the log of a run
+
+def test_tensorboard_gets_every_record_of_a_log(tmp_path, monkeypatch):
+    written = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def flush(self):
+            written.append('flush')
+
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', types.SimpleNamespace(SummaryWriter=Writer))
+    StepLog(str(tmp_path), {'tensorboard': True}, '', 1, 3, 10, 'cpu', 1).write({'iter': 4, 'lr': 0.5})
+    assert written == [(f'{tmp_path}/tensorboard', 4), ('lr', 0.5, 4), 'flush']
+
+def test_without_tensorboard_one_line_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
+    with pytest.raises(SystemExit, match='pip install tensorboard'):
+        StepLog(str(tmp_path), {'tensorboard': True}, '', 1, 0, 10, 'cpu', 1)
+    StepLog(str(tmp_path), {}, '', 1, 0, 10, 'cpu', 1)

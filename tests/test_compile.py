@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench import Live
 from common import compile_for, compile_whole
 from flow import flow_matching_loss
 from losses import (
@@ -190,26 +189,3 @@ def test_a_training_step_never_waits_for_the_device(make):
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     optimizer.step()  # its step counter lives on the CPU
     assert value.isfinite()
-
-# ---------------------------------------------------------------- memory
-
-def test_the_count_of_memory_is_in_blocks_of_512_bytes():
-    with Live() as live:
-        kept = [torch.empty(1000), torch.empty(2, 64)]
-        assert live.now == 4096 + 512
-        kept.clear()
-        assert live.now == 0
-
-def test_a_view_holds_no_memory_of_its_own():
-    with Live() as live:
-        a, b = torch.empty(1000), torch.empty(2, 64)
-        b = b.T[1:] + 1  # for a moment two are alive
-        del a
-        assert live.now == 512 and live.peak == 4096 + 2 * 512
-
-def test_the_count_of_memory_holds_what_the_backward_pass_needs():
-    with Live() as live:
-        kept = torch.empty(256, requires_grad=True).exp().sin()  # the leaf and exp's result beside sin's
-        assert live.now == 3 * 1024
-        del kept
-        assert live.now == 0

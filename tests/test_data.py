@@ -338,3 +338,9 @@ def test_the_share_of_brain_patches_is_as_said(tiny_data):
     assert anywhere < 0.9
     half = share_in_brain(0.5)
     assert abs(half - (1 + anywhere) / 2) < 0.08
+
+def test_where_nobody_is_for_testing_the_validation_split_is_suggested(tiny_data):
+    index = tiny_data / 'subjects.tsv'
+    index.write_text(index.read_text().replace('\ttest\t', '\ttrain\t'))
+    with pytest.raises(SystemExit, match="in split 'test'; --split=val has some"):
+        Sessions(tiny_data, ('T1w',), 'test')

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, play, refused, run
-from prepare import split_of
+from prepare import hash_of, split_of, split_subjects
 from test_nifti import head, nans, save, store, truncated
 
 SMALL = ['--shape=48,48,48', '--workers=1']
@@ -320,3 +320,33 @@ def test_split_keeps_its_proportions():
     parts = split_names(0)
     shares = [parts.count(part) / len(NAMES) for part in ('train', 'val', 'test')]
     assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.02)
+
+@pytest.mark.parametrize('n, fractions, counts', [
+    (5, (0.7, 0.1, 0.2), (3, 1, 1)),
+    (10, (0.5, 0.05, 0.45), (5, 1, 4)),
+    (5, (0, 0.5, 0.5), (0, 3, 2)),
+    (3, (1.0, 0.0, 0.0), (3, 0, 0)),
+    (3, (0.98, 0.01, 0.01), (1, 1, 1))])
+def test_a_small_cohort_has_exact_counts_and_no_empty_part(n, fractions, counts):
+    names = [name for name in NAMES if hash_of(name, 0) < 0.05][:n]  # by hash alone all go to one part
+    parts = split_subjects(names, fractions, 0)
+    assert tuple(list(parts.values()).count(part) for part in ('train', 'val', 'test')) == counts
+    assert split_subjects(names[::-1], fractions, 0) == parts
+    order = sorted(names, key=lambda name: hash_of(name, 0))
+    ranks = [('train', 'val', 'test').index(parts[name]) for name in order]
+    assert ranks == sorted(ranks)  # in the order of the hashes
+
+def test_a_cohort_without_an_empty_part_is_split_by_the_hashes_alone():
+    for n in (50, 400):
+        alone = {name: split_of(name, (0.8, 0.1, 0.1), 0) for name in NAMES[:n]}
+        assert set(alone.values()) == {'train', 'val', 'test'}
+        assert split_subjects(NAMES[:n], (0.8, 0.1, 0.1), 0) == alone
+
+def test_five_phantoms_are_trained_validated_and_tested(tmp_path):
+    prepared('phantom', '', tmp_path / 'out', '--n=5', '--shape=32,32,32', '--split=0.7,0.1,0.2')
+    assert sorted(row['split'] for row in table(tmp_path / 'out')) == ['test'] + 3 * ['train'] + ['val']
+
+def test_a_box_that_neuroquant_does_not_take_is_named_with_the_nearest_that_it_takes(tmp_path):
+    small = ['--n=1', '--workers=1', f'--out_dir={tmp_path}/out']
+    printed = play('prepare.py', '--source=phantom', '--shape=30,44,30', *small)
+    assert 'warning: --shape=30,44,30' in printed and 'box is 32,48,32' in printed

@@ -1,4 +1,5 @@
 """sample.py on NIfTI scans as a user runs it, with small autoencoders that are trained once."""
+import os
 import shutil
 
 import nibabel as nib
@@ -222,3 +223,25 @@ def test_a_folder_goes_on_where_it_stopped(kl, folder, tmp_path):
     expected = Codec(kl).encode(str(folder / 'sub-1_T1w.nii.gz'))
     assert latent.dtype == np.float16 and latent.shape == model.latent_shape((32, 48, 32))
     np.testing.assert_allclose(latent, expected, rtol=2e-3, atol=1e-3)
+
+def test_a_prepared_data_set_gives_what_its_volumes_give(neuroquant, tmp_path):
+    """Each in its own modality; tokens and latents equal the model's, and a second call makes nothing."""
+    checkpoint = load_checkpoint(neuroquant)
+    model, data = from_checkpoint(checkpoint), checkpoint['config']['data_dir']
+    printed = play(*sampling(neuroquant, 'reconstruct', data, tmp_path / 'rec'))
+    volumes = sorted(name for name in os.listdir(data) if name.endswith(('T1w.npy', 'T2w.npy')))
+    names = [name.removesuffix('.npy') for name in volumes]
+    assert sorted(os.listdir(tmp_path / 'rec')) == [f'{name}.nii.gz' for name in names]
+    assert f'{len(names)} of {len(names)} scans now, 0 left out' in printed
+    x = np.load(os.path.join(data, f'{names[1]}.npy')).astype(np.float32)
+    with torch.no_grad():
+        expected = model.reconstruct(torch.from_numpy(x)[None, None], names[1].rpartition('_')[2])
+    expected = np.where(x > 0, expected[0, 0].clamp(0, 1).numpy(), 0)
+    np.testing.assert_allclose(values(tmp_path / 'rec' / f'{names[1]}.nii.gz'), expected, atol=1e-5)
+    again = play(*sampling(neuroquant, 'reconstruct', data, tmp_path / 'rec'))
+    assert f'0 of {len(names)} scans now' in again
+    play(*sampling(neuroquant, 'tokens', data, tmp_path / 'tokens'))
+    tokens = Codec(neuroquant).encode(x)
+    assert np.array_equal(np.load(tmp_path / 'tokens' / f'{names[1]}.npy'), tokens)
+    play(*sampling(neuroquant, 'translate', data, tmp_path / 'translated', '--source=T2w', '--target=T1w'))
+    assert all('T2w' in name for name in os.listdir(tmp_path / 'translated'))

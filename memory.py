@@ -1,0 +1,146 @@
+"""What a training step holds in memory, counted on tensors without content, and what the machine has."""
+import contextlib
+import copy
+import logging
+import os
+import weakref
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# ---------------------------------------------------------------- what a step holds
+
+def blocks(n):
+    """Bytes that n bytes take in blocks of 512."""
+    return -(-n // 512) * 512
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the tensors alive, in blocks of 512 as CUDA's allocator, and keeps the peak."""
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for storage in [t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]:
+            key, size = storage._cdata, blocks(storage.nbytes())
+            if key in self.known: continue
+            self.known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, key, size)
+        return out
+
+    def forget(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+def in_float(norm):
+    return lambda x, *args, **kwargs: norm(x.float(), *args, **kwargs)
+
+@contextlib.contextmanager
+def counting(dtype):
+    """Within, tensors have no content, and the Live that this yields counts those of a CPU.
+
+    dtype: of autocast. With bfloat16 norms compute in float32, as on a GPU. No process waits for another.
+    """
+    norms = {name: getattr(F, name) for name in ('group_norm', 'layer_norm')}
+    if dtype == 'bfloat16':
+        norms = {name: in_float(norm) for name, norm in norms.items()}
+    alone = mock.patch.object(dist, 'is_initialized', return_value=False)
+    quiet = mock.patch.object(logging.getLogger('torch._subclasses.fake_tensor'), 'disabled', True)
+    # model.py calls an operator of oneDNN that wants contents
+    plain = mock.patch.object(torch.backends.mkldnn, 'is_available', return_value=False)
+    with alone, quiet, plain, mock.patch.multiple(F, **norms), FakeTensorMode(), Live() as live:
+        yield live
+
+def without_content(networks):
+    """Copies of networks {name: module or None} on the CPU, whose weights have no content; in counting()."""
+    memo = {}
+    for network in networks.values():
+        for tensor in (*network.parameters(), *network.buffers()) if network else ():
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+            if isinstance(tensor, torch.nn.Parameter):
+                empty = torch.nn.Parameter(empty, tensor.requires_grad)
+            memo[id(tensor)] = empty
+    return copy.deepcopy(networks, memo)
+
+def step_bytes(scope, names, held, step):
+    """Bytes of the tensors that a training step holds at most; None where they cannot be counted.
+
+    scope: a script's globals. names: of its networks, or None, that step() takes from there; it finds copies
+    without content there, and 'cpu' as the device. held: tensors as large as what else is there all the time.
+    What a compiler saves is not known here.
+    """
+    try:
+        with counting(scope['dtype']) as live:
+            copies = without_content({name: scope[name] for name in names})
+            with mock.patch.dict(scope, copies, device='cpu'):
+                step()
+    except Exception:  # a count that fails must not end a run
+        return None
+    return live.peak + sum(blocks(t.numel() * t.element_size()) for t in held)
+
+# ---------------------------------------------------------------- what there is
+
+def available_bytes(device):
+    """Bytes that this process may still take, with what torch holds of a GPU; None where not known."""
+    if device.startswith('cuda'):
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    known = [n for n in (free_bytes(), *group_bytes()) if n is not None]
+    return min(known) // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) if known else None
+
+def read_lines(path):
+    """Lines of a file of the kernel, none where it is not there."""
+    try:
+        with open(path) as f:
+            return f.read().splitlines()
+    except OSError:
+        return []
+
+def free_bytes(path='/proc/meminfo'):
+    """MemAvailable, None where the system does not say."""
+    for line in read_lines(path):
+        if line.startswith('MemAvailable:'): return 1024 * int(line.split()[1])
+    return None
+
+def group_bytes(root='/sys/fs/cgroup', groups='/proc/self/cgroup'):
+    """What is left of the limits of this process's control groups, of either version."""
+    left = []
+    for line in read_lines(groups):
+        _, controllers, path = line.split(':', 2)
+        if controllers and 'memory' not in controllers.split(','): continue
+        names = ('memory/', 'memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_cache')
+        below, limit, usage, cache = names if controllers else ('', 'memory.max', 'memory.current', 'file')
+        while True:  # a group is bound by those above it, and a container sees its own as the root
+            folder = f'{root}/{below}{path.strip("/")}'
+            bound, used = read_lines(f'{folder}/{limit}'), read_lines(f'{folder}/{usage}')
+            stat = dict(entry.split() for entry in read_lines(f'{folder}/memory.stat'))
+            if bound and used and bound[0].isdigit():
+                left.append(int(bound[0]) - int(used[0]) + int(stat.get(cache, 0)))  # files can go
+            if not path.strip('/'): break
+            path = os.path.dirname(path)
+    return left
+
+# ---------------------------------------------------------------- the two together
+
+def gib(n):
+    if n is None: return 'not known'
+    return f'{n / 2 ** 30:.1f} GiB' if n >= 2 ** 29 else f'{n / 2 ** 20:.0f} MiB'
+
+def memory_line(parameters, needed, available, device, keys):
+    """A line on a run's parameters, the bytes of its step and of the device, and, if need be, what to lower.
+
+    needed, available: bytes, or None. keys: the settings that lower the memory, as text.
+    """
+    line = (f'{parameters / 1e6:.2f} M parameters, memory of a training step {gib(needed)}, '
+            f'free on {device} {gib(available)}')
+    if needed and available is not None and needed > available:
+        line += f'; it will not fit: lower {keys}'
+    return line

@@ -71,8 +71,8 @@ class Latents:
     """The latents of one split's scans as batches, with their conditions.
 
     conditions: of 'modality', 'sex', 'age'. seed, rank, world: of the run and of this process; only batches
-    depend on them. classes, vectors: what the conditions need of FlowUNetConfig. shape (C,d,h,w). n: number
-    of scans. SystemExit with one line for a condition that no scan has a value for.
+    depend on them. classes, vectors: what a network's config says of the conditions. shape (C,d,h,w). n: number of
+    scans. SystemExit with one line for a condition that no scan has a value for.
     """
     def __init__(self, latents_dir, data_dir, modalities, split, conditions, seed=0, rank=0, world=1):
         self.latents_dir, self.modalities, self.conditions = latents_dir, tuple(modalities), tuple(conditions)
@@ -110,7 +110,7 @@ class Latents:
         return posterior[0], posterior[1] if len(posterior) > 1 else None
 
     def cond(self, chosen, dropped=()):
-        """Conditions of the scans `chosen` as FlowUNet takes them, None without any.
+        """Conditions of the scans `chosen` as the networks take them, None without any.
 
         dropped: places in `chosen` whose conditions are made "not known".
         """
@@ -123,6 +123,13 @@ class Latents:
             values[b] = {}
         return encode_conditions(values, self.conditions, self.modalities)
 
+    def choose(self, step, batch_size, p_drop):
+        """A batch's sample_index (B,), its scans, and the places in it whose conditions are dropped."""
+        sample_index = (step * self.world + self.rank) * batch_size + np.arange(batch_size)
+        chosen = [draw(self.n, k, self.seed) for k in sample_index.tolist()]
+        coins = [random(self.seed, 5, k).random() for k in sample_index.tolist()]
+        return torch.from_numpy(sample_index), chosen, [b for b, coin in enumerate(coins) if coin < p_drop]
+
     def batch(self, step, batch_size, p_drop=0.0):
         """Latents for training, as a dict.
 
@@ -130,15 +137,12 @@ class Latents:
         int64, the sample's number in the run.
         batch_size: latents per process. p_drop: probability that a latent comes without its conditions.
         """
-        sample_index = (step * self.world + self.rank) * batch_size + np.arange(batch_size)
-        chosen = [draw(self.n, k, self.seed) for k in sample_index.tolist()]
-        coins = [random(self.seed, 5, k).random() for k in sample_index.tolist()]
-        dropped = [b for b, coin in enumerate(coins) if coin < p_drop]
+        sample_index, chosen, dropped = self.choose(step, batch_size, p_drop)
         means, logvars = zip(*[self.load(k) for k in chosen])
         batch = {
             'mean': torch.from_numpy(np.stack(means)),
             'cond': self.cond(chosen, dropped),
-            'sample_index': torch.from_numpy(sample_index),
+            'sample_index': sample_index,
             'files': [self.file(k) for k in chosen],
         }
         if logvars[0] is not None:
@@ -180,7 +184,7 @@ def value_of(row, column):
     return age if math.isfinite(age) else None
 
 def encode_conditions(values, conditions, modalities):
-    """values: a dict of known conditions per sample -> what FlowUNet takes. None without conditions.
+    """values: a dict of known conditions per sample -> what FlowUNet and GPT take. None without conditions.
 
     What is missing in a dict, or None, is "not known": the last class, a vector of 0.
     """

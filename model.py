@@ -1,4 +1,4 @@
-"""The networks: NeuroQuant, ConvVAE (MAISI, DeCo-VAE, SD-VAE, VQGAN by config) and FlowUNet.
+"""The networks: NeuroQuant, ConvVAE (MAISI, DeCo-VAE, SD-VAE, VQGAN by config), FlowUNet and GPT.
 
 Shapes: x (B, 1, D, H, W) in [0, 1], background exactly 0, RAS+ at 1 mm, axes (left-right, posterior-anterior,
 inferior-superior); latents (B, C, d, h, w). An axis of length 1 makes x a batch of slices and names the
@@ -855,10 +855,116 @@ class FlowUNet(nn.Module):
                 h = level.resampler(h, emb, size=skips[-1].shape[2:])
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, C, d, h, w)
 
+# ---------------------------------------------------------------- GPT
+
+@dataclass
+class GPTConfig:
+    """Defaults: about 30 M parameters for NeuroQuant's 972 tokens of 4096 codes."""
+    grid: tuple = (9, 12, 9)  # of one codebook's tokens
+    num_codes: int = 4096
+    num_codebooks: int = 1
+    layers: int = 9
+    heads: int = 8
+    width: int = 512
+    dropout: float = 0.0
+    tied: bool = True         # the head is the tokens' embedding; only of one codebook
+    classes: tuple = ()       # as FlowUNetConfig's
+    vectors: tuple = ()
+
+class GPTBlock(nn.Module):
+    """Causal self-attention and a perceptron, both residual, layer norm first."""
+    def __init__(self, c):
+        super().__init__()
+        self.heads, self.dropout = c.heads, c.dropout
+        self.norm = nn.LayerNorm(c.width)
+        self.qkv = nn.Linear(c.width, 3 * c.width)
+        self.proj = nn.Linear(c.width, c.width)
+        self.mlp = nn.Sequential(nn.LayerNorm(c.width), nn.Linear(c.width, 4 * c.width), nn.GELU(),
+                                 nn.Linear(4 * c.width, c.width))
+
+    def forward(self, x, past=None):
+        """past: a list of the keys and values of all inputs before, empty at first; then x is one input."""
+        qkv = self.qkv(self.norm(x)).unflatten(2, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)        # three of (B, heads, T, C/heads)
+        causal = not past
+        if past:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        if past is not None:
+            past[:] = k, v
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+        x = x + F.dropout(self.proj(y.transpose(1, 2).flatten(2)), dropout)
+        return x + F.dropout(self.mlp(x), dropout)  # (B, T, C)
+
+class GPTPlaces(nn.Module):
+    """Learned embedding of a token's number in the sequence: of its codebook and its three axes, added."""
+    def __init__(self, c):
+        super().__init__()
+        self.sizes = c.num_codebooks, *c.grid
+        self.tables = nn.ModuleList(nn.Embedding(size, c.width) for size in self.sizes)
+
+    def forward(self, number):
+        places = torch.unravel_index(number, self.sizes)  # four of (T,)
+        return sum(table(place) for table, place in zip(self.tables, places))
+
+class GPT(nn.Module):
+    """A volume's N tokens one after the other: codebook by codebook, coarse to fine, each in raster order.
+
+    cond as FlowUNet's, in a prefix from which the first token is predicted.
+    """
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        if c.width % c.heads: raise ValueError(f'width {c.width}, heads {c.heads}: must divide')
+        if c.tied and c.num_codebooks > 1: raise ValueError('several codebooks need tied=False')
+        self.length = c.num_codebooks * math.prod(c.grid)  # N
+        self.start = nn.Parameter(torch.zeros(1, c.width))
+        self.class_embeddings = nn.ModuleList(nn.Embedding(rows, c.width) for rows in c.classes)
+        self.vector_mlps = nn.ModuleList(embedding_mlp(length, c.width) for length in c.vectors)
+        self.embedding = nn.Embedding(c.num_codebooks * c.num_codes, c.width)
+        self.here, self.ahead = GPTPlaces(c), GPTPlaces(c)  # of an input, and of the token it shall predict
+        self.blocks = nn.ModuleList(GPTBlock(c) for _ in range(c.layers))
+        self.norm = nn.LayerNorm(c.width)
+        self.head = None if c.tied else nn.Linear(c.width, c.num_codes, bias=False)
+        for weight in self.parameters():
+            if weight.ndim > 1:
+                nn.init.normal_(weight, std=0.02)           # GPT-2's
+        for block in self.blocks:
+            for last in (block.proj, block.mlp[-1]):
+                nn.init.normal_(last.weight, std=0.02 / math.sqrt(2 * c.layers))
+
+    def prefix(self, cond):
+        """-> (B, C); without conditions (1, C)."""
+        x, cond = self.start, cond or {}
+        for k, table in enumerate(self.class_embeddings):
+            x = x + (table(cond['classes'][:, k]) if 'classes' in cond else table.weight[-1])
+        vectors = cond.get('vectors') or [x.new_zeros(1, length) for length in self.config.vectors]
+        for mlp, vector in zip(self.vector_mlps, vectors):
+            x = x + mlp(vector.to(x.dtype))
+        return x
+
+    def forward(self, tokens, cond=None, cache=None):
+        """The first T < N tokens (B, T) -> logits (B, T + 1, K): token k's by those before, the next one's.
+
+        cache: a list per block, empty at first. After that each call takes one more token, -> (B, 1, K).
+        """
+        B, T = tokens.shape
+        seen = cache[0][0].shape[2] if cache and cache[0] else 0  # inputs
+        number = torch.arange(max(seen - 1, 0), max(seen - 1, 0) + T, device=tokens.device)
+        book = number // math.prod(self.config.grid)
+        x = self.embedding(tokens + self.config.num_codes * book) + self.here(number)
+        if not seen:
+            x = torch.cat([self.prefix(cond)[:, None].expand(B, 1, -1), x], 1)
+        x = x + self.ahead(torch.arange(seen, seen + x.shape[1], device=tokens.device))  # (B, inputs, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for k, block in enumerate(self.blocks):
+            x = block(x, cache[k] if cache else None)
+        return F.linear(self.norm(x), self.embedding.weight if self.head is None else self.head.weight)
+
 # ---------------------------------------------------------------- cost and checkpoints
 
 KINDS = {'neuroquant': (NeuroQuant, NeuroQuantConfig), 'convvae': (ConvVAE, ConvVAEConfig),
-         'flowunet': (FlowUNet, FlowUNetConfig)}
+         'flowunet': (FlowUNet, FlowUNetConfig), 'gpt': (GPT, GPTConfig)}
 
 def model_args(model):
     """What builds the model again: its kind and every field of its config."""

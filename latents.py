@@ -71,8 +71,8 @@ class Latents:
     """The latents of one split's scans as batches, with their conditions.
 
     conditions: of 'modality', 'sex', 'age'. seed, rank, world: of the run and of this process; only batches
-    depend on them. classes, vectors: what a network's config says of the conditions. shape (C,d,h,w). n: number of
-    scans. SystemExit with one line for a condition that no scan has a value for.
+    depend on them. classes, vectors: what a network's config says of the conditions. shape (C,d,h,w).
+    n: number of scans. SystemExit with one line for a condition that no scan has a value for.
     """
     def __init__(self, latents_dir, data_dir, modalities, split, conditions, seed=0, rank=0, world=1):
         self.latents_dir, self.modalities, self.conditions = latents_dir, tuple(modalities), tuple(conditions)

@@ -882,17 +882,16 @@ class GPTBlock(nn.Module):
         self.mlp = nn.Sequential(nn.LayerNorm(c.width), nn.Linear(c.width, 4 * c.width), nn.GELU(),
                                  nn.Linear(4 * c.width, c.width))
 
-    def forward(self, x, past=None):
-        """past: a list of the keys and values of all inputs before, empty at first; then x is one input."""
+    def forward(self, x, cache=None, seen=0):
+        """cache: keys and values (2, B, heads, N, C/heads), `seen` of them known; from 1 on x is one input."""
         qkv = self.qkv(self.norm(x)).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)        # three of (B, heads, T, C/heads)
-        causal = not past
-        if past:
-            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-        if past is not None:
-            past[:] = k, v
+        if cache is not None:
+            end = seen + x.shape[1]
+            cache[:, :, :, seen:end] = torch.stack((k, v))
+            k, v = cache[:, :, :, :end]
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=seen == 0)
         x = x + F.dropout(self.proj(y.transpose(1, 2).flatten(2)), dropout)
         return x + F.dropout(self.mlp(x), dropout)  # (B, T, C)
 
@@ -943,13 +942,21 @@ class GPT(nn.Module):
             x = x + mlp(vector.to(x.dtype))
         return x
 
-    def forward(self, tokens, cond=None, cache=None):
+    def new_cache(self, rows):
+        """Room for the keys and values of N inputs: (layers, 2, rows, heads, N, C/heads)."""
+        c, weight = self.config, self.start
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        shape = c.layers, 2, rows, c.heads, self.length, c.width // c.heads
+        return torch.empty(shape, dtype=dtype, device=weight.device)
+
+    def forward(self, tokens, cond=None, cache=None, seen=0):
         """The first T < N tokens (B, T) -> logits (B, T + 1, K): token k's by those before, the next one's.
 
-        cache: a list per block, empty at first. After that each call takes one more token, -> (B, 1, K).
+        cache: of new_cache, with what `seen` inputs left there, prefix and tokens. From 1 on a call takes one
+        more token -> (B, 1, K).
         """
         B, T = tokens.shape
-        seen = cache[0][0].shape[2] if cache and cache[0] else 0  # inputs
         number = torch.arange(max(seen - 1, 0), max(seen - 1, 0) + T, device=tokens.device)
         book = number // math.prod(self.config.grid)
         x = self.embedding(tokens + self.config.num_codes * book) + self.here(number)
@@ -958,7 +965,7 @@ class GPT(nn.Module):
         x = x + self.ahead(torch.arange(seen, seen + x.shape[1], device=tokens.device))  # (B, inputs, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for k, block in enumerate(self.blocks):
-            x = block(x, cache[k] if cache else None)
+            x = block(x, None if cache is None else cache[k], seen)
         return F.linear(self.norm(x), self.embedding.weight if self.head is None else self.head.weight)
 
 # ---------------------------------------------------------------- cost and checkpoints

@@ -70,13 +70,13 @@ def draw_tokens(gpt, chances, cond=None, kept=None, temperature=1.0, top_k=0, gu
     top_k: only of the likeliest codes, 0 of all. guidance g: logits without conditions + g (with - without).
     """
     guided = cond is not None and guidance != 1.0
-    cache = [[] for _ in gpt.blocks]
-    cache_without = [[] for _ in gpt.blocks]
+    cache = gpt.new_cache(len(chances))
+    cache_without = gpt.new_cache(len(chances)) if guided else None
     tokens = torch.empty(len(chances), 0, dtype=torch.int64, device=chances.device)
     for i in range(gpt.length):
-        logits = gpt(tokens[:, -1:], cond, cache)[:, -1].double()
+        logits = gpt(tokens[:, -1:], cond, cache, i)[:, -1].double()
         if guided:
-            without = gpt(tokens[:, -1:], None, cache_without)[:, -1].double()
+            without = gpt(tokens[:, -1:], None, cache_without, i)[:, -1].double()
             logits = without + guidance * (logits - without)
         new = choose(logits / temperature, chances[:, i:i + 1], top_k)
         if kept is not None and kept[i] >= 0:

@@ -883,7 +883,7 @@ class GPTBlock(nn.Module):
                                  nn.Linear(4 * c.width, c.width))
 
     def forward(self, x, cache=None, seen=0):
-        """cache: keys and values (2, B, heads, N, C/heads), `seen` of them known; from 1 on x is one input."""
+        """cache: keys and values (2, B, heads, N, C/heads), the first `seen` known; then x is one input."""
         qkv = self.qkv(self.norm(x)).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)        # three of (B, heads, T, C/heads)
         if cache is not None:

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 
 from common import (StepLog, all_reduce_mean, autocast, catch_signals, compile_whole, configure,
-                    explain_failures, git_commit, load_checkpoint, make_out_dir, print0, refuse_below_one, refuse_changes,
-                    refuse_overwriting, save_checkpoint, start_processes, stop_processes, unet_flops,
-                    update_average)
+                    explain_failures, git_commit, load_checkpoint, make_out_dir, print0, refuse_below_one,
+                    refuse_changes, refuse_overwriting, save_checkpoint, start_processes, stop_processes,
+                    unet_flops, update_average)
 from data import fingerprint, prefetch, refuse_other_data
 from flow import draw_times, flow_matching_loss, sample
 from judge.figures import curves, views
@@ -204,8 +204,8 @@ if __name__ == '__main__':
 
     # ---- autoencoder and its latents
     vae_checkpoint = load_checkpoint(vae)
-    if vae_checkpoint['model_args']['kind'] == 'flowunet':
-        raise SystemExit(f'--vae={vae}: this is a flow, not an autoencoder')
+    if vae_checkpoint['model_args']['kind'] in ('flowunet', 'gpt'):
+        raise SystemExit(f'--vae={vae}: not an autoencoder')
     autoencoder = from_checkpoint(vae_checkpoint).to(device)
     modalities = tuple(vae_checkpoint['config']['modalities'])
     data_dir = data_dir or vae_checkpoint['config']['data_dir']

@@ -896,15 +896,16 @@ class GPTBlock(nn.Module):
         return x + F.dropout(self.mlp(x), dropout)  # (B, T, C)
 
 class GPTPlaces(nn.Module):
-    """Learned embedding of a token's number in the sequence: of its codebook and its three axes, added."""
+    """Learned embeddings (N, C) of the tokens' places: of the codebook and of each of three axes, added."""
     def __init__(self, c):
         super().__init__()
-        self.sizes = c.num_codebooks, *c.grid
-        self.tables = nn.ModuleList(nn.Embedding(size, c.width) for size in self.sizes)
+        sizes = c.num_codebooks, *c.grid
+        self.tables = nn.ParameterList(nn.Parameter(torch.empty(size, c.width)) for size in sizes)
 
-    def forward(self, number):
-        places = torch.unravel_index(number, self.sizes)  # four of (T,)
-        return sum(table(place) for table, place in zip(self.tables, places))
+    def forward(self):
+        book, x, y, z = self.tables
+        volume = x[:, None, None] + y[:, None] + z              # (d, h, w, C)
+        return (book[:, None] + volume.flatten(0, 2)).flatten(0, 1)
 
 class GPT(nn.Module):
     """A volume's N tokens one after the other: codebook by codebook, coarse to fine, each in raster order.
@@ -957,12 +958,12 @@ class GPT(nn.Module):
         more token -> (B, 1, K).
         """
         B, T = tokens.shape
-        number = torch.arange(max(seen - 1, 0), max(seen - 1, 0) + T, device=tokens.device)
-        book = number // math.prod(self.config.grid)
-        x = self.embedding(tokens + self.config.num_codes * book) + self.here(number)
+        first = max(seen - 1, 0)
+        book = torch.arange(first, first + T, device=tokens.device) // math.prod(self.config.grid)
+        x = self.embedding(tokens + self.config.num_codes * book) + self.here()[first:first + T]
         if not seen:
             x = torch.cat([self.prefix(cond)[:, None].expand(B, 1, -1), x], 1)
-        x = x + self.ahead(torch.arange(seen, seen + x.shape[1], device=tokens.device))  # (B, inputs, C)
+        x = x + self.ahead()[seen:seen + x.shape[1]]        # (B, inputs, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for k, block in enumerate(self.blocks):
             x = block(x, None if cache is None else cache[k], seen)

@@ -8,11 +8,48 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import make_out_dir, write_text
-from data import Sessions, draw, open_npy, random, read_index
+from common import load_checkpoint, make_out_dir, refuse_changes, write_text
+from data import Sessions, draw, open_npy, random, read_index, refuse_other_data
+from model import Autoencoder, from_checkpoint, model_args
 from scans import people
 
 SEXES = ('F', 'M')  # the values of the column that count; anything else is "not known"
+
+# ---------------------------------------------------------------- what the networks on latents begin with
+
+def load_autoencoder(path, data_dir, latents_dir):
+    """The autoencoder of a checkpoint, the checkpoint, and the folders of the data and of the latents.
+
+    data_dir: '' for the one that it was trained on. latents_dir: '' for one beside the checkpoint.
+    SystemExit with one line for another network, or for several data sets.
+    """
+    checkpoint = load_checkpoint(path)
+    model = from_checkpoint(checkpoint)
+    if not isinstance(model, Autoencoder):
+        raise SystemExit(f'--vae={path}: not an autoencoder')
+    data_dir = data_dir or checkpoint['config']['data_dir']
+    if ',' in data_dir:
+        raise SystemExit(f'--data_dir={data_dir}: the latents of one data set; give one folder')
+    if not latents_dir:
+        name = os.path.basename(os.path.normpath(data_dir))
+        latents_dir = os.path.join(os.path.dirname(path) or '.', f'latents_{name}')
+    return model, checkpoint, data_dir, latents_dir
+
+def load_resumed(path, model, encoder_hash, config, world, free):
+    """Load the checkpoint of a run on latents into its model, and return it.
+
+    SystemExit with one line if it is of another network, autoencoder or data set, or, without
+    --resume_changed, if a setting has changed that is not in `free`.
+    """
+    checkpoint = load_checkpoint(path)
+    if checkpoint['model_args'] != model_args(model) or checkpoint.get('encoder_hash') != encoder_hash:
+        raise SystemExit(f'--init_from=resume: {path} is of another network '
+                         'or of the latents of another autoencoder')
+    if not config['resume_changed']:
+        refuse_changes(checkpoint, config, world, free)
+    refuse_other_data(checkpoint['fingerprint'], config['data_dir'], path)
+    model.load_state_dict(checkpoint['model'])
+    return checkpoint
 
 # ---------------------------------------------------------------- encoding
 

@@ -22,13 +22,12 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_map_only
 
 from common import (StepLog, adamw, all_reduce_mean, autocast, catch_signals, compile_whole, configure,
-                    cosine, count_flops, explain_failures, git_commit, load_checkpoint, make_out_dir, print0,
-                    refuse_below_one, refuse_changes, refuse_overwriting, save_checkpoint, start_processes,
-                    stop_processes, update_average)
-from data import fingerprint, prefetch, refuse_other_data
+                    cosine, count_flops, explain_failures, git_commit, make_out_dir, print0, refuse_below_one,
+                    refuse_overwriting, save_checkpoint, start_processes, stop_processes, update_average)
+from data import fingerprint, prefetch
 from judge.figures import curves
-from latents import encode_sessions
-from model import GPT, GPTConfig, encoder_hash, from_checkpoint, model_args
+from latents import encode_sessions, load_autoencoder, load_resumed
+from model import GPT, GPTConfig, encoder_hash, model_args
 from tokens import Tokens, baseline_bits
 
 # ---------------------------------------------------------------- settings
@@ -122,21 +121,6 @@ def save(name):
         'latent_shape': train_set.shape, 'conditions': train_set.conditions, 'iter_num': it,
         'best_val': best_val, 'git_commit': git_commit()})
 
-def load_resumed():
-    """Load out_dir/ckpt.pt into raw_model if the run is resumed; returns it, or None."""
-    if init_from == 'scratch': return None
-    path = f'{out_dir}/ckpt.pt'
-    resumed = load_checkpoint(path)
-    same_network = resumed['model_args'] == model_args(raw_model)
-    if not same_network or resumed.get('encoder_hash') != train_set.encoder_hash:
-        raise SystemExit(f'--init_from=resume: {path} is of another network '
-                         'or of the tokens of another autoencoder')
-    if not resume_changed:
-        refuse_changes(resumed, config, world, NOT_RESULTS)
-    refuse_other_data(resumed['fingerprint'], data_dir, path)
-    raw_model.load_state_dict(resumed['model'])
-    return resumed
-
 # ---------------------------------------------------------------- the run
 
 if __name__ == '__main__':
@@ -149,17 +133,11 @@ if __name__ == '__main__':
     stop = min(max_iters, iters)
 
     # ---- autoencoder and its tokens
-    vae_checkpoint = load_checkpoint(vae)
-    autoencoder = from_checkpoint(vae_checkpoint).to(device)
+    autoencoder, vae_checkpoint, data_dir, latents_dir = load_autoencoder(vae, data_dir, latents_dir)
+    autoencoder.to(device)
     if not hasattr(autoencoder, 'quantizer'):
-        raise SystemExit(f'--vae={vae}: not an autoencoder with a codebook, so it has no tokens')
+        raise SystemExit(f'--vae={vae}: its bottleneck is KL, so it has no tokens')
     modalities = tuple(vae_checkpoint['config']['modalities'])
-    data_dir = data_dir or vae_checkpoint['config']['data_dir']
-    if ',' in data_dir:
-        raise SystemExit(f'--data_dir={data_dir}: the tokens of one data set; give one folder')
-    if not latents_dir:
-        name = os.path.basename(os.path.normpath(data_dir))
-        latents_dir = os.path.join(os.path.dirname(vae) or '.', f'latents_{name}')
     config |= dict(data_dir=data_dir, latents_dir=latents_dir)
     if rank == 0:
         make_out_dir(out_dir)
@@ -191,7 +169,10 @@ if __name__ == '__main__':
         raw_model = GPT(network).to(device)
     except ValueError as e:
         raise SystemExit(f'model: {e}')
-    resumed = load_resumed()
+    resumed = None
+    if init_from == 'resume':
+        path = f'{out_dir}/ckpt.pt'
+        resumed = load_resumed(path, raw_model, train_set.encoder_hash, config, world, NOT_RESULTS)
     ema = copy.deepcopy(raw_model).requires_grad_(False).eval() if ema_decay > 0 else None
     parameters = list(raw_model.parameters())
     optimizer = adamw(parameters, lr, (beta1, beta2), 1e-8, weight_decay)

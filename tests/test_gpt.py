@@ -319,7 +319,7 @@ def test_drawn_brains_are_judged_beside_real_ones(run, tmp_path):
 # ---------------------------------------------------------------- refusals
 
 @pytest.mark.parametrize('args, words', [
-    (['--vae=RUN/gpt/ckpt.pt'], 'not an autoencoder with a codebook'),
+    (['--vae=RUN/gpt/ckpt.pt'], 'not an autoencoder'),
     (['--conditions=modality,'], 'anatomy has no modality'),
     (['--heads=3'], 'must divide'),
     (['--out_dir=RUN/gpt', '--init_from=resume', '--width=32'], 'another network'),

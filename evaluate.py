@@ -80,14 +80,14 @@ def count_used(sessions):
 def load_runs(paths, checkpoints):
     """A Run for each checkpoint, and the modalities that any of them knows.
 
-    SystemExit with one line for a flow, or for a model that cannot work in slabs.
+    SystemExit with one line for a flow or a GPT, or for a model that cannot work in slabs.
     """
     folders = [folder for folder in generated.split(',') if folder]
     loaded, known = [], []
     for path, checkpoint in zip(paths, checkpoints):
         model = from_checkpoint(checkpoint).to(device)
         if not hasattr(model, 'analyse'):
-            raise SystemExit(f'{path}: a flow, not an autoencoder')
+            raise SystemExit(f'{path}: a flow or a GPT, not an autoencoder')
         if slab:
             try:
                 model = slabwise(model, slab)

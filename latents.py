@@ -8,11 +8,48 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import make_out_dir, write_text
-from data import Sessions, draw, open_npy, random, read_index
+from common import load_checkpoint, make_out_dir, refuse_changes, write_text
+from data import Sessions, draw, open_npy, random, read_index, refuse_other_data
+from model import Autoencoder, from_checkpoint, model_args
 from scans import people
 
 SEXES = ('F', 'M')  # the values of the column that count; anything else is "not known"
+
+# ---------------------------------------------------------------- what the networks on latents begin with
+
+def load_autoencoder(path, data_dir, latents_dir):
+    """The autoencoder of a checkpoint, the checkpoint, and the folders of the data and of the latents.
+
+    data_dir: '' for the one that it was trained on. latents_dir: '' for one beside the checkpoint.
+    SystemExit with one line for another network, or for several data sets.
+    """
+    checkpoint = load_checkpoint(path)
+    model = from_checkpoint(checkpoint)
+    if not isinstance(model, Autoencoder):
+        raise SystemExit(f'--vae={path}: not an autoencoder')
+    data_dir = data_dir or checkpoint['config']['data_dir']
+    if ',' in data_dir:
+        raise SystemExit(f'--data_dir={data_dir}: the latents of one data set; give one folder')
+    if not latents_dir:
+        name = os.path.basename(os.path.normpath(data_dir))
+        latents_dir = os.path.join(os.path.dirname(path) or '.', f'latents_{name}')
+    return model, checkpoint, data_dir, latents_dir
+
+def load_resumed(path, model, encoder_hash, config, world, free):
+    """Load the checkpoint of a run on latents into its model, and return it.
+
+    SystemExit with one line if it is of another network, autoencoder or data set, or, without
+    --resume_changed, if a setting has changed that is not in `free`.
+    """
+    checkpoint = load_checkpoint(path)
+    if checkpoint['model_args'] != model_args(model) or checkpoint.get('encoder_hash') != encoder_hash:
+        raise SystemExit(f'--init_from=resume: {path} is of another network '
+                         'or of the latents of another autoencoder')
+    if not config['resume_changed']:
+        refuse_changes(checkpoint, config, world, free)
+    refuse_other_data(checkpoint['fingerprint'], config['data_dir'], path)
+    model.load_state_dict(checkpoint['model'])
+    return checkpoint
 
 # ---------------------------------------------------------------- encoding
 
@@ -71,8 +108,8 @@ class Latents:
     """The latents of one split's scans as batches, with their conditions.
 
     conditions: of 'modality', 'sex', 'age'. seed, rank, world: of the run and of this process; only batches
-    depend on them. classes, vectors: what the conditions need of FlowUNetConfig. shape (C,d,h,w). n: number
-    of scans. SystemExit with one line for a condition that no scan has a value for.
+    depend on them. classes, vectors: what a network's config says of the conditions. shape (C,d,h,w).
+    n: number of scans. SystemExit with one line for a condition that no scan has a value for.
     """
     def __init__(self, latents_dir, data_dir, modalities, split, conditions, seed=0, rank=0, world=1):
         self.latents_dir, self.modalities, self.conditions = latents_dir, tuple(modalities), tuple(conditions)
@@ -110,7 +147,7 @@ class Latents:
         return posterior[0], posterior[1] if len(posterior) > 1 else None
 
     def cond(self, chosen, dropped=()):
-        """Conditions of the scans `chosen` as FlowUNet takes them, None without any.
+        """Conditions of the scans `chosen` as the networks take them, None without any.
 
         dropped: places in `chosen` whose conditions are made "not known".
         """
@@ -123,6 +160,13 @@ class Latents:
             values[b] = {}
         return encode_conditions(values, self.conditions, self.modalities)
 
+    def choose(self, step, batch_size, p_drop):
+        """A batch's sample_index (B,), its scans, and the places in it whose conditions are dropped."""
+        sample_index = (step * self.world + self.rank) * batch_size + np.arange(batch_size)
+        chosen = [draw(self.n, k, self.seed) for k in sample_index.tolist()]
+        coins = [random(self.seed, 5, k).random() for k in sample_index.tolist()]
+        return torch.from_numpy(sample_index), chosen, [b for b, coin in enumerate(coins) if coin < p_drop]
+
     def batch(self, step, batch_size, p_drop=0.0):
         """Latents for training, as a dict.
 
@@ -130,15 +174,12 @@ class Latents:
         int64, the sample's number in the run.
         batch_size: latents per process. p_drop: probability that a latent comes without its conditions.
         """
-        sample_index = (step * self.world + self.rank) * batch_size + np.arange(batch_size)
-        chosen = [draw(self.n, k, self.seed) for k in sample_index.tolist()]
-        coins = [random(self.seed, 5, k).random() for k in sample_index.tolist()]
-        dropped = [b for b, coin in enumerate(coins) if coin < p_drop]
+        sample_index, chosen, dropped = self.choose(step, batch_size, p_drop)
         means, logvars = zip(*[self.load(k) for k in chosen])
         batch = {
             'mean': torch.from_numpy(np.stack(means)),
             'cond': self.cond(chosen, dropped),
-            'sample_index': torch.from_numpy(sample_index),
+            'sample_index': sample_index,
             'files': [self.file(k) for k in chosen],
         }
         if logvars[0] is not None:
@@ -180,7 +221,7 @@ def value_of(row, column):
     return age if math.isfinite(age) else None
 
 def encode_conditions(values, conditions, modalities):
-    """values: a dict of known conditions per sample -> what FlowUNet takes. None without conditions.
+    """values: a dict of known conditions per sample -> what FlowUNet and GPT take. None without conditions.
 
     What is missing in a dict, or None, is "not known": the last class, a vector of 0.
     """

@@ -1,4 +1,4 @@
-"""The networks: NeuroQuant, ConvVAE (MAISI, DeCo-VAE, SD-VAE, VQGAN by config) and FlowUNet.
+"""The networks: NeuroQuant, ConvVAE (MAISI, DeCo-VAE, SD-VAE, VQGAN by config), FlowUNet and GPT.
 
 Shapes: x (B, 1, D, H, W) in [0, 1], background exactly 0, RAS+ at 1 mm, axes (left-right, posterior-anterior,
 inferior-superior); latents (B, C, d, h, w). An axis of length 1 makes x a batch of slices and names the
@@ -838,10 +838,124 @@ class FlowUNet(nn.Module):
                 h = level.resampler(h, emb, size=skips[-1].shape[2:])
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, C, d, h, w)
 
+# ---------------------------------------------------------------- GPT
+
+@dataclass
+class GPTConfig:
+    """Defaults: about 30 M parameters for NeuroQuant's 972 tokens of 4096 codes."""
+    grid: tuple = (9, 12, 9)  # of one codebook's tokens
+    num_codes: int = 4096
+    num_codebooks: int = 1
+    layers: int = 9
+    heads: int = 8
+    width: int = 512
+    dropout: float = 0.0
+    tied: bool = True         # the head is the tokens' embedding; only of one codebook
+    classes: tuple = ()       # as FlowUNetConfig's
+    vectors: tuple = ()
+
+class GPTBlock(nn.Module):
+    """Causal self-attention and a perceptron, both residual, layer norm first."""
+    def __init__(self, c):
+        super().__init__()
+        self.heads, self.dropout = c.heads, c.dropout
+        self.norm = nn.LayerNorm(c.width)
+        self.qkv = nn.Linear(c.width, 3 * c.width)
+        self.proj = nn.Linear(c.width, c.width)
+        self.mlp = nn.Sequential(nn.LayerNorm(c.width), nn.Linear(c.width, 4 * c.width), nn.GELU(),
+                                 nn.Linear(4 * c.width, c.width))
+
+    def forward(self, x, cache=None, seen=0):
+        """cache: keys and values (2, B, heads, N, C/heads), the first `seen` known; then x is one input."""
+        qkv = self.qkv(self.norm(x)).unflatten(2, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)        # three of (B, heads, T, C/heads)
+        if cache is not None:
+            end = seen + x.shape[1]
+            cache[:, :, :, seen:end] = torch.stack((k, v))
+            k, v = cache[:, :, :, :end]
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=seen == 0)
+        x = x + F.dropout(self.proj(y.transpose(1, 2).flatten(2)), dropout)
+        return x + F.dropout(self.mlp(x), dropout)  # (B, T, C)
+
+class GPTPlaces(nn.Module):
+    """Learned embeddings (N, C) of the tokens' places: of the codebook and of each of three axes, added."""
+    def __init__(self, c):
+        super().__init__()
+        sizes = c.num_codebooks, *c.grid
+        self.tables = nn.ParameterList(nn.Parameter(torch.empty(size, c.width)) for size in sizes)
+
+    def forward(self):
+        book, x, y, z = self.tables
+        volume = x[:, None, None] + y[:, None] + z              # (d, h, w, C)
+        return (book[:, None] + volume.flatten(0, 2)).flatten(0, 1)
+
+class GPT(nn.Module):
+    """A volume's N tokens one after the other: codebook by codebook, coarse to fine, each in raster order.
+
+    cond as FlowUNet's, in a prefix from which the first token is predicted.
+    """
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        if c.width % c.heads: raise ValueError(f'width {c.width}, heads {c.heads}: must divide')
+        if c.tied and c.num_codebooks > 1: raise ValueError('several codebooks need tied=False')
+        self.length = c.num_codebooks * math.prod(c.grid)  # N
+        self.start = nn.Parameter(torch.zeros(1, c.width))
+        self.class_embeddings = nn.ModuleList(nn.Embedding(rows, c.width) for rows in c.classes)
+        self.vector_mlps = nn.ModuleList(embedding_mlp(length, c.width) for length in c.vectors)
+        self.embedding = nn.Embedding(c.num_codebooks * c.num_codes, c.width)
+        self.here, self.ahead = GPTPlaces(c), GPTPlaces(c)  # of an input, and of the token it shall predict
+        self.blocks = nn.ModuleList(GPTBlock(c) for _ in range(c.layers))
+        self.norm = nn.LayerNorm(c.width)
+        self.head = None if c.tied else nn.Linear(c.width, c.num_codes, bias=False)
+        for weight in self.parameters():
+            if weight.ndim > 1:
+                nn.init.normal_(weight, std=0.02)           # GPT-2's
+        for block in self.blocks:
+            for last in (block.proj, block.mlp[-1]):
+                nn.init.normal_(last.weight, std=0.02 / math.sqrt(2 * c.layers))
+
+    def prefix(self, cond):
+        """-> (B, C); without conditions (1, C)."""
+        x, cond = self.start, cond or {}
+        for k, table in enumerate(self.class_embeddings):
+            x = x + (table(cond['classes'][:, k]) if 'classes' in cond else table.weight[-1])
+        vectors = cond.get('vectors') or [x.new_zeros(1, length) for length in self.config.vectors]
+        for mlp, vector in zip(self.vector_mlps, vectors):
+            x = x + mlp(vector.to(x.dtype))
+        return x
+
+    def new_cache(self, rows):
+        """Room for the keys and values of N inputs: (layers, 2, rows, heads, N, C/heads)."""
+        c, weight = self.config, self.start
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        shape = c.layers, 2, rows, c.heads, self.length, c.width // c.heads
+        return torch.empty(shape, dtype=dtype, device=weight.device)
+
+    def forward(self, tokens, cond=None, cache=None, seen=0):
+        """The first T < N tokens (B, T) -> logits (B, T + 1, K): token k's by those before, the next one's.
+
+        cache: of new_cache, with what `seen` inputs left there, prefix and tokens. From 1 on a call takes one
+        more token -> (B, 1, K).
+        """
+        B, T = tokens.shape
+        first = max(seen - 1, 0)
+        book = torch.arange(first, first + T, device=tokens.device) // math.prod(self.config.grid)
+        x = self.embedding(tokens + self.config.num_codes * book) + self.here()[first:first + T]
+        if not seen:
+            x = torch.cat([self.prefix(cond)[:, None].expand(B, 1, -1), x], 1)
+        x = x + self.ahead()[seen:seen + x.shape[1]]        # (B, inputs, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for k, block in enumerate(self.blocks):
+            x = block(x, None if cache is None else cache[k], seen)
+        return F.linear(self.norm(x), self.embedding.weight if self.head is None else self.head.weight)
+
 # ---------------------------------------------------------------- cost and checkpoints
 
 KINDS = {'neuroquant': (NeuroQuant, NeuroQuantConfig), 'convvae': (ConvVAE, ConvVAEConfig),
-         'flowunet': (FlowUNet, FlowUNetConfig)}
+         'flowunet': (FlowUNet, FlowUNetConfig), 'gpt': (GPT, GPTConfig)}
 
 def model_args(model):
     """What builds the model again: its kind and every field of its config."""

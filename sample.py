@@ -1,4 +1,4 @@
-"""Use a trained autoencoder on NIfTI scans, or a trained flow to generate some.
+"""Use a trained autoencoder on NIfTI scans, or a trained flow or GPT to generate some.
 
     python sample.py --mode=reconstruct --ckpt=out/RUN/best.pt --input=t1.nii.gz --output=rec.nii.gz
     python sample.py --mode=translate --ckpt=out/RUN/best.pt --input=t1.nii.gz --output=t2.nii.gz
@@ -6,6 +6,7 @@
     python sample.py --mode=latents --ckpt=out/RUN/best.pt --input=FOLDER --output=FOLDER
     python sample.py --mode=tokens --ckpt=out/RUN/best.pt --input=t1.npy --output=back.nii.gz --target=T1w
     python sample.py --mode=generate --ckpt=out/FLOW/best.pt --output=DIR --sex=F --age=40
+    python sample.py --mode=complete --ckpt=out/GPT/best.pt --input=t1.nii.gz --output=DIR
     python sample.py --mode=export --ckpt=out/RUN/best.pt --output=weights.pt --dtype=float16
 
 In Python: Codec, which encodes and decodes files and arrays.
@@ -15,9 +16,10 @@ input and output voxel by voxel. What does not fit the box comes back as 0, and 
 input unless --mask=False. --input and --output may be folders: every scan below the one goes to the same name
 below the other, unless that is there already; torchrun shares the scans out. A folder that prepare.py wrote
 will do too: its volumes are taken as they are, and what becomes of them stays on the model's box. generate
-writes volumes (with NeuroQuant one per modality, aligned), latents.npy, montage.png and nearest.md. export
-writes the averaged weights alone, with what builds the model and its box: as .pt, or as .safetensors with a
-.json beside.
+writes volumes (with NeuroQuant one per modality, aligned), latents.npy, montage.png and nearest.md. complete
+does so too, but keeps the first half of a scan's tokens, which is its left, and lets a GPT draw the others.
+export writes the averaged weights alone, with what builds the model and its box: as .pt, or as .safetensors
+with a .json beside.
 """
 import os
 import sys
@@ -35,13 +37,14 @@ from flow import sample
 from judge.figures import views
 from latents import Latents, encode_conditions, nearest, value_of
 from losses import psnr
-from model import FlowUNet, NeuroQuant, encoder_hash, from_checkpoint
+from model import GPT, Autoencoder, FlowUNet, NeuroQuant, encoder_hash, from_checkpoint
 from scans import nifti
 from scans.files import every_scan, stem
 from slabs import slabwise
+from tokens import draw_brains
 
 # ---------------------------------------------------------------- settings
-mode = 'reconstruct'      # or translate, tokens, latents (of the encoder, float16), generate, export
+mode = 'reconstruct'      # translate, tokens, latents (of the encoder, float16), generate, complete, export
 ckpt = 'out/neuroquant/best.pt'
 input = ''                # .nii or .nii.gz, a folder of them or of prepared data; for tokens also .npy
 output = ''
@@ -49,13 +52,15 @@ source = 'T1w'            # modality of the input
 target = 'T2w'            # of translate, and of tokens back to a volume
 mask = True               # the input's background is 0 in the output too; False: what the decoder made of it
 like = ''                 # scan whose grid a volume from tokens gets; '' for the box itself, centred at 0 mm
-# of generate; sample i of a seed is the same however many are drawn and whichever decoder shows it
+# of generate, complete; sample i of a seed is the same however many are drawn and whichever decoder shows it
 n = 4
 seed = 0
-steps = 30
-method = 'euler'          # or 'heun', twice the calls per step
-guidance = 1.0            # above 1: away from the unconditional flow
-sex = ''                  # F or M; sex, age and target condition a flow that was trained with them
+steps = 30                # of a flow
+method = 'euler'          # of a flow, or 'heun', twice the calls per step
+temperature = 1.0         # of a GPT; below 1: likelier brains
+top_k = 0                 # > 0: a GPT draws among so many likeliest codes
+guidance = 1.0            # above 1: away from what the network draws without conditions
+sex = ''                  # F or M; sex, age and target condition a network that was trained with them
 age = ''                  # years
 vae = ''                  # another autoencoder with the same encoder, such as one with a fine-tuned decoder
 # system
@@ -67,15 +72,19 @@ def check_settings():
     """SystemExit with one line for settings that cannot be."""
     if mode not in MODES: raise SystemExit(f'--mode={mode}: one of {", ".join(MODES)}')
     if not output or (not input and mode not in ('generate', 'export')):
-        raise SystemExit('give --input=FILE and --output=FILE; generate wants --output=DIR')
+        raise SystemExit('give --input=FILE and --output=FILE; generate wants --output=DIR, complete both')
     if mode == 'export':
         if not output.endswith(('.pt', '.safetensors')):
             raise SystemExit(f'--output={output}: must end in .pt or .safetensors')
         if dtype not in ('float32', 'float16'):
             raise SystemExit(f'--dtype={dtype}: float32 or float16')
         return
-    if mode == 'generate':
+    if mode in ('generate', 'complete'):
         if steps < 1 or n < 1: raise SystemExit(f'--steps={steps} --n={n}: at least 1 each')
+        if mode == 'complete' and os.path.isdir(input):
+            raise SystemExit(f'--input={input}: complete wants one scan')
+        if temperature <= 0 or top_k < 0:
+            raise SystemExit(f'--temperature={temperature} --top_k={top_k}: above 0, and at least 0')
         return
     if os.path.isdir(input): return
     codes = mode in ('tokens', 'latents') and not input.endswith('.npy')
@@ -87,27 +96,31 @@ def check_settings():
 
 def check_model(model):
     """SystemExit with one line if this model of --ckpt cannot do what --mode asks for."""
-    flow = isinstance(model, FlowUNet)
     if mode == 'export': return
-    if mode == 'generate' and not flow:
-        raise SystemExit(f'{ckpt}: an autoencoder; generate wants a flow (train_flow.py)')
-    if mode != 'generate' and flow:
-        raise SystemExit(f'{ckpt}: a flow; {mode} wants an autoencoder, a flow generates')
+    draws = not isinstance(model, Autoencoder)
+    if mode == 'generate' and not draws:
+        raise SystemExit(f'{ckpt}: an autoencoder; generate wants a flow or a GPT '
+                         '(train_flow.py, train_gpt.py)')
+    if mode == 'complete' and not isinstance(model, GPT):
+        raise SystemExit(f'{ckpt}: complete wants a GPT (train_gpt.py)')
+    if mode not in ('generate', 'complete') and draws:
+        kind = 'flow' if isinstance(model, FlowUNet) else 'GPT'
+        raise SystemExit(f'{ckpt}: a {kind}; {mode} wants an autoencoder, a {kind} generates')
     if mode == 'tokens' and not hasattr(model, 'quantizer'):
         raise SystemExit(f'{ckpt}: this autoencoder has a KL bottleneck, no tokens')
     if mode == 'translate' and not hasattr(model, 'translate'):
         raise SystemExit(f'{ckpt}: only a NeuroQuant model translates')
 
-def load_decoder(flow_checkpoint):
-    """The autoencoder whose latents a flow was trained on, or that of --vae; and its modalities."""
-    path = vae or flow_checkpoint['config']['vae']
+def load_decoder(network_checkpoint):
+    """The autoencoder whose latents a flow or GPT was trained on, or that of --vae; and its modalities."""
+    path = vae or network_checkpoint['config']['vae']
     if not path: raise SystemExit(f'{ckpt} names no autoencoder; give --vae=PATH')
     checkpoint = load_checkpoint(path)
     model = from_checkpoint(checkpoint).to(device)
-    if isinstance(model, FlowUNet):
-        raise SystemExit(f'--vae={path}: this is a flow, not an autoencoder')
-    if encoder_hash(model) != flow_checkpoint['encoder_hash']:
-        raise SystemExit(f'{path}: not the autoencoder whose latents this flow was trained on, '
+    if not isinstance(model, Autoencoder):
+        raise SystemExit(f'--vae={path}: not an autoencoder')
+    if encoder_hash(model) != network_checkpoint['encoder_hash']:
+        raise SystemExit(f'{path}: not the autoencoder whose latents {ckpt} was trained on, '
                          'nor one with the same encoder')
     return in_slabs(model), tuple(checkpoint['config']['modalities'])
 
@@ -339,7 +352,7 @@ class Codec:
 COMPARED = 50  # new brains, and held-out scans, in nearest.md
 PICTURED = 8   # new brains in montage.png
 
-def generate(flow, checkpoint):
+def generate(network, checkpoint):
     """Write new volumes, their latents, a montage, and the table of nearest training scans.
 
     Each is drawn, decoded and written before the next one, so that any number fits in memory.
@@ -353,11 +366,14 @@ def generate(flow, checkpoint):
     latents_part = os.path.join(output, 'latents.npy.part')
     shape = (n, *checkpoint['latent_shape'])
     latents = np.lib.format.open_memmap(latents_part, 'w+', np.float32, shape)
-    for i in tqdm(range(n), desc='new brains', leave=False):
-        z = flow.denormalise(draw_latent(flow, checkpoint, cond, i))
-        latents[i] = z[0].cpu().numpy()
+    if isinstance(network, GPT):
+        brains = draw_codes(network, autoencoder, checkpoint, cond)
+    else:
+        brains = draw_latents(network, checkpoint, cond)
+    for i, brain in enumerate(tqdm(brains, desc='new brains', total=n, leave=False)):
+        latents[i] = latent_of(autoencoder, brain)[0].cpu().numpy()
         for name in shown:
-            volume = decode(autoencoder, z, name, checkpoint['data']['shape'])
+            volume = decode(autoencoder, brain, name, checkpoint['data']['shape'])
             path = os.path.join(output, f'sample_{i:03d}{"_" * bool(name)}{name}.nii.gz')
             nifti.write(path, volume, box_grid(checkpoint))
             if i < (COMPARED if name == shown[0] else PICTURED):
@@ -367,7 +383,9 @@ def generate(flow, checkpoint):
     print(f'{n} new brains{" in " + ", ".join(shown) if shown[0] else ""}: {output}')
     row = [(f'{i} {name}', first[name][i]) for i in range(min(n, PICTURED)) for name in shown]
     views(os.path.join(output, 'montage.png'), [row])
-    compare_with_training(checkpoint['config'], modalities, latents[:COMPARED], shown[0], first[shown[0]])
+    quantizer = autoencoder.quantizer if isinstance(network, GPT) else None
+    new = latents[:COMPARED], first[shown[0]]
+    compare_with_training(checkpoint['config'], modalities, *new, shown[0], quantizer)
 
 def refuse_earlier_volumes():
     """SystemExit if volumes of an earlier call are there: evaluate.py would count them in."""
@@ -376,40 +394,62 @@ def refuse_earlier_volumes():
         raise SystemExit(f'{output}: holds {len(earlier)} volumes of an earlier call, such as '
                          f'{min(earlier)}; delete them or choose another --output')
 
-def draw_latent(flow, checkpoint, cond, i):
-    """Latent i of the seed as the flow sees it, (1,C,d,h,w); alone, since a batch changes the last bits."""
+def draw_latents(flow, checkpoint, cond):
+    """Yield n latents of the seed (1,C,d,h,w), each alone, since a batch changes the last bits."""
     shape = (1, *checkpoint['latent_shape'])
-    noise = torch.from_numpy(random(seed, 7, i).standard_normal(shape, dtype=np.float32)).to(device)
-    return sample(flow, noise, steps, method, cond, checkpoint['config']['shift'], guidance)
+    for i in range(n):
+        noise = torch.from_numpy(random(seed, 7, i).standard_normal(shape, dtype=np.float32)).to(device)
+        shift = checkpoint['config']['shift']
+        yield flow.denormalise(sample(flow, noise, steps, method, cond, shift, guidance))
 
-def decode(autoencoder, z, modality, shape):
-    """A latent (1,C,d,h,w) -> volume (D,H,W) in [0,1], an array."""
-    x = autoencoder.from_latent(placed(z), modality or None).float().clamp(0, 1).cpu().numpy()
+def draw_codes(gpt, autoencoder, checkpoint, cond):
+    """Yield n brains of the seed as indices of codes, int64, as autoencoder.tokens gives them."""
+    c = gpt.config
+    kept = half_of_input(autoencoder, checkpoint) if mode == 'complete' else None
+    how = dict(cond=cond, kept=kept, temperature=temperature, top_k=top_k, guidance=guidance)
+    for tokens in draw_brains(gpt, n, seed, device, **how):
+        yield tokens.view(1, *(c.num_codebooks,) * (c.num_codebooks > 1), *c.grid)
+
+def half_of_input(autoencoder, checkpoint):
+    """(N,) tokens of --input, but -1 in the second half of each codebook's grid."""
+    tokens = autoencoder.tokens(placed(Scan(input, checkpoint['data']).box)).cpu()
+    books = tokens.view(autoencoder.config.num_codebooks, -1).clone()
+    books[:, books.shape[1] // 2:] = -1
+    return books.flatten()
+
+def latent_of(autoencoder, brain):
+    """The latent of a brain; of indices, that of their codes."""
+    return brain if brain.is_floating_point() else autoencoder.quantizer.lookup(placed(brain))
+
+def decode(autoencoder, brain, modality, shape):
+    """A latent (1,C,d,h,w) or indices -> volume (D,H,W) in [0,1], an array."""
+    decoder = autoencoder.from_latent if brain.is_floating_point() else autoencoder.from_tokens
+    x = decoder(placed(brain), modality or None).float().clamp(0, 1).cpu().numpy()
     return x[0, 0, :shape[0], :shape[1], :shape[2]]
 
 def wanted_conditions(known, modalities):
-    """--target, --sex and --age as the flow takes them, None without any; known: those of its training."""
+    """--target, --sex and --age as the network takes them, None without any; known: those of its training."""
     wanted = {}
     for name, text in (('sex', sex), ('age', age)):
         if text == '': continue
         if name not in known:
             trained_with = ', '.join(known) or 'none'
-            raise SystemExit(f'--{name}={text}: this flow was trained with conditions {trained_with}')
+            raise SystemExit(f'--{name}={text}: {ckpt} was trained with conditions {trained_with}')
         wanted[name] = value_of({name: str(text)}, name)
         if wanted[name] is None:
             raise SystemExit(f'--{name}={text}: ' + ('F or M' if name == 'sex' else 'a number of years'))
     if 'modality' in known:
         if target not in modalities:
-            raise SystemExit(f"--target={target}: this flow knows {', '.join(modalities)}")
+            raise SystemExit(f"--target={target}: {ckpt} knows {', '.join(modalities)}")
         wanted['modality'] = target
     with torch.device(device):
         return encode_conditions([wanted], known, modalities) if wanted else None
 
-def compare_with_training(config, modalities, z, shown, volumes):
+def compare_with_training(config, modalities, z, volumes, shown, quantizer=None):
     """nearest.md: root-mean-square distance of the first new brains to the nearest training scan.
 
     Of latents z (n,C,d,h,w) and of volumes, n arrays (D,H,W) of modality `shown`, '' if there are no others;
-    held-out scans beside them.
+    held-out scans beside them. quantizer: of a GPT's brains, whose latents are codes.
     """
     folders = config['latents_dir'], config['data_dir']
     if not all(map(os.path.isdir, folders)):
@@ -425,8 +465,14 @@ def compare_with_training(config, modalities, z, shown, volumes):
     def comparable(part, k):  # volumes are compared in one modality
         return shown in ('', modalities[part.scans[k][1]])
 
-    queries = [*z, *[part.load(k)[0] for part, k in held_out]]
-    latent = nearest(queries, ((k, train.load(k)[0]) for k in range(train.n)))
+    def latent_of_scan(part, k):
+        mean = part.load(k)[0]
+        if quantizer is None: return mean
+        indices = quantizer.nearest_indices(placed(torch.from_numpy(mean)[None]))
+        return quantizer.lookup(indices)[0].cpu().numpy()
+
+    queries = [*z, *[latent_of_scan(part, k) for part, k in held_out]]
+    latent = nearest(queries, ((k, latent_of_scan(train, k)) for k in range(train.n)))
     queries = [*volumes, *[volume_of(part, k) for part, k in held_out if comparable(part, k)]]
     image = nearest(queries, ((k, volume_of(train, k)) for k in range(train.n) if comparable(train, k)))
     compared = len(z)
@@ -444,7 +490,8 @@ def compare_with_training(config, modalities, z, shown, volumes):
         rows.append(row)
         closest = min(distance for _, distance in latent[compared:])
     of_modality = f' ({shown})' if shown else ''
-    lines = ['Root-mean-square distance to the nearest training scan: of latents (posterior means), and of '
+    kind = 'codes' if quantizer else 'posterior means'
+    lines = [f'Root-mean-square distance to the nearest training scan: of latents ({kind}), and of '
              f'volumes{of_modality}. A blurred volume is close to many.', '']
     lines += markdown_table(['new brain', 'latent', 'nearest', 'volume', 'nearest'], rows)
     close = [str(i) for i in range(compared) if latent[i][1] < closest]
@@ -459,7 +506,7 @@ def volume_of(part, k):
     return as_float(open_npy(os.path.join(part.scans[k][0]['folder'], part.file(k))))
 
 MODES = {'reconstruct': reconstruct, 'translate': translate, 'tokens': tokens, 'latents': latents,
-         'generate': generate, 'export': export}
+         'generate': generate, 'complete': generate, 'export': export}
 
 if __name__ == '__main__':
     configure(globals(), sys.argv[1:])
@@ -471,7 +518,7 @@ if __name__ == '__main__':
     try:
         if mode == 'export':
             export(model, checkpoint)
-        elif mode == 'generate':
+        elif mode in ('generate', 'complete'):
             with torch.no_grad(), autocast(device, dtype):
                 generate(model, checkpoint)
         else:

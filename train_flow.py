@@ -18,15 +18,14 @@ import torch
 import torch.distributed as dist
 
 from common import (StepLog, all_reduce_mean, autocast, catch_signals, compile_whole, configure,
-                    explain_failures, git_commit, load_checkpoint, make_out_dir, print0, refuse_below_one,
-                    refuse_changes, refuse_overwriting, save_checkpoint, start_processes, stop_processes,
-                    unet_flops, update_average)
-from data import fingerprint, prefetch, refuse_other_data
+                    explain_failures, git_commit, make_out_dir, print0, refuse_below_one, refuse_overwriting,
+                    save_checkpoint, start_processes, stop_processes, unet_flops, update_average)
+from data import fingerprint, prefetch
 from flow import draw_times, flow_matching_loss, sample
 from judge.figures import curves, views
-from latents import Latents, encode_sessions
+from latents import Latents, encode_sessions, load_autoencoder, load_resumed
 from memory import available_bytes, memory_line, step_bytes
-from model import FlowUNet, FlowUNetConfig, encoder_hash, from_checkpoint, model_args
+from model import FlowUNet, FlowUNetConfig, encoder_hash, model_args
 
 # ---------------------------------------------------------------- settings; the defaults are DeCo-VAE's
 # in and out
@@ -190,21 +189,6 @@ def rehearse():
     x1 = torch.empty(batch_size, *train_set.shape).contiguous(memory_format=layout)
     learn(x1, torch.empty_like(x1), torch.rand(batch_size), train_set.cond([0] * batch_size))
 
-def load_resumed():
-    """Load out_dir/ckpt.pt into raw_model if the run is resumed; returns it, or None."""
-    if init_from == 'scratch': return None
-    path = f'{out_dir}/ckpt.pt'
-    resumed = load_checkpoint(path)
-    same_network = resumed['model_args'] == model_args(raw_model)
-    if not same_network or resumed.get('encoder_hash') != train_set.encoder_hash:
-        raise SystemExit(f'--init_from=resume: {path} is of another network '
-                         'or of the latents of another autoencoder')
-    if not resume_changed:
-        refuse_changes(resumed, config, world, NOT_RESULTS)
-    refuse_other_data(resumed['fingerprint'], data_dir, path)
-    raw_model.load_state_dict(resumed['model'])
-    return resumed
-
 # ---------------------------------------------------------------- the run
 
 if __name__ == '__main__':
@@ -218,17 +202,9 @@ if __name__ == '__main__':
     stop = min(max_iters, iters)
 
     # ---- autoencoder and its latents
-    vae_checkpoint = load_checkpoint(vae)
-    if vae_checkpoint['model_args']['kind'] == 'flowunet':
-        raise SystemExit(f'--vae={vae}: this is a flow, not an autoencoder')
-    autoencoder = from_checkpoint(vae_checkpoint).to(device)
+    autoencoder, vae_checkpoint, data_dir, latents_dir = load_autoencoder(vae, data_dir, latents_dir)
+    autoencoder.to(device)
     modalities = tuple(vae_checkpoint['config']['modalities'])
-    data_dir = data_dir or vae_checkpoint['config']['data_dir']
-    if ',' in data_dir:
-        raise SystemExit(f'--data_dir={data_dir}: the latents of one data set; give one folder')
-    if not latents_dir:
-        name = os.path.basename(os.path.normpath(data_dir))
-        latents_dir = os.path.join(os.path.dirname(vae) or '.', f'latents_{name}')
     config |= dict(data_dir=data_dir, latents_dir=latents_dir)
     if rank == 0:
         make_out_dir(out_dir)
@@ -251,7 +227,10 @@ if __name__ == '__main__':
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = True
     raw_model = make_model()
-    resumed = load_resumed()
+    resumed = None
+    if init_from == 'resume':
+        path = f'{out_dir}/ckpt.pt'
+        resumed = load_resumed(path, raw_model, train_set.encoder_hash, config, world, NOT_RESULTS)
     # on a CPU small grids are faster in plain memory order
     layout = torch.channels_last_3d if device.startswith('cuda') else torch.contiguous_format
     raw_model.to(device, memory_format=layout)

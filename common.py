@@ -222,8 +222,8 @@ def autocast(device, dtype):
 def peak_flops(device):
     """Dense bf16 peak of the card in FLOP/s by its data sheet, 0 where it is not known."""
     if not device.startswith('cuda'): return 0.0
-    peaks = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'A40': 150e12,
-             'RTX 4090': 165e12, 'RTX 3090': 71e12, 'A6000': 155e12}
+    peaks = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12,
+             'A40': 150e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'A6000': 155e12}
     name = torch.cuda.get_device_name(device)
     return next((peak for card, peak in peaks.items() if card in name), 0.0)
 

@@ -15,8 +15,8 @@ from losses import (
 from model import (GPT, ConvVAE, ConvVAEConfig, FlowUNet, FlowUNetConfig, GPTConfig, NeuroQuant,
                    NeuroQuantConfig)
 
-NEUROQUANT = NeuroQuantConfig(widths=(16, 16, 16, 16), attn_levels=(3,), anat_dim=8, mod_dim=4, modality_dim=4,
-                              num_codes=16)
+NEUROQUANT = NeuroQuantConfig(widths=(16, 16, 16, 16), attn_levels=(3,), anat_dim=8, mod_dim=4,
+                              modality_dim=4, num_codes=16)
 FLOW = FlowUNetConfig(in_channels=3, widths=(8, 16), res_blocks=1, attention=(False, True), head_width=8)
 TOKENS = GPTConfig(grid=(2, 3, 2), num_codes=16, layers=2, heads=2, width=16)
 

@@ -204,7 +204,7 @@ def case_slices():
         print(f'\nslices against volumes of depth 1: ratio {ms / blind_ms:.2f}')
 
 def case_convolutions():
-    """ms of a 3x3x3 convolution alone, by channels: forward, and gradients of data and weights; and its floor."""
+    """ms of a 3x3x3 convolution by channels: forward, gradients of data and of weights; and its floor."""
     side = 96 if on_gpu else 32
     table(f'convolution, {by_x((side,) * 3)}', 'channels last: forward', 'data', 'weights', 'floor each',
           'contiguous: forward', 'data', 'weights')

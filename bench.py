@@ -32,7 +32,7 @@ import synth
 from common import autocast, compile_whole, configure, load_checkpoint, save_checkpoint, start_processes
 from data import Sessions, prefetch, read_folder
 from flow import flow_matching_loss, sample
-from judge.selfcheck import rates, run_all
+from judge.selfcheck import rates, run_all, timings
 from losses import PatchDiscriminator, adversarial_loss, kl_loss, reconstruction_loss
 from memory import counting
 from scans import nifti
@@ -58,14 +58,8 @@ FULL = (144, 192, 144)   # of a volume
 
 def milliseconds(call):
     """Median and spread of `repeats` calls after one that warms up."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        call()
-        if on_gpu:
-            torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times[1:]), max(times[1:]) - min(times[1:])
+    times = [1000 * seconds for seconds in timings(call, device, repeats)]
+    return statistics.median(times), max(times) - min(times)
 
 @register_flop_formula(torch.ops.aten.mkldnn_convolution)
 def count_onednn(x_shape, w_shape, *args, out_shape=None, **kwargs):

@@ -288,7 +288,8 @@ class Muon(torch.optim.Optimizer):
 
     def move(self, weights, lr, weight_decay, momentum):
         for weight in weights:
-            self.state[weight].setdefault('average', torch.zeros_like(weight))
+            if not self.state[weight]:
+                self.state[weight]['average'] = torch.zeros_like(weight)
         averages = [self.state[weight]['average'] for weight in weights]
         gradients = [weight.grad for weight in weights]
         torch._foreach_lerp_(averages, gradients, 1 - momentum)

@@ -42,6 +42,7 @@ overwrite = False        # begin anew in an out_dir that holds a run
 log_interval = 10
 eval_interval = 500      # steps between validations; each writes ckpt.pt
 wandb_project = ''
+tensorboard = False
 # data
 batch_size = 16          # scans per process
 conditions = ()          # of sex, age; in a prefix
@@ -71,7 +72,8 @@ seed = 0
 
 # what may differ when a run is resumed; vae is known by its hash
 NOT_RESULTS = ('vae', 'data_dir', 'latents_dir', 'out_dir', 'init_from', 'resume_changed', 'overwrite',
-               'log_interval', 'eval_interval', 'wandb_project', 'max_iters', 'device', 'compile')
+               'log_interval', 'eval_interval', 'wandb_project', 'tensorboard', 'max_iters', 'device',
+               'compile')
 
 def check_settings():
     """SystemExit with one line for settings that cannot be."""

@@ -21,7 +21,7 @@ lr_decay_iters = 2000
 ema_decay = 0.999
 eval_interval = 1000
 eval_sessions = 2
-log_interval = 100
+log_interval = 50
 
 w_ssim = 0.0
 w_kl = 1e-5

@@ -287,8 +287,8 @@ def stopped(args, device):
 CASES = (check_numbers, check_codes, check_optimisers, check_networks, check_attention, check_steps,
          check_graphs, check_scripts)
 
-def seconds_of(call, device, repeats=5):
-    """Median time of a call after one that warms up."""
+def timings(call, device, repeats):
+    """Seconds of each of `repeats` calls after one that warms up."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -296,7 +296,10 @@ def seconds_of(call, device, repeats=5):
         if device != 'cpu':
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return times[1:]
+
+def seconds_of(call, device):
+    return statistics.median(timings(call, device, 5))
 
 def rates(device, dtype):
     """FLOP/s of a large matrix product, and bytes/s of a copy, read and written."""

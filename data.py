@@ -209,7 +209,7 @@ class Sessions:
     seed, rank, world: of the run and of this process; only batches depend on them. brain_patches: share of
     the patches whose centre is brain, where most of a volume is air. shape: (D,H,W) of every volume.
     box: how scans got there, as arguments of nifti.conform; voxel_mm: its voxels. n: number of sessions.
-    scans: [(session, modality index)].
+    scans: [(session, modality index)]. unused: modalities that the data hold besides.
 
     Every batch is a dict with x (B,1,D,H,W) float32; modality (B,) int64, indices into modalities;
     sample_index (B,) int64, the sample's number in the run, by which random draws are made; files, names of
@@ -224,6 +224,7 @@ class Sessions:
         self.box = {k: dataset[k] for k in BOX if k in dataset}
         self.voxel_mm = dataset.get('voxel_mm', [dataset['spacing_mm']] * 3)
         self.n = len(self.rows)
+        self.unused = [m for m in dataset.get('modalities', ()) if m not in modalities]
         self.scans = [(i, m) for i in range(self.n) for m in self.present(i)]
         self.session_groups, self.scan_groups = {}, {}
         for i, row in enumerate(self.rows):

@@ -25,7 +25,7 @@ from judge.metrics import (
     summarise_scores)
 from judge.probe import Latent, embed_latents, linear_probe, probe_rows
 from judge.references import reference_rows
-from judge.report import DEFINITIONS, SHOWN, paper_table, report
+from judge.report import DEFINITIONS, SHOWN, paper_table, report, show
 from judge.runs import Run, Scan, key_of
 from judge.segment import make_segmenter
 from judge.sets import add_slices, diversity_rows, frechet_rows, load_extractor, sample_views
@@ -182,7 +182,7 @@ def write_tables(results):
 if __name__ == '__main__':
     settings = configure(globals(), sys.argv[1:])
     if table:
-        print(paper_table(table, runs))
+        show(paper_table(table, runs))
         sys.exit()
     check_settings()
     _, world, device = start_processes(device)
@@ -226,7 +226,7 @@ if __name__ == '__main__':
     if probe:  # it may take hours, or fail
         results['probes'] = probe_rows(all_runs, probe, probe_networks, probe_epochs, device, dtype, seed)
         text = write_tables(results)
-    print(text)
+    show(text)
     print(f'tables: {out_dir}/table.md, table.json')
 
     # ---- pictures

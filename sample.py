@@ -4,7 +4,7 @@
     python sample.py --mode=translate --ckpt=out/RUN/best.pt --input=t1.nii.gz --output=t2.nii.gz
     python sample.py --mode=tokens --ckpt=out/RUN/best.pt --input=t1.nii.gz --output=t1.npy
     python sample.py --mode=latents --ckpt=out/RUN/best.pt --input=FOLDER --output=FOLDER
-    python sample.py --mode=tokens --ckpt=out/RUN/best.pt --input=t1.npy --output=back.nii.gz --target=T1w
+    python sample.py --mode=tokens --ckpt=out/RUN/best.pt --input=t1.npy --output=back.nii.gz
     python sample.py --mode=generate --ckpt=out/FLOW/best.pt --output=DIR --sex=F --age=40
     python sample.py --mode=complete --ckpt=out/GPT/best.pt --input=t1.nii.gz --output=DIR
     python sample.py --mode=export --ckpt=out/RUN/best.pt --output=weights.pt --dtype=float16
@@ -21,6 +21,7 @@ does so too, but keeps the first half of a scan's tokens, which is its left, and
 export writes the averaged weights alone, with what builds the model and its box: as .pt, or as .safetensors
 with a .json beside.
 """
+import json
 import os
 import sys
 import time
@@ -30,12 +31,13 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common import (autocast, configure, load_checkpoint, make_out_dir, markdown_table, print0,
-                    save_weights, start_processes, stop_processes, write_text)
-from data import as_float, open_npy, random, read_folder, read_index
+from common import (autocast, configure, load_checkpoint, make_out_dir, print0, save_weights,
+                    start_processes, stop_processes, write_text)
+from data import as_float, open_npy, random, read_folder
 from flow import sample
 from judge.figures import views
-from latents import Latents, encode_conditions, nearest, value_of
+from judge.novelty import COMPARED, compare_with_training
+from latents import encode_conditions, value_of
 from losses import psnr
 from model import GPT, Autoencoder, FlowUNet, NeuroQuant, encoder_hash, from_checkpoint
 from scans import nifti
@@ -49,7 +51,7 @@ ckpt = 'out/neuroquant/best.pt'
 input = ''                # .nii or .nii.gz, a folder of them or of prepared data; for tokens also .npy
 output = ''
 source = 'T1w'            # modality of the input
-target = 'T2w'            # of translate, and of tokens back to a volume
+target = ''               # modality that comes out; '': of tokens their scan's, of translate the next one
 mask = True               # the input's background is 0 in the output too; False: what the decoder made of it
 like = ''                 # scan whose grid a volume from tokens gets; '' for the box itself, centred at 0 mm
 # of generate, complete; sample i of a seed is the same however many are drawn and whichever decoder shows it
@@ -215,8 +217,10 @@ def reconstruct(model, checkpoint, input, output):
 
 def translate(model, checkpoint, input, output):
     scan = open_scan(input, checkpoint)
-    scan.write(output, model.translate(placed(scan.box), source, target), own_scale=False)
-    return f'{source} as {target}, intensities in [0,1]: {output}'
+    others = [modality for modality in model.config.modalities if modality != source]
+    wanted = target or (others or [source])[0]
+    scan.write(output, model.translate(placed(scan.box), source, wanted), own_scale=False)
+    return f'{source} as {wanted}, intensities in [0,1]: {output}'
 
 def tokens(model, checkpoint, input, output):
     """Tokens of a scan; back to a volume if the input holds tokens."""
@@ -225,6 +229,8 @@ def tokens(model, checkpoint, input, output):
     scan = open_scan(input, checkpoint)
     indices = model.tokens(placed(scan.box))[0].cpu().numpy().astype(np.int32)
     save_codes(output, indices)
+    about = {'modality': scan.modality, 'encoder_hash': encoder_hash(model)}
+    write_text(about_tokens(output), json.dumps(about) + '\n')
     return f'{indices.size} tokens of {model.config.num_codes} codes, shape {indices.shape}: {output}'
 
 def latents(model, checkpoint, input, output):
@@ -241,16 +247,41 @@ def save_codes(path, array):
     except OSError as e:
         raise ValueError(f'{path}: cannot write ({e.strerror})')
 
+def about_tokens(path):
+    """The file beside tokens that says which modality and encoder they come from."""
+    return path.removesuffix('.npy') + '.json'
+
+def own_modality(model, path):
+    """The modality of the scan behind tokens; '' if nothing beside them says so.
+
+    ValueError if another encoder made them.
+    """
+    try:
+        with open(about_tokens(path)) as f:
+            about = json.load(f)
+        made_by, modality = about['encoder_hash'], about['modality']
+    except FileNotFoundError:
+        return ''
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(f'{about_tokens(path)}: unreadable ({e}); delete it and give --target')
+    if made_by != encoder_hash(model):
+        raise ValueError(f'{path}: tokens of another encoder than that of {ckpt}')
+    return modality
+
 def from_tokens(model, checkpoint, input, output):
     shape = checkpoint['data']['shape']
     indices = read_tokens(model, shape, input)
-    volume = model.from_tokens(placed(indices), target).float().clamp(0, 1)
+    modality = target or own_modality(model, input)
+    if not modality and getattr(model.config, 'film', False):
+        raise ValueError(f'{input}: no {about_tokens(input)} says which modality this is; give --target, '
+                         f'one of {", ".join(model.config.modalities)}')
+    volume = model.from_tokens(placed(indices), modality).float().clamp(0, 1)
     volume = volume[:, :, :shape[0], :shape[1], :shape[2]]
     if like:
         Scan(like, checkpoint['data']).write(output, volume, own_scale=False)
     else:
         nifti.write(output, volume[0, 0].cpu().numpy(), box_grid(checkpoint))
-    return f'{indices.numel()} tokens as {target}: {output}'
+    return f'{indices.numel()} tokens{" as" * bool(modality)} {modality}: {output}'
 
 def read_tokens(model, shape, input):
     """The input as (1,d,h,w) int64; ValueError if it holds no tokens of this model for a volume (D,H,W)."""
@@ -349,7 +380,6 @@ class Codec:
 
 # ---------------------------------------------------------------- new volumes
 
-COMPARED = 50  # new brains, and held-out scans, in nearest.md
 PICTURED = 8   # new brains in montage.png
 
 def generate(network, checkpoint):
@@ -383,9 +413,14 @@ def generate(network, checkpoint):
     print(f'{n} new brains{" in " + ", ".join(shown) if shown[0] else ""}: {output}')
     row = [(f'{i} {name}', first[name][i]) for i in range(min(n, PICTURED)) for name in shown]
     views(os.path.join(output, 'montage.png'), [row])
-    quantizer = autoencoder.quantizer if isinstance(network, GPT) else None
+
+    def coded(mean):
+        brain = autoencoder.quantizer.nearest_indices(placed(torch.from_numpy(mean)[None]))
+        return latent_of(autoencoder, brain)[0].cpu().numpy()
+
     new = latents[:COMPARED], first[shown[0]]
-    compare_with_training(checkpoint['config'], modalities, *new, shown[0], quantizer)
+    compare_with_training(output, checkpoint['config'], modalities, *new, shown[0],
+                          coded if isinstance(network, GPT) else None)
 
 def refuse_earlier_volumes():
     """SystemExit if volumes of an earlier call are there: evaluate.py would count them in."""
@@ -439,71 +474,11 @@ def wanted_conditions(known, modalities):
         if wanted[name] is None:
             raise SystemExit(f'--{name}={text}: ' + ('F or M' if name == 'sex' else 'a number of years'))
     if 'modality' in known:
-        if target not in modalities:
+        wanted['modality'] = target or modalities[0]
+        if wanted['modality'] not in modalities:
             raise SystemExit(f"--target={target}: {ckpt} knows {', '.join(modalities)}")
-        wanted['modality'] = target
     with torch.device(device):
         return encode_conditions([wanted], known, modalities) if wanted else None
-
-def compare_with_training(config, modalities, z, volumes, shown, quantizer=None):
-    """nearest.md: root-mean-square distance of the first new brains to the nearest training scan.
-
-    Of latents z (n,C,d,h,w) and of volumes, n arrays (D,H,W) of modality `shown`, '' if there are no others;
-    held-out scans beside them. quantizer: of a GPT's brains, whose latents are codes.
-    """
-    folders = config['latents_dir'], config['data_dir']
-    if not all(map(os.path.isdir, folders)):
-        return print(f'no table of nearest training scans: {" or ".join(folders)} is not here')
-    train = Latents(*folders, modalities, 'train', ())
-    held_out = []
-    for split in ('val', 'test'):
-        if any(row['split'] == split for row in read_index(folders[1], modalities)[0]):
-            part = Latents(*folders, modalities, split, ())
-            held_out += [(part, k) for k in range(part.n)]
-    held_out = held_out[:COMPARED]
-
-    def comparable(part, k):  # volumes are compared in one modality
-        return shown in ('', modalities[part.scans[k][1]])
-
-    def latent_of_scan(part, k):
-        mean = part.load(k)[0]
-        if quantizer is None: return mean
-        indices = quantizer.nearest_indices(placed(torch.from_numpy(mean)[None]))
-        return quantizer.lookup(indices)[0].cpu().numpy()
-
-    queries = [*z, *[latent_of_scan(part, k) for part, k in held_out]]
-    latent = nearest(queries, ((k, latent_of_scan(train, k)) for k in range(train.n)))
-    queries = [*volumes, *[volume_of(part, k) for part, k in held_out if comparable(part, k)]]
-    image = nearest(queries, ((k, volume_of(train, k)) for k in range(train.n) if comparable(train, k)))
-    compared = len(z)
-    rows = [[i] for i in range(compared)]
-    for row, *neighbours in zip(rows, latent, image):
-        for k, distance in neighbours:
-            scan, m = train.scans[k]
-            row += [f'{distance:.4f}', f"{scan['subject']} {modalities[m]}"]
-    closest = 0.0
-    if held_out:
-        row = [f'{len(held_out)} held-out scans, least / median']
-        for neighbours in (latent[compared:], image[compared:]):
-            distances = [distance for _, distance in neighbours]
-            row += [f'{min(distances):.4f} / {np.median(distances):.4f}' if distances else '', '']
-        rows.append(row)
-        closest = min(distance for _, distance in latent[compared:])
-    of_modality = f' ({shown})' if shown else ''
-    kind = 'codes' if quantizer else 'posterior means'
-    lines = [f'Root-mean-square distance to the nearest training scan: of latents ({kind}), and of '
-             f'volumes{of_modality}. A blurred volume is close to many.', '']
-    lines += markdown_table(['new brain', 'latent', 'nearest', 'volume', 'nearest'], rows)
-    close = [str(i) for i in range(compared) if latent[i][1] < closest]
-    if close:
-        lines += ['', f'warning: new brains {", ".join(close)} lie closer to a training latent than any '
-                      'held-out scan does: memorised?']
-    write_text(os.path.join(output, 'nearest.md'), '\n'.join(lines) + '\n')
-    print('\n'.join(lines))
-
-def volume_of(part, k):
-    """The volume (D,H,W) behind latent k of a split."""
-    return as_float(open_npy(os.path.join(part.scans[k][0]['folder'], part.file(k))))
 
 MODES = {'reconstruct': reconstruct, 'translate': translate, 'tokens': tokens, 'latents': latents,
          'generate': generate, 'complete': generate, 'export': export}

@@ -348,6 +348,19 @@ def make_model():
         raise SystemExit(f'model: {e}')
     return made
 
+def check_judges():
+    """SystemExit with one line if volumes, or their slices, are too small for a network that judges them."""
+    judges = [('PatchGAN', network, network.dims) for network in discriminators]
+    judges += [('perceptual network', lpips, 2)] if lpips else []
+    size = [n for n in sample_shape if n > 1]
+    for name, network, dims in judges:
+        x = torch.empty(1, 1, *sorted(size)[:dims], device='meta')
+        try:
+            copy.deepcopy(network).to('meta')(*[x] * (2 if network is lpips else 1))
+        except (RuntimeError, ValueError) as e:
+            raise SystemExit(f'--patch={patch}: the {dims}D {name} wants larger ones than '
+                             f'{"x".join(map(str, sample_shape))} ({str(e).splitlines()[0]})')
+
 def load_start():
     """Load the weights that init_from names; returns the checkpoint if a run is resumed, else None."""
     if init_from == 'scratch': return None
@@ -426,6 +439,8 @@ if __name__ == '__main__':
     val_set = Sessions(data_dir, modalities, 'val') if has_val else None
     print0(f'{data_dir}: {train_set.n} training sessions, {val_set.n if val_set else 0} for validation, '
            f'volumes {train_set.shape}, modalities {", ".join(modalities)}')
+    if train_set.unused:
+        print0(f'not used: {", ".join(train_set.unused)}; --modalities names those that are')
     if not val_set:
         print0('no validation split: best.pt will not be written')
     sample_shape = train_set.patch_size(patch)
@@ -446,6 +461,7 @@ if __name__ == '__main__':
         lpips.to(device)
         if lpips.random:
             print0("perceptual='random': the perceptual loss compares random features, it is not LPIPS")
+    check_judges()
     resumed = load_start()
     memory_format = torch.channels_last if kind == 'convvae' and dims == 2 else torch.channels_last_3d
     raw_model.to(device, memory_format=memory_format)

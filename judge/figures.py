@@ -109,16 +109,26 @@ def reconstruction_views(runs):
         blocks.append(block)
     return blocks if len(runs) > 1 or not blocks else [sum(blocks, [])]
 
+def three_planes(volume):
+    """The middle slices of a volume below one another as one image: sagittal, coronal, axial."""
+    slices = [np.take(volume, n // 2, axis).T for axis, n in enumerate(volume.shape)]
+    width = max(image.shape[1] for image in slices)
+    padded = []
+    for image in reversed(slices):  # an image's first row is drawn at the bottom
+        left = (width - image.shape[1]) // 2
+        padded.append(np.pad(image, ((0, 0), (left, width - image.shape[1] - left))))
+    return np.concatenate(padded).astype(np.float32)
+
 def contact_sheet(path, volumes, width=12):
-    """Middle axial slices of many volumes. volumes: [(heading, volume)]."""
+    """Middle slices of many volumes in three planes. volumes: [(heading, volume)]."""
     plt = pyplot()
     if not plt or not volumes: return
     height = -(-len(volumes) // width)
-    fig, axes = plt.subplots(height, width, figsize=(1.1 * width, 1.5 * height + 0.2), squeeze=False)
+    fig, axes = plt.subplots(height, width, figsize=(1.1 * width, 3.6 * height + 0.2), squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
     for ax, (heading, volume) in zip(axes.flat, volumes):
-        ax.imshow(volume[:, :, volume.shape[2] // 2].T.astype(np.float32), **GREY)
+        ax.imshow(three_planes(volume), **GREY)
         ax.set_title(heading, fontsize=5)
     finish(plt, fig, path)
 

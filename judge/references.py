@@ -13,7 +13,7 @@ def dct_codec(x, bits):
     """x (D,H,W) after a transform codec that spends at most `bits`.
 
     It is a DCT of the whole volume, a quantiser with a dead zone, and per frequency band the entropy of its
-    own histogram. The brain mask is free. A real codec of this kind needs more bits.
+    own histogram. A real codec of this kind needs more bits, and it draws waves outside the brain.
     """
     c = fft.dctn(x, norm='ortho')
     squares = [(np.arange(n) / n) ** 2 for n in x.shape]
@@ -29,8 +29,7 @@ def dct_codec(x, bits):
             fine = middle
     symbol = np.trunc(c / coarse)
     magnitude = (np.abs(symbol) + 0.5) * (symbol != 0)
-    decoded = fft.idctn(np.sign(symbol) * magnitude * coarse, norm='ortho')
-    return np.where(x > 0, decoded, 0).astype(np.float32)
+    return fft.idctn(np.sign(symbol) * magnitude * coarse, norm='ortho').astype(np.float32)
 
 def code_length(c, band, step):
     """Bits for coefficients c in steps of `step`; band: the frequency band 0..63 of each."""
@@ -90,7 +89,9 @@ def reference_rows(test, train, n, rates, lpips, device, seed):
                 'population mean of the training set': mean,
                 'nearest training scan': nearest.find(volume)}
             for bits in rates:
-                predictions[f'DCT codec at {bits:.0f} bits'] = dct_codec(volume, bits)
+                decoded = dct_codec(volume, bits)
+                predictions[f'DCT codec at {bits:.0f} bits'] = np.where(volume > 0, decoded, 0)
+                predictions[f'DCT codec at {bits:.0f} bits, without a free mask'] = decoded
             predictions['blur, sigma 1 voxel (codes nothing)'] = ndimage.gaussian_filter(volume, 1.0)
             for name, prediction in predictions.items():
                 x_hat, x = (torch.tensor(v, device=device)[None, None] for v in (prediction, volume))
@@ -98,7 +99,7 @@ def reference_rows(test, train, n, rates, lpips, device, seed):
                 pairs.append((test.rows[i]['subject'], fidelity(x_hat, x, lpips)))
     rows = []
     for name, pairs in scored.items():
-        bits = name.split()[-2] if 'DCT' in name else ''
+        bits = name.split()[3] if 'DCT' in name else ''
         summaries = {modality: summarise_scores(pairs[modality], seed) for modality in test.modalities}
         rows.append({'name': name, 'f': '', 'latent': '', 'bits': bits, 'dft': '', 'fidelity': summaries})
     return rows

@@ -7,6 +7,9 @@ measured stays empty. The papers: NeuroQuant (arXiv:2604.05171), tables 1 and 2;
 import glob
 import json
 import os
+import sys
+import textwrap
+from itertools import groupby
 
 import numpy as np
 
@@ -46,6 +49,49 @@ def report(results):
     if 'probes' in results:
         lines += probe_table(results['probes'], settings['probe_epochs'] if settings['probe_networks'] else 0)
     return '\n'.join(lines) + '\n'
+
+# ---------------------------------------------------------------- for a terminal
+
+def show(text):
+    """Print a report: to a terminal within its width, to a file or another program as it is."""
+    print(for_terminal(text) if sys.stdout.isatty() else text)
+
+def for_terminal(text, width=120):
+    """A report with its tables as aligned columns, and no line longer than `width`.
+
+    A wide table becomes several below one another, each with the first column. What is too long for a line of
+    its own ends in dots; table.md has it all.
+    """
+    lines = []
+    for is_table, block in groupby(text.splitlines(), lambda line: line.startswith('| ')):
+        if is_table:
+            lines += aligned([line[2:-2].split(' | ') for line in block], width)
+        else:
+            for line in block:
+                lines += textwrap.wrap(line, width, break_on_hyphens=False) or ['']
+    return '\n'.join(lines) + '\n'
+
+def aligned(rows, width):
+    """Lines of the tables that show rows of cells, the second of which is markdown's rule."""
+    rows = [rows[0], *rows[2:]]
+    columns = [[cell.strip() for cell in column] for column in zip(*rows)]
+    sizes = [max(map(len, column)) for column in columns]
+    room = width - sizes[0]
+    parts, used = [], width
+    for k, size in list(enumerate(sizes))[1:]:
+        sizes[k] = size = min(size, room - 2)
+        if used + size + 2 > room:
+            parts.append([0])
+            used = 0
+        parts[-1].append(k)
+        used += size + 2
+    lines = []
+    for part in parts:
+        lines += [''] * bool(lines)
+        for i in range(len(rows)):
+            cells = [textwrap.shorten(columns[k][i], sizes[k], placeholder='...').ljust(sizes[k]) for k in part]
+            lines.append('  '.join(cells).rstrip())
+    return lines
 
 # ---------------------------------------------------------------- cells
 
@@ -117,11 +163,13 @@ def fidelity_tables(results):
     for row in rows:
         facts = [row[key] for key in ('name', 'f', 'latent', 'bits', 'dft')]
         scores.append(facts + cells(row, mean_sd))
-    intervals = [[row['name'], *cells(row, interval)] for row in rows]
-    return [f"Reconstruction, split {results['split']} of {results['data_dir']}, {n} subjects", '',
-            *markdown_table(['model', 'f', 'latent', 'bits/volume', 'DFT', *head], scores), '',
-            '95 % bootstrap interval of each mean, by subject', '',
-            *markdown_table(['model', *head], intervals)]
+    lines = [f"Reconstruction, split {results['split']} of {results['data_dir']}, {n} subjects", '',
+             *markdown_table(['model', 'f', 'latent', 'bits/volume', 'DFT', *head], scores)]
+    if n > 1:
+        intervals = [[row['name'], *cells(row, interval)] for row in rows]
+        lines += ['', '95 % bootstrap interval of each mean, by subject', '',
+                  *markdown_table(['model', *head], intervals)]
+    return lines
 
 def latent_tables(results):
     """Geometry, use of the codes and cross-modal scores of each model."""

@@ -109,6 +109,25 @@ def test_tokens_and_back_equal_the_models_translation(neuroquant, scan, tokens, 
     play(*sampling(neuroquant, 'translate', scan, direct))
     np.testing.assert_allclose(values(back), values(direct), atol=1e-5)
 
+def test_tokens_decode_as_their_own_modality(neuroquant, scan, tmp_path):
+    play(*sampling(neuroquant, 'tokens', scan, tmp_path / 't2.npy', '--source=T2w'))
+    said = play(*sampling(neuroquant, 'tokens', tmp_path / 't2.npy', tmp_path / 'own.nii'))
+    play(*sampling(neuroquant, 'tokens', tmp_path / 't2.npy', tmp_path / 'named.nii', '--target=T2w'))
+    assert 'as T2w' in said
+    np.testing.assert_array_equal(values(tmp_path / 'own.nii'), values(tmp_path / 'named.nii'))
+
+def test_tokens_of_another_encoder_are_refused(neuroquant, tokens, tmp_path):
+    about = tokens.with_suffix('.json')
+    about.write_text(about.read_text().replace('encoder_hash": "', 'encoder_hash": "0'))
+    line = refuses(*sampling(neuroquant, 'tokens', tokens, tmp_path / 'back.nii'))
+    assert 't1.npy' in line and 'another encoder' in line
+
+def test_tokens_of_no_known_modality_want_a_target(neuroquant, tokens, tmp_path):
+    tokens.with_suffix('.json').unlink()
+    line = refuses(*sampling(neuroquant, 'tokens', tokens, tmp_path / 'back.nii'))
+    assert '--target' in line and 'T1w, T2w' in line
+    play(*sampling(neuroquant, 'tokens', tokens, tmp_path / 'back.nii', '--target=T1w'))
+
 def test_tokens_without_a_scan_give_the_models_box(neuroquant, tokens, tmp_path):
     play(*sampling(neuroquant, 'tokens', tokens, tmp_path / 'box.nii.gz'))
     box = nib.load(tmp_path / 'box.nii.gz')

@@ -3,8 +3,9 @@ import json
 
 import pytest
 
+from common import markdown_table
 from conftest import play, refuses
-from judge.report import DECO, TABLES, paper_table
+from judge.report import DECO, TABLES, for_terminal, paper_table
 
 def test_rows_have_a_number_for_each_column():
     for title, columns, rows in TABLES.values():
@@ -93,3 +94,29 @@ def test_the_command_prints_a_table(tmp_path):
 
 def test_an_unknown_table_is_refused_with_those_there_are():
     assert 'neuroquant1, neuroquant2' in refuses('evaluate.py', '--table=table9')
+
+# ---------------------------------------------------------------- in a terminal
+
+def wide_report(columns):
+    head = ['model', *[f'column {k}' for k in range(columns)]]
+    return '\n'.join(['a title of ' + 40 * 'words ', '', *markdown_table(head, [['a', *range(columns)]])])
+
+@pytest.mark.parametrize('width', [60, 120])
+def test_no_line_in_a_terminal_is_wider_than_it(width):
+    text = for_terminal(wide_report(30), width)
+    assert max(map(len, text.splitlines())) <= width
+
+def test_a_wide_table_keeps_every_cell_in_a_terminal():
+    words = for_terminal(wide_report(30), 80).split()
+    for k in range(30):
+        assert str(k) in words
+
+def test_each_part_of_a_wide_table_names_the_rows():
+    lines = for_terminal(wide_report(30), 80).splitlines()
+    heads = [line for line in lines if line.startswith('model')]
+    rows = [line for line in lines if line.startswith('a ') and 'words' not in line]
+    assert len(heads) == len(rows) > 1
+
+def test_a_cell_longer_than_the_terminal_ends_in_dots():
+    text = for_terminal('\n'.join(markdown_table(['model', 'reason'], [['a', 50 * 'why ']])), 60)
+    assert '...' in text and max(map(len, text.splitlines())) <= 60

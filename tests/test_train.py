@@ -358,6 +358,9 @@ def test_swapped_film_changes_the_contrast_and_not_the_anatomy(tmp_path):
     (['--kind=convvae', '--bottleneck=vq', '--num_codebooks=3', '--codebooks=split'],
      ['4 channels', '3 codebooks']),
     (['--kind=convvae', '--bottleneck=vq', '--w_kl=1'], ['w_kl', "bottleneck='kl'"]),
+    (['--kind=convvae', '--w_perc=1', '--perceptual=random', '--patch=16,16,16'],
+     ['--patch', '2D perceptual network', '16x16x16']),
+    (['--kind=convvae', '--w_discriminator=1', '--patch=16,16,16'], ['--patch', '3D PatchGAN']),
     (['--kind=convvae', '--dims=2', '--synthesise=0.5'], ['--synthesise', 'dims=2']),
     (['--kind=convvae', '--dims=2', '--augment=True'], ['augment', 'dims=2']),
     (['--kind=convvae', '--dims=2', '--patch=16,16,16'], ['patch', 'dims=2']),
@@ -405,6 +408,13 @@ def test_a_validation_leaves_curves_a_picture_and_a_table(tiny_data, tmp_path):
     assert len(rows) == len(records)
     for row, record in zip(rows, records):
         assert {key: float(value) for key, value in row.items() if value} == pytest.approx(record)
+
+def test_modalities_that_are_there_and_not_used_are_named_once(tiny_data, tmp_path):
+    args = [*TINY, *SHORT, f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/out', '--max_iters=1',
+            '--w_cross=0']
+    assert 'not used: ' not in play('train_vae.py', *args)
+    printed = play('train_vae.py', *args, '--modalities=T1w', '--overwrite=True')
+    assert printed.count('not used: T2w') == 1
 
 @pytest.mark.parametrize('flag, message', [
     ('--batch_size=0', 'at least 1'),

@@ -1,0 +1,69 @@
+"""How near new brains lie to the scans that a flow or a GPT was trained on."""
+import os
+
+import numpy as np
+
+from common import markdown_table, write_text
+from data import as_float, open_npy, read_index
+from latents import Latents, nearest
+
+COMPARED = 50  # new brains, and held-out scans, in nearest.md
+
+def compare_with_training(folder, config, modalities, z, volumes, shown, coded=None):
+    """Write folder/nearest.md: root-mean-square distance of new brains to the nearest training scan.
+
+    Of latents z (n,C,d,h,w) and of volumes, n arrays (D,H,W) of modality `shown`, '' if there are no others;
+    held-out scans beside them. config: of the flow or GPT. coded: where new latents are codes, a function that
+    makes codes of a scan's latent (C,d,h,w).
+    """
+    folders = config['latents_dir'], config['data_dir']
+    if not all(map(os.path.isdir, folders)):
+        return print(f'no table of nearest training scans: {" or ".join(folders)} is not here')
+    train = Latents(*folders, modalities, 'train', ())
+    held_out = []
+    for split in ('val', 'test'):
+        if any(row['split'] == split for row in read_index(folders[1], modalities)[0]):
+            part = Latents(*folders, modalities, split, ())
+            held_out += [(part, k) for k in range(part.n)]
+    held_out = held_out[:COMPARED]
+
+    def comparable(part, k):  # volumes are compared in one modality
+        return shown in ('', modalities[part.scans[k][1]])
+
+    def latent_of_scan(part, k):
+        mean = part.load(k)[0]
+        return coded(mean) if coded else mean
+
+    queries = [*z, *[latent_of_scan(part, k) for part, k in held_out]]
+    latent = nearest(queries, ((k, latent_of_scan(train, k)) for k in range(train.n)))
+    queries = [*volumes, *[volume_of(part, k) for part, k in held_out if comparable(part, k)]]
+    image = nearest(queries, ((k, volume_of(train, k)) for k in range(train.n) if comparable(train, k)))
+    compared = len(z)
+    rows = [[i] for i in range(compared)]
+    for row, *neighbours in zip(rows, latent, image):
+        for k, distance in neighbours:
+            scan, m = train.scans[k]
+            row += [f'{distance:.4f}', f"{scan['subject']} {modalities[m]}"]
+    closest = 0.0
+    if held_out:
+        row = [f'{len(held_out)} held-out scans, least / median']
+        for neighbours in (latent[compared:], image[compared:]):
+            distances = [distance for _, distance in neighbours]
+            row += [f'{min(distances):.4f} / {np.median(distances):.4f}' if distances else '', '']
+        rows.append(row)
+        closest = min(distance for _, distance in latent[compared:])
+    of_modality = f' ({shown})' if shown else ''
+    kind = 'codes' if coded else 'posterior means'
+    lines = [f'Root-mean-square distance to the nearest training scan: of latents ({kind}), and of '
+             f'volumes{of_modality}. A blurred volume is close to many.', '']
+    lines += markdown_table(['new brain', 'latent', 'nearest', 'volume', 'nearest'], rows)
+    close = [str(i) for i in range(compared) if latent[i][1] < closest]
+    if close:
+        lines += ['', f'warning: new brains {", ".join(close)} lie closer to a training latent than any '
+                      'held-out scan does: memorised?']
+    write_text(os.path.join(folder, 'nearest.md'), '\n'.join(lines) + '\n')
+    print('\n'.join(lines))
+
+def volume_of(part, k):
+    """The volume (D,H,W) behind latent k of a split."""
+    return as_float(open_npy(os.path.join(part.scans[k][0]['folder'], part.file(k))))

@@ -11,23 +11,23 @@ import json
 import os
 import sys
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from common import autocast, configure, load_checkpoint, make_out_dir, start_processes, write_text
 from data import Sessions
 from judge import figures
-from judge.anatomy import add_anatomy, anatomy_rows, volume_boxes
+from judge.anatomy import add_anatomy, anatomy_rows, generated_rows, volume_boxes
+from judge.bits import bits_rows
 from judge.metrics import (
-    add_cross_modal, add_latent, channel_cosine, code_rows, cross_rows, dice, effective_rank,
-    explained_variance, fidelity, frechet_distance, latent_geometry, load_or_reason, region_volumes_mm3,
-    summarise_scores)
+    add_cross_modal, add_latent, channel_cosine, dice, effective_rank, explained_variance, fidelity,
+    frechet_distance, load_or_reason, region_volumes_mm3)
 from judge.probe import Latent, embed_latents, linear_probe, probe_rows
 from judge.references import reference_rows
 from judge.report import DEFINITIONS, SHOWN, paper_table, report, show
-from judge.runs import Run, Scan, key_of
+from judge.runs import Run, Scan, key_of, model_row
 from judge.segment import make_segmenter
+from judge.small_segmenter import learnt
 from judge.sets import add_slices, diversity_rows, frechet_rows, load_extractor, sample_views
 from losses import psnr  # offered here too, as are some of the judges' names above
 from model import from_checkpoint
@@ -43,7 +43,8 @@ reference_sessions = 50     # sessions the reference rows are computed on; 0 for
 lpips = ''                  # 'squeeze', 'alex' or 'vgg' for LPIPS columns; or 'random', a fixed random trunk
 lpips_trunk = ''            # its two files
 lpips_lin = ''
-segmenter = ''              # Dice and volumes: path of synthseg_2.0.h5, or a command with {in} and {out}
+segmenter = ''              # Dice and volumes: synthseg_2.0.h5, or a command with {in} and {out}, or learn: a
+                            # small one, in minutes from the data's label maps; out_dir/segmenter.pt keeps it
 labels = ''                 # column of subjects.tsv with true label maps, such as dseg; '': the segmenter's
 volumes_by = 'voxels'       # or 'posteriors', which SynthSeg itself adds up
 table = ''                  # neuroquant1, neuroquant2, deco1 ... deco5: only print that table of the papers
@@ -57,6 +58,7 @@ features = ''               # Frechet distances: RadImageNet-ResNet50_notop.pth,
 features_as_released = False  # read that file as DeCo-VAE's code does, biases dropped and strides moved
 fid_slices = 'all'          # or 'central': the middle 40 % of each plane
 generated = ''              # folders of sample.py --mode=generate, one per ckpt: gFID, diversity, samples.png
+gpt = ''                    # GPTs on the tokens of these checkpoints: held-out bits
 out_dir = ''                # '' for the first checkpoint's folder
 device = ''
 dtype = 'float32'           # bfloat16 for autocast
@@ -156,22 +158,6 @@ def judge_session(run, scans, is_pictured):
 
 # ---------------------------------------------------------------- results
 
-def model_row(run):
-    """What table.json says of a run; what sets, anatomy and probes say has rows of its own."""
-    model, checkpoint, shape = run.model, run.checkpoint, run.sessions.shape
-    style = model.style_bits()
-    return {
-        'name': run.name, 'ckpt': run.path, 'iter': checkpoint['iter_num'],
-        'git_commit': checkpoint['git_commit'], 'f': f'{model.factor}x',
-        'latent': 'x'.join(map(str, model.latent_shape(shape))),
-        'bits': f'{model.bits_per_volume(shape):.0f}' + (f' + {style}' if style else ''),
-        'num_codes': getattr(model.config, 'num_codes', None),
-        'dft': 'yes' if checkpoint['config'].get('freeze_encoder') else 'no',
-        'fidelity': {modality: summarise_scores(run.scores[modality], seed) for modality in run.modalities},
-        'geometry': latent_geometry(run.moments.cpu(), np.mean(run.sigmas).item() if run.sigmas else None),
-        'codes': code_rows(run.codes, run.modalities),
-        'cross': cross_rows(run.cross, seed)}
-
 def write_tables(results):
     """table.md and table.json of what has been measured so far; returns the text."""
     text = report(results)
@@ -201,13 +187,15 @@ if __name__ == '__main__':
         lpips_net = (LPIPS() if lpips == 'random' else LPIPS(lpips, lpips_trunk, lpips_lin)).to(device)
     loaded, no_extractor = load_or_reason(load_extractor, features, features_as_released, device)
     extractor_name, extractor = loaded or ('not computed', None)
-    segment, no_segment = load_or_reason(make_segmenter, segmenter, device)
     all_runs, modalities = load_runs(paths, checkpoints)
+    if segmenter == 'learn':
+        segmenter = learnt(data_dir, modalities, f'{out_dir}/segmenter.pt', device)
+    segment, no_segment = load_or_reason(make_segmenter, segmenter, device)
     joint = Sessions(data_dir, modalities, split)
     pass_over_scans(all_runs, joint)
 
     # ---- tables
-    rows = [model_row(run) for run in all_runs]
+    rows = [model_row(run, seed) for run in all_runs]
     if reference_sessions > 0:
         rates = {run.model.bits_per_volume(joint.shape) + run.model.style_bits() for run in all_runs}
         train = Sessions(data_dir, modalities, 'train')
@@ -221,7 +209,11 @@ if __name__ == '__main__':
     if any(run.generated for run in all_runs):
         results['diversity'] = diversity_rows(all_runs, seed, device)
     if segmenter:
+        results['segmenter'] = getattr(segment, 'about', segmenter)
         results['anatomy'] = anatomy_rows(all_runs, seed, no_segment)
+        results['generated_anatomy'] = generated_rows(all_runs, segment, volumes_by, no_segment)
+    if gpt:
+        results['bits'] = bits_rows(gpt.split(','), all_runs, data_dir, split, device, dtype, seed)
     text = write_tables(results)
     if probe:  # it may take hours, or fail
         results['probes'] = probe_rows(all_runs, probe, probe_networks, probe_epochs, device, dtype, seed)

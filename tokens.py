@@ -3,7 +3,10 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_map_only
 
+from common import autocast
 from data import random
 from latents import Latents
 
@@ -31,6 +34,23 @@ class Tokens(Latents):
             'sample_index': sample_index,
             'files': [self.file(k) for k in chosen],
         }
+
+def mean_nats(gpt, tokens, cond, device):
+    """Cross-entropy of a batch of tokens (B, N), mean over tokens."""
+    tokens = tokens.to(device)
+    cond = tree_map_only(torch.Tensor, lambda x: x.to(device), cond)
+    logits = gpt(tokens[:, :-1], cond)
+    return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+
+@torch.no_grad()
+def scan_bits(gpt, scans, numbers, device, dtype):
+    """Bits per token that a GPT needs for each of some scans of Tokens."""
+    bits = []
+    for k in numbers:
+        with autocast(device, dtype):
+            nats = mean_nats(gpt, scans.tokens[[k]], scans.cond([k]), device)
+        bits.append(nats.item() / math.log(2))
+    return bits
 
 def baseline_bits(train, held_out, num_codes):
     """{name: mean bits per token} of tokens held_out (n, N) by frequencies in train (m, N), K codes.

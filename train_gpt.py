@@ -18,8 +18,6 @@ import sys
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch.utils._pytree import tree_map_only
 
 from common import (StepLog, adamw, all_reduce_mean, autocast, catch_signals, compile_whole, configure,
                     cosine, count_flops, explain_failures, git_commit, make_out_dir, print0, refuse_below_one,
@@ -28,7 +26,7 @@ from data import fingerprint, prefetch
 from judge.figures import curves
 from latents import encode_sessions, load_autoencoder, load_resumed
 from model import GPT, GPTConfig, encoder_hash, model_args
-from tokens import Tokens, baseline_bits
+from tokens import Tokens, baseline_bits, mean_nats, scan_bits
 
 # ---------------------------------------------------------------- settings
 # in and out
@@ -89,28 +87,14 @@ def check_settings():
 def make_batch(it):
     return train_set.batch(it, batch_size, p_drop)
 
-def mean_nats(net, tokens, cond):
-    """Cross-entropy of a batch of tokens (B, N), mean over tokens."""
-    tokens, cond = tree_map_only(torch.Tensor, to_device, (tokens, cond))
-    with autocast(device, dtype):
-        logits = net(tokens[:, :-1], cond)
-    return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
-
-def to_device(x):
-    return x.to(device)
-
-@torch.no_grad()
 def validate():
-    """Mean bits per token of the averaged network over all held-out scans."""
-    averaged = (ema or raw_model).eval()
-    total = torch.zeros((), dtype=torch.float64)
-    for k in range(rank, val_set.n, world):
-        total += mean_nats(averaged, val_set.tokens[[k]], val_set.cond([k])).item() / val_set.n
+    """Mean bits per token of the averaged network over all held-out scans, and the baselines, for the log."""
+    bits = scan_bits((ema or raw_model).eval(), val_set, range(rank, val_set.n, world), device, dtype)
+    total = torch.tensor(sum(bits) / val_set.n, dtype=torch.float64)
     if world > 1:
         dist.all_reduce(total)
     raw_model.train()
-    record = {'val/bits': total.item() / math.log(2)}
-    return record | {f'val/{name}': bits for name, bits in baselines.items()}
+    return {'val/bits': total.item()} | {f'val/{name}': bits for name, bits in baselines.items()}
 
 def save(name):
     """Write everything that a resumed run and sample.py need."""
@@ -203,7 +187,8 @@ if __name__ == '__main__':
     while it < stop:
         batch = log.next_batch(batches)
         torch.manual_seed((seed << 44) + it * world + rank)  # dropout is a function of the step
-        loss = mean_nats(raw_model, batch['tokens'], batch['cond'])
+        with autocast(device, dtype):
+            loss = mean_nats(raw_model, batch['tokens'], batch['cond'], device)
         loss.backward()
         all_reduce_mean([p.grad for p in parameters if p.grad is not None])
         gradient = torch.nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else math.inf)

@@ -4,10 +4,12 @@ Labels are FreeSurfer's numbers, left and right apart.
 """
 import os
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
-from judge.metrics import dice, region_volumes_mm3, summarise
+from judge.metrics import attempt, dice, region_volumes_mm3, summarise
+from judge.sets import read_generated
 
 NAMES = {
     2: 'cerebral white matter', 3: 'cerebral cortex', 4: 'lateral ventricle', 5: 'inferior lateral ventricle',
@@ -93,6 +95,40 @@ def anatomy_rows(runs, seed, reason=''):
             subjects = [scan['subject'] for scan in scans]
             rows.append(row | {'mean_dice': summarise(per_scan, subjects, seed=seed), 'scans': scans})
     return rows
+
+def generated_rows(runs, segment, by, reason='', limit=200):
+    """Volumes of every structure in a run's first generated brains and in its real scans, or a reason.
+
+    A row has 'generated' and 'real', {structure: [mm3 of each volume]}. The real ones are of the label maps
+    that anatomy_rows compares with. by: see structure_volumes.
+    """
+    rows = []
+    for run in runs:
+        for modality in run.modalities if run.generated else ():
+            row = {'row': run.name, 'modality': modality}
+            real = run.anatomy[modality] or [{'reason': f'no {modality} scan'}]
+            missing = reason or real[-1].get('reason')
+            if missing:
+                rows.append(row | {'reason': missing})
+            else:
+                rows.append(attempt(volumes_of_generated, run, modality, segment, by, limit, **row))
+    return rows
+
+def volumes_of_generated(run, modality, segment, by, limit):
+    """What generated_rows says of one modality."""
+    drawn = []
+    for volume in islice(read_generated(run.generated, modality), limit):
+        segmentation = segment(volume[0, 0].clamp(0, 1).numpy(), run.sessions.voxel_mm)
+        drawn.append(structure_volumes(segmentation, run.sessions.voxel_mm, by))
+    real = [scan['mm3_truth'] for scan in run.anatomy[modality]]
+    return {'generated': by_structure(drawn), 'real': by_structure(real)}
+
+def by_structure(volumes):
+    """{structure: mm3 of each} of a list of {structure: mm3}."""
+    table = {}
+    for name in MERGED:
+        table[name] = [one[name] for one in volumes]
+    return table
 
 def volume_boxes(rows, structures):
     """For figures.boxes: volumes in cm3 of each structure, the truth of each modality, then each row's."""

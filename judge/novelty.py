@@ -13,8 +13,8 @@ def compare_with_training(folder, config, modalities, z, volumes, shown, coded=N
     """Write folder/nearest.md: root-mean-square distance of new brains to the nearest training scan.
 
     Of latents z (n,C,d,h,w) and of volumes, n arrays (D,H,W) of modality `shown`, '' if there are no others;
-    held-out scans beside them. config: of the flow or GPT. coded: where new latents are codes, a function that
-    makes codes of a scan's latent (C,d,h,w).
+    held-out scans beside them. config: of the flow or GPT. coded: where new latents are codes, a function
+    that makes codes of a scan's latent (C,d,h,w).
     """
     folders = config['latents_dir'], config['data_dir']
     if not all(map(os.path.isdir, folders)):

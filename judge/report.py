@@ -42,10 +42,14 @@ def report(results):
     if 'diversity' in results:
         lines += diversity_table(results['diversity'])
     if 'anatomy' in results:
-        lines += anatomy_table(results['anatomy'], settings['labels'], settings['volumes_by'])
+        lines += anatomy_table(results, settings['labels'], settings['volumes_by'])
     else:
         lines += ['', 'Dice, region volumes: not computed; give --segmenter=synthseg_2.0.h5 '
-                  '(github.com/BBillot/SynthSeg), or a command with {in} and {out}']
+                  '(github.com/BBillot/SynthSeg), a command with {in} and {out}, or learn']
+    if results.get('generated_anatomy'):
+        lines += generated_table(results['generated_anatomy'], settings['volumes_by'])
+    if 'bits' in results:
+        lines += bits_table(results['bits'])
     if 'probes' in results:
         lines += probe_table(results['probes'], settings['probe_epochs'] if settings['probe_networks'] else 0)
     return '\n'.join(lines) + '\n'
@@ -73,24 +77,24 @@ def for_terminal(text, width=120):
 
 def aligned(rows, width):
     """Lines of the tables that show rows of cells, the second of which is markdown's rule."""
-    rows = [rows[0], *rows[2:]]
-    columns = [[cell.strip() for cell in column] for column in zip(*rows)]
+    columns = list(zip(rows[0], *rows[2:]))
     sizes = [max(map(len, column)) for column in columns]
-    room = width - sizes[0]
-    parts, used = [], width
-    for k, size in list(enumerate(sizes))[1:]:
-        sizes[k] = size = min(size, room - 2)
-        if used + size + 2 > room:
-            parts.append([0])
+    room = width - sizes[0] - 2
+    parts, used = [], room + 1
+    for k, column in list(enumerate(columns))[1:]:
+        sizes[k] = min(sizes[k], room)
+        if used + sizes[k] > room:
+            parts.append([columns[0]])
             used = 0
-        parts[-1].append(k)
-        used += size + 2
+        parts[-1].append([textwrap.shorten(cell, sizes[k], placeholder='...') for cell in column])
+        used += sizes[k] + 2
     lines = []
     for part in parts:
         lines += [''] * bool(lines)
-        for i in range(len(rows)):
-            cells = [textwrap.shorten(columns[k][i], sizes[k], placeholder='...').ljust(sizes[k]) for k in part]
-            lines.append('  '.join(cells).rstrip())
+        widths = [max(map(len, column)) for column in part]
+        for cells in zip(*part):
+            line = '  '.join(cell.ljust(size) for cell, size in zip(cells, widths))
+            lines.append(line.rstrip())
     return lines
 
 # ---------------------------------------------------------------- cells
@@ -221,7 +225,7 @@ def diversity_table(rows):
     return ['', 'MS-SSIM between pairs of volumes (1: all alike); real: one scan per subject', '',
             *table_of(rows, {'set': 'row', 'modality': 'modality'}, ['MS-SSIM', 'pairs', 'volumes'], cells)]
 
-def anatomy_table(rows, labels, volumes_by):
+def anatomy_table(results, labels, volumes_by):
     head = ['Dice', '95 % interval']
     for name in SHOWN:
         head += [f'{name}: reconstruction', 'ground truth']
@@ -234,10 +238,42 @@ def anatomy_table(rows, labels, volumes_by):
         return [mean_sd(r['mean_dice'], 100), interval(r['mean_dice'], 100), *volumes]
 
     against = f"the given label maps ('{labels}')" if labels else "the segmenter's labels of the input"
-    return ['', f'Dice x 100 against {against}, mean over foreground structures, then over subjects. The '
+    return ['', f"Segmenter: {results['segmenter']}", '',
+            f'Dice x 100 against {against}, mean over foreground structures, then over subjects. The '
             'reconstruction is segmented as the decoder made it, background and all. Volumes, left + right, '
             f'in mm3 of {volumes_by}', '',
-            *table_of(rows, {'model': 'row', 'modality': 'modality'}, head, cells)]
+            *table_of(results['anatomy'], {'model': 'row', 'modality': 'modality'}, head, cells)]
+
+def generated_table(rows, volumes_by):
+    """The structures that any volume has, one below the other."""
+    lines = []
+    for row in rows:
+        if 'reason' in row:
+            lines.append([row['row'], row['modality'], '', '', '', row['reason']])
+            continue
+        for name, real in row['real'].items():
+            drawn = row['generated'][name]
+            if not any(real) and not any(drawn): continue
+            spread = np.std(real, ddof=1) if len(real) > 1 else 0.0
+            shift = (np.mean(drawn) - np.mean(real)) / spread if spread > 0 else None
+            cells = [f'{np.mean(values) / 1000:.2f} +- {np.std(values) / 1000:.2f} ({len(values)})'
+                     for values in (real, drawn)]
+            lines.append([row['row'], row['modality'], name, *cells, number(shift, 2)])
+    head = ['model', 'modality', 'structure', 'real, cm3 (n)', 'generated', 'shift in sd of real']
+    return ['', f'Volumes of structures, left + right, of {volumes_by}: real scans and generated brains', '',
+            *markdown_table(head, lines)]
+
+def bits_table(rows):
+    head = ['GPT', 'of', 'bits per token', '95 % interval', 'position', 'unigram', 'uniform',
+            'scans (subjects)']
+    lines = []
+    for row in rows:
+        bits = row['bits']
+        lines.append([row['row'], row['of'], mean_sd(bits), interval(bits),
+                      *numbers(row, ('position', 'unigram', 'uniform'), 2),
+                      f"{bits['n_sessions']} ({bits['n_subjects']})"])
+    return ['', 'Held-out bits per token; beside them, by frequencies in the training set', '',
+            *markdown_table(head, lines)]
 
 def probe_table(rows, epochs):
     """epochs: of the networks among the probes, 0 if there are none."""

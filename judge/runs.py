@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from data import Sessions
+from judge.metrics import code_rows, cross_rows, latent_geometry, summarise_scores
 
 def key_of(row):
     """What a session is known by. A number will not do: runs of other modalities count other sessions."""
@@ -48,3 +49,19 @@ class Scan:
     x: torch.Tensor            # the same as (1,1,D,H,W) on the device
     features: dict = None      # see sets.slice_features
     truth: object = None       # its anatomy.Segmentation
+
+def model_row(run, seed):
+    """What table.json says of a run; what sets, anatomy and probes say has rows of its own."""
+    model, checkpoint, shape = run.model, run.checkpoint, run.sessions.shape
+    style = model.style_bits()
+    return {
+        'name': run.name, 'ckpt': run.path, 'iter': checkpoint['iter_num'],
+        'git_commit': checkpoint['git_commit'], 'f': f'{model.factor}x',
+        'latent': 'x'.join(map(str, model.latent_shape(shape))),
+        'bits': f'{model.bits_per_volume(shape):.0f}' + (f' + {style}' if style else ''),
+        'num_codes': getattr(model.config, 'num_codes', None),
+        'dft': 'yes' if checkpoint['config'].get('freeze_encoder') else 'no',
+        'fidelity': {modality: summarise_scores(run.scores[modality], seed) for modality in run.modalities},
+        'geometry': latent_geometry(run.moments.cpu(), np.mean(run.sigmas).item() if run.sigmas else None),
+        'codes': code_rows(run.codes, run.modalities),
+        'cross': cross_rows(run.cross, seed)}

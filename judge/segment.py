@@ -1,5 +1,7 @@
 """Label maps of volumes for Dice and region volumes: SynthSeg on its published weights, or any command.
 
+A small segmenter that learns from label maps is in small_segmenter.py.
+
 Volumes are RAS+ (D,H,W); label maps have FreeSurfer's numbers, left and right apart.
 """
 import os
@@ -12,6 +14,7 @@ import torch
 from scipy import ndimage
 
 from judge.anatomy import RIGHT, Segmentation
+from judge.small_segmenter import load_small
 from pretrained import SYNTHSEG_LABELS, load_synthseg
 from scans import nifti
 
@@ -80,7 +83,7 @@ class CommandSegmenter:
     def __init__(self, command):
         if '{in}' not in command or '{out}' not in command:
             raise SystemExit(f'--segmenter={command}: '
-                             'neither a .h5 file nor a command with {in} and {out}')
+                             'neither learn, nor a .h5 or .pt file, nor a command with {in} and {out}')
         self.command = command
 
     def __call__(self, volume, spacing_mm):
@@ -102,5 +105,7 @@ class CommandSegmenter:
         return Segmentation(labels)
 
 def make_segmenter(setting, device):
-    """setting: a .h5 file of SynthSeg weights, or a command."""
-    return SynthSegSegmenter(setting, device) if setting.endswith('.h5') else CommandSegmenter(setting)
+    """setting: a .h5 file of SynthSeg weights, a .pt file of a small segmenter, or a command."""
+    if setting.endswith('.h5'): return SynthSegSegmenter(setting, device)
+    if setting.endswith('.pt'): return load_small(setting, device)
+    return CommandSegmenter(setting)

@@ -1,4 +1,5 @@
 """GPT, its tokens and its draws; train_gpt.py and sample.py on tokens as a user runs them."""
+import json
 import math
 
 import nibabel as nib
@@ -236,6 +237,30 @@ def test_training_tokens_are_those_of_the_encoder(run):
         with torch.no_grad():
             same += (vae.tokens(x).flatten() == train_set.tokens[k]).sum().item()
     assert same >= 0.98 * 14 * 12  # latents are stored in float16
+
+def test_evaluation_prints_the_held_out_bits_of_a_gpt(run, tmp_path):
+    play('evaluate.py', f'--ckpt={run}/vae/ckpt.pt', f'--gpt={run}/gpt/ckpt.pt', '--reference_sessions=0',
+         f'--out_dir={tmp_path}')
+    row, = json.loads((tmp_path / 'table.json').read_text())['bits']
+    vae, gpt = load(run, 'vae'), load(run, 'gpt')
+    source = vae.quantizer, 'cpu', run / 'vae' / 'latents_data', run / 'data', ('T1w', 'T2w')
+    judged = Tokens(*source, 'test', ())
+    want = []
+    for tokens in judged.tokens:
+        want.append(F.cross_entropy(gpt(tokens[None, :-1])[0], tokens).item() / math.log(2))
+    assert row['bits']['n_sessions'] == judged.n
+    assert row['uniform'] == pytest.approx(math.log2(gpt.config.num_codes))
+    by_subject = {}
+    for (scan, _), bits in zip(judged.scans, want):
+        by_subject.setdefault(scan['subject'], []).append(bits)
+    assert row['bits']['mean'] == pytest.approx(np.mean([np.mean(v) for v in by_subject.values()]), rel=1e-4)
+
+def test_bits_of_another_autoencoders_gpt_are_refused(run, tmp_path):
+    checkpoint = load_checkpoint(f'{run}/gpt/ckpt.pt') | {'encoder_hash': 'another'}
+    save_checkpoint(tmp_path / 'gpt.pt', checkpoint)
+    line = refuses('evaluate.py', f'--ckpt={run}/vae/ckpt.pt', f'--gpt={tmp_path}/gpt.pt',
+                   '--reference_sessions=0', f'--out_dir={tmp_path}')
+    assert 'another autoencoder' in line
 
 def test_a_resumed_run_has_the_same_bits(run, tmp_path):
     train(run, tmp_path / 'b', '--max_iters=2')

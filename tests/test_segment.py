@@ -1,15 +1,24 @@
 """SynthSeg's surroundings with a network whose answer is known, and segmenters that are commands."""
+import csv
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from common import save_checkpoint
+from conftest import make_tiny_data
+from data import Sessions
 from judge import segment
-from judge.anatomy import MERGED, RIGHT, SIDED_NAMES, Segmentation, compare_labels, structure_volumes
+from judge.anatomy import (
+    MERGED, RIGHT, SIDED_NAMES, Segmentation, compare_labels, generated_rows, structure_volumes)
+from judge.report import generated_table
 from judge.segment import (
     CommandSegmenter, SynthSegSegmenter, clean_posteriors, largest_part, make_segmenter)
+from judge.small_segmenter import blurred, held_out_dice, learn, learnt
 from pretrained import SYNTHSEG_LABELS
+from test_nifti import store
 from test_pretrained import synthseg_file
 
 # ---------------------------------------------------------------- labels
@@ -28,6 +37,26 @@ def test_a_map_compared_with_itself_has_a_dice_of_1_and_equal_volumes():
     assert scan['dice'] == {'left caudate': 1.0, 'right caudate': 1.0}
     assert scan['mm3'] == scan['mm3_truth']
     assert scan['mm3']['caudate'] == 8 * 6 * 64
+
+def by_brightness(volume, spacing_mm):
+    return Segmentation(np.where(volume > 0.5, 11, 0).astype(np.int16))
+
+def test_volumes_of_generated_brains_stand_beside_the_real_ones(tmp_path):
+    for k, bright in enumerate((10, 30)):
+        volume = np.zeros((8, 8, 8), np.float32)
+        volume.flat[:bright] = 1
+        store(str(tmp_path / f'sample_{k:03d}_T1w.nii.gz'), volume)
+    real = {name: 5.0 * (name == 'caudate') for name in MERGED}
+    run = SimpleNamespace(name='x', modalities=('T1w', 'T2w'), generated=str(tmp_path),
+                          sessions=SimpleNamespace(voxel_mm=2.0),
+                          anatomy={'T1w': [{'mm3_truth': real}], 'T2w': []})
+    first, second = generated_rows([run], by_brightness, 'voxels')
+    assert first['generated']['caudate'] == [80, 240] and first['real']['caudate'] == [5]
+    assert first['generated']['thalamus'] == [0, 0]
+    assert second['reason'] == 'no T2w scan'
+    text = '\n'.join(generated_table([first, second], 'voxels'))
+    assert '| x | T1w | caudate | 0.01 +- 0.00 (1) | 0.16 +- 0.08 (2) |' in text
+    assert 'thalamus' not in text
 
 # ---------------------------------------------------------------- post-processing
 
@@ -164,3 +193,68 @@ def test_a_command_that_fails_is_told():
 def test_what_is_neither_weights_nor_a_command_is_refused():
     with pytest.raises(SystemExit, match='neither'):
         make_segmenter('synthseg', 'cpu')
+
+# ---------------------------------------------------------------- the small segmenter
+
+@pytest.fixture(scope='module')
+def easy(tmp_path_factory):
+    """Data of one structure, a bright ball on either side: left caudate and right caudate."""
+    folder = make_tiny_data(tmp_path_factory.mktemp('easy') / 'data')
+    with open(folder / 'subjects.tsv', newline='') as f:
+        rows = list(csv.DictReader(f, delimiter='\t'))
+    grid = np.stack(np.meshgrid(*[np.arange(n) for n in (32, 48, 32)], indexing='ij'))
+    rng = np.random.default_rng(0)
+    for row in rows:
+        labels = np.zeros((32, 48, 32), np.int16)
+        for label, x in ((11, 9), (50, 23)):
+            middle = np.array([x, *rng.integers(14, 20, 2)])[:, None, None, None]
+            labels[np.square(grid - middle).sum(0) < rng.integers(20, 50)] = label
+        row['dseg'] = f"{row['subject']}_dseg.npy"
+        np.save(folder / row['dseg'], labels)
+        for modality in ('T1w', 'T2w'):
+            if row[modality]:
+                np.save(folder / row[modality], (0.2 + 0.6 * (labels > 0)).astype(np.float32))
+    with open(folder / 'subjects.tsv', 'w', newline='') as f:
+        table = csv.DictWriter(f, rows[0], delimiter='\t')
+        table.writeheader()
+        table.writerows(rows)
+    return folder
+
+@pytest.fixture(scope='module')
+def small(easy, tmp_path_factory):
+    path = tmp_path_factory.mktemp('small') / 'segmenter.pt'
+    learn(str(easy), ('T1w',), path, 'cpu', steps=40)
+    return path
+
+def test_a_small_segmenter_finds_what_its_maps_show_and_tells_left_from_right(easy, small):
+    segmenter = make_segmenter(str(small), 'cpu')
+    score, n = held_out_dice(segmenter, Sessions(str(easy), ('T1w',), 'test'))
+    assert n > 0 and score > 0.8
+    assert 'Dice x 100 of' in segmenter.about
+
+def test_posterior_volumes_add_up_to_the_box(easy, small):
+    segmentation = make_segmenter(str(small), 'cpu')(Sessions(str(easy), ('T1w',), 'test').volume(0, 0), 2.0)
+    assert sum(segmentation.posterior_mm3.values()) == pytest.approx(8 * 32 * 48 * 32, rel=1e-4)
+
+def test_any_size_is_segmented(small):
+    labels = make_segmenter(str(small), 'cpu')(np.zeros((31, 46, 33), np.float32), 1.0).labels
+    assert labels.shape == (31, 46, 33)
+
+def test_a_segmenter_is_learnt_once_for_the_same_data(easy, small):
+    written = small.stat().st_mtime_ns
+    assert learnt(str(easy), ('T1w',), str(small), 'cpu') == str(small)
+    assert small.stat().st_mtime_ns == written
+
+def test_a_checkpoint_of_something_else_is_no_segmenter(tmp_path):
+    save_checkpoint(tmp_path / 'x.pt', {'model_args': {'kind': 'gpt'}})
+    with pytest.raises(SystemExit, match='not a segmenter'):
+        make_segmenter(str(tmp_path / 'x.pt'), 'cpu')
+
+def test_blurring_keeps_the_mean_inside():
+    x = torch.zeros(4, 1, 16, 16, 16)
+    x[:, :, 5:11, 5:11, 5:11] = 0.5
+    rng = np.random.default_rng(3)
+    torch.manual_seed(0)
+    noisy = blurred(x, rng)
+    assert noisy.shape == x.shape and (noisy != x).any()
+    assert noisy.mean() == pytest.approx(x.mean().item(), rel=0.35)

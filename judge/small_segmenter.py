@@ -1,0 +1,149 @@
+"""A small segmenter that learns from label maps in a few minutes: evaluate.py --segmenter=learn.
+
+It stands in for SynthSeg on phantoms and on images of label maps. It knows what its label maps show and nothing
+else: its Dice on held-out ones is printed beside what it measures.
+"""
+import os
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import trange
+
+from common import Muon, adamw, cosine, for_muon, load_checkpoint, save_checkpoint
+from data import Sessions, fingerprint, random, read_index, to_device
+from judge.anatomy import Segmentation
+from judge.metrics import dice
+from model import Conv, ResConv, double, halve
+from synth import TISSUE, redraw
+
+class SmallUNet(nn.Module):
+    """An image and its voxels' coordinates -> logits of labels: (B,1,D,H,W) -> (B,labels,D,H,W).
+
+    Three levels. Where a voxel lies tells left from right.
+    """
+    def __init__(self, labels, widths=(16, 32, 64)):
+        super().__init__()
+        self.stem = Conv(4, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(ResConv(width) for width in widths)
+        pairs = list(zip(widths, widths[1:]))
+        self.wider = nn.ModuleList(Conv(narrow, wide, 1) for narrow, wide in pairs)
+        self.narrower = nn.ModuleList(Conv(wide, narrow, 1) for narrow, wide in pairs)
+        self.up = nn.ModuleList(ResConv(width) for width in widths[:-1])
+        self.head = Conv(widths[0], labels, 1)
+
+    def forward(self, x):
+        D, H, W = x.shape[2:]
+        x = F.pad(x, [n for size in (W, H, D) for n in (0, -size % 4)])
+        axes = [torch.linspace(-1, 1, n, device=x.device) for n in x.shape[2:]]
+        places = torch.stack(torch.meshgrid(*axes, indexing='ij')).expand(len(x), -1, -1, -1, -1)
+        h = self.stem(torch.cat([x, places], 1))
+        skips = []
+        for block, wider in zip(self.down, self.wider):
+            skips.append(block(h))                    # (B, widths[i], D/2^i, H/2^i, W/2^i)
+            h = wider(halve(skips[-1]))
+        h = self.down[-1](h)
+        for block, narrower in reversed(list(zip(self.up, self.narrower))):
+            h = block(double(narrower(h)) + skips.pop())
+        return self.head(F.silu(h))[:, :, :D, :H, :W]  # (B, labels, D, H, W)
+
+class SmallSegmenter:
+    """Volume (D,H,W), spacing in mm -> Segmentation. labels: FreeSurfer's number of each of its classes."""
+    def __init__(self, network, labels, about, device):
+        self.network, self.labels, self.about, self.device = network.to(device).eval(), labels, about, device
+
+    @torch.no_grad()
+    def __call__(self, volume, spacing_mm):
+        x = torch.tensor(np.asarray(volume, np.float32), device=self.device)[None, None]
+        p = self.network(x)[0].softmax(0).cpu().numpy()
+        voxel_mm3 = np.prod(np.broadcast_to(spacing_mm, 3))
+        chosen = np.array(self.labels, np.int16)[p.argmax(0)]
+        return Segmentation(chosen, dict(zip(self.labels, voxel_mm3 * p.sum((1, 2, 3), np.float64))))
+
+def blurred(x, rng):
+    """A batch as a decoder may give it back: some of it blurred by up to 1.2 voxels, some noisy."""
+    rows = []
+    for image in x[:, None]:
+        if rng.random() < 0.5:
+            sigma = rng.uniform(0.4, 1.2)
+            kernel = torch.exp(-0.5 * (torch.arange(-3, 4, device=x.device) / sigma).square())
+            kernel /= kernel.sum()
+            for axis in range(3):
+                shape = [1] * 5
+                shape[2 + axis] = 7
+                padding = [3 * (axis == k) for k in range(3)]
+                image = F.conv3d(image, kernel.view(shape), padding=padding)
+        if rng.random() < 0.5:
+            image = image + rng.uniform(0, 0.05) * torch.randn_like(image)
+        rows.append(image)
+    return torch.cat(rows).clamp(0, 1)
+
+def loss_of(logits, truth):
+    """Cross-entropy and one minus the mean soft Dice of the classes that are there; truth (B,D,H,W) int64."""
+    p = logits.softmax(1)
+    wanted = F.one_hot(truth, logits.shape[1]).movedim(-1, 1).to(p.dtype)
+    both = (p * wanted).sum((0, 2, 3, 4))
+    sizes = (p + wanted).sum((0, 2, 3, 4))
+    there = wanted.sum((0, 2, 3, 4)) > 0
+    return F.cross_entropy(logits, truth) + 1 - (2 * both / sizes)[there].mean()
+
+def learn(data_dir, modalities, path, device, steps=400, batch_size=2, lr=1e-2, seed=0):
+    """Train a SmallSegmenter on the training split of prepared data with label maps; write it to `path`.
+
+    Half of the images are drawn anew from their maps, half are the stored ones; half of all are blurred.
+    SystemExit with one line if the data have no label maps.
+    """
+    train = Sessions(data_dir, modalities, 'train', seed=seed)
+    labels = sorted(set().union(*[np.unique(train.labels(i)).tolist() for i in range(min(train.n, 50))]))
+    class_of = torch.zeros(max(labels) + 1, dtype=torch.int64, device=device)
+    class_of[labels] = torch.arange(len(labels), device=device)
+    share = 0.5 if all(m in TISSUE for m in modalities) else 0.0
+    torch.manual_seed(seed)
+    network = SmallUNet(len(labels)).to(device)
+    matrices = [p for p in network.parameters() if for_muon(p)]
+    others = [p for p in network.parameters() if not for_muon(p)]
+    optimizers = Muon(matrices, lr, 0.01), adamw(others, lr, (0.9, 0.99), 1e-8, 0.01)
+    for step in trange(steps, desc='segmenter', leave=False):
+        batch = to_device(train.scan_batch(step, batch_size, labels=True), device)
+        x = blurred(redraw(batch, modalities, share, seed, train.box), random(seed, 12, step))
+        truth = class_of[batch['labels'][:, 0].long().clamp(max=max(labels))]
+        loss = loss_of(network(x), truth)
+        loss.backward()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group['lr'] = cosine(step, lr, 1e-5, 20, steps)
+            optimizer.step()
+            optimizer.zero_grad()
+    segmenter = SmallSegmenter(network, labels, '', device)
+    about = f'small segmenter of {train.n} label maps'
+    if any(row['split'] == 'val' for row in read_index(data_dir, modalities)[0]):
+        score, n = held_out_dice(segmenter, Sessions(data_dir, modalities, 'val'))
+        about += f', mean Dice x 100 of {n} held-out images {100 * score:.1f}'
+    save_checkpoint(path, {'model': network.state_dict(), 'model_args': {'kind': 'segmenter'},
+                           'labels': labels, 'about': about, 'fingerprint': fingerprint(data_dir)})
+
+def held_out_dice(segmenter, sessions, count=20):
+    """Mean Dice over labels and the first `count` stored images, and how many those are."""
+    scores = []
+    for i, m in sessions.scans[:count]:
+        truth = sessions.labels(i)
+        there = [label for label in np.unique(truth) if label]
+        found = segmenter(sessions.volume(i, m), sessions.voxel_mm).labels
+        scores.append(np.nanmean(list(dice(found, truth, there).values())))
+    return float(np.mean(scores)), len(scores)
+
+def load_small(path, device):
+    """The SmallSegmenter that learn() wrote."""
+    checkpoint = load_checkpoint(path)
+    if checkpoint['model_args'].get('kind') != 'segmenter':
+        raise SystemExit(f'--segmenter={path}: not a segmenter; --segmenter=learn makes one')
+    network = SmallUNet(len(checkpoint['labels']))
+    network.load_state_dict(checkpoint['model'])
+    return SmallSegmenter(network, checkpoint['labels'], checkpoint['about'], device)
+
+def learnt(data_dir, modalities, path, device):
+    """Path of the segmenter of these data, learnt now unless it is there."""
+    if not os.path.exists(path) or load_checkpoint(path).get('fingerprint') != fingerprint(data_dir):
+        learn(data_dir, modalities, path, device)
+    return path

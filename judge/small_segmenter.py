@@ -1,7 +1,7 @@
 """A small segmenter that learns from label maps in a few minutes: evaluate.py --segmenter=learn.
 
-It stands in for SynthSeg on phantoms and on images of label maps. It knows what its label maps show and nothing
-else: its Dice on held-out ones is printed beside what it measures.
+It stands in for SynthSeg on phantoms and on images of label maps. It knows what its label maps show and
+nothing else: its Dice on held-out ones is printed beside what it measures.
 """
 import os
 

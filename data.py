@@ -90,6 +90,10 @@ def read_index(data_dir, modalities, split=None):
         raise SystemExit(f"{data_dir}: no session of {', '.join(modalities)} in split '{split}'{hint}")
     return rows, first_dataset
 
+def has_split(data_dir, modalities, split):
+    """Whether any session with one of the modalities is in that split."""
+    return any(row['split'] == split for row in read_index(data_dir, modalities)[0])
+
 def fingerprint(data_dir):
     """{what: checksum} of dataset.json and of every session's row: by it a resumed run knows its data."""
     checksums, folders = {}, data_dir.split(',')

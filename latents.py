@@ -6,25 +6,27 @@ from itertools import islice
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-from common import load_checkpoint, make_out_dir, refuse_changes, write_text
+from common import load_checkpoint, make_out_dir, print0, refuse_changes, write_text
 from data import Sessions, draw, open_npy, random, read_index, refuse_other_data
-from model import Autoencoder, from_checkpoint, model_args
+from model import Autoencoder, encoder_hash, from_checkpoint, model_args
 from scans import people
 
 SEXES = ('F', 'M')  # the values of the column that count; anything else is "not known"
 
 # ---------------------------------------------------------------- what the networks on latents begin with
 
-def load_autoencoder(path, data_dir, latents_dir):
-    """The autoencoder of a checkpoint, the checkpoint, and the folders of the data and of the latents.
+def encode_all(path, data_dir, latents_dir, rank, world, device):
+    """Write the latents of all scans, whichever are missing, by the autoencoder of a checkpoint.
 
     data_dir: '' for the one that it was trained on. latents_dir: '' for one beside the checkpoint.
-    SystemExit with one line for another network, or for several data sets.
+    returns the autoencoder, its checkpoint, and both folders. SystemExit with one line for another network, or
+    for several data sets.
     """
     checkpoint = load_checkpoint(path)
-    model = from_checkpoint(checkpoint)
+    model = from_checkpoint(checkpoint).to(device)
     if not isinstance(model, Autoencoder):
         raise SystemExit(f'--vae={path}: not an autoencoder')
     data_dir = data_dir or checkpoint['config']['data_dir']
@@ -33,23 +35,32 @@ def load_autoencoder(path, data_dir, latents_dir):
     if not latents_dir:
         name = os.path.basename(os.path.normpath(data_dir))
         latents_dir = os.path.join(os.path.dirname(path) or '.', f'latents_{name}')
+    modalities = checkpoint['config']['modalities']
+    encode_sessions(model, encoder_hash(model), data_dir, modalities, latents_dir, rank, world, device)
+    if world > 1:
+        dist.barrier()
     return model, checkpoint, data_dir, latents_dir
 
-def load_resumed(path, model, encoder_hash, config, world, free):
-    """Load the checkpoint of a run on latents into its model, and return it.
+def go_on(path, made_by, config, world, free, model, optimizer, average):
+    """Load the checkpoint of a run on latents into its parts; returns its iteration and best validation.
 
-    SystemExit with one line if it is of another network, autoencoder or data set, or, without
-    --resume_changed, if a setting has changed that is not in `free`.
+    made_by: encoder_hash of the latents. average: the averaged model, or None. SystemExit with one line if the
+    run is of another network, autoencoder or data set, or, without --resume_changed, if a setting has changed
+    that is not in `free`.
     """
     checkpoint = load_checkpoint(path)
-    if checkpoint['model_args'] != model_args(model) or checkpoint.get('encoder_hash') != encoder_hash:
+    if checkpoint['model_args'] != model_args(model) or checkpoint.get('encoder_hash') != made_by:
         raise SystemExit(f'--init_from=resume: {path} is of another network '
                          'or of the latents of another autoencoder')
     if not config['resume_changed']:
         refuse_changes(checkpoint, config, world, free)
     refuse_other_data(checkpoint['fingerprint'], config['data_dir'], path)
     model.load_state_dict(checkpoint['model'])
-    return checkpoint
+    optimizer.load_state_dict(checkpoint['optimizer'])
+    if average:
+        average.load_state_dict(checkpoint['ema'])
+    print0(f"resumed {path} at iteration {checkpoint['iter_num']}")
+    return checkpoint['iter_num'], checkpoint['best_val']
 
 # ---------------------------------------------------------------- encoding
 

@@ -20,12 +20,12 @@ import torch.distributed as dist
 from common import (StepLog, all_reduce_mean, autocast, catch_signals, compile_whole, configure,
                     explain_failures, git_commit, make_out_dir, print0, refuse_below_one, refuse_overwriting,
                     save_checkpoint, start_processes, stop_processes, unet_flops, update_average)
-from data import fingerprint, prefetch
+from data import fingerprint, has_split, prefetch
 from flow import draw_times, flow_matching_loss, sample
 from judge.figures import curves, views
-from latents import Latents, encode_sessions, load_autoencoder, load_resumed
+from latents import Latents, encode_all, go_on
 from memory import available_bytes, memory_line, step_bytes
-from model import FlowUNet, FlowUNetConfig, encoder_hash, model_args
+from model import FlowUNet, FlowUNetConfig, model_args
 
 # ---------------------------------------------------------------- settings; the defaults are DeCo-VAE's
 # in and out
@@ -202,22 +202,18 @@ if __name__ == '__main__':
     stop = min(max_iters, iters)
 
     # ---- autoencoder and its latents
-    autoencoder, vae_checkpoint, data_dir, latents_dir = load_autoencoder(vae, data_dir, latents_dir)
-    autoencoder.to(device)
-    modalities = tuple(vae_checkpoint['config']['modalities'])
-    config |= dict(data_dir=data_dir, latents_dir=latents_dir)
     if rank == 0:
         make_out_dir(out_dir)
         refuse_overwriting(out_dir, init_from, overwrite)
-    name = encoder_hash(autoencoder)
-    encode_sessions(autoencoder, name, data_dir, modalities, latents_dir, rank, world, device)
-    if world > 1:
-        dist.barrier()
-    train_set = Latents(latents_dir, data_dir, modalities, 'train', conditions, seed, rank, world)
-    try:
-        val_set = Latents(latents_dir, data_dir, modalities, 'val', conditions)
-    except SystemExit:
-        val_set = None
+    autoencoder, vae_checkpoint, data_dir, latents_dir = encode_all(
+        vae, data_dir, latents_dir, rank, world, device)
+    config |= dict(data_dir=data_dir, latents_dir=latents_dir)
+    modalities = tuple(vae_checkpoint['config']['modalities'])
+    source = latents_dir, data_dir, modalities
+    train_set = Latents(*source, 'train', conditions, seed, rank, world)
+    val_set = None
+    if has_split(data_dir, modalities, 'val'):
+        val_set = Latents(*source, 'val', conditions)
     print0(f'{latents_dir}: {train_set.n} training latents, {val_set.n if val_set else 0} for validation, '
            f'shape {train_set.shape}' + (f', conditions {", ".join(conditions)}' if conditions else ''))
     if not val_set:
@@ -227,10 +223,6 @@ if __name__ == '__main__':
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = True
     raw_model = make_model()
-    resumed = None
-    if init_from == 'resume':
-        path = f'{out_dir}/ckpt.pt'
-        resumed = load_resumed(path, raw_model, train_set.encoder_hash, config, world, NOT_RESULTS)
     # on a CPU small grids are faster in plain memory order
     layout = torch.channels_last_3d if device.startswith('cuda') else torch.contiguous_format
     raw_model.to(device, memory_format=layout)
@@ -238,13 +230,9 @@ if __name__ == '__main__':
     parameters = list(raw_model.parameters())
     optimizer = torch.optim.Adam(parameters, lr=lr, betas=(beta1, beta2), fused=True)
     it, best_val = 0, math.inf
-    if resumed:
-        it, best_val = resumed['iter_num'], resumed['best_val']
-        optimizer.load_state_dict(resumed['optimizer'])
-        if ema:
-            ema.load_state_dict(resumed['ema'])
-        print0(f'resumed {out_dir}/ckpt.pt at iteration {it}')
-    del resumed
+    if init_from == 'resume':
+        it, best_val = go_on(f'{out_dir}/ckpt.pt', train_set.encoder_hash, config, world, NOT_RESULTS,
+                             raw_model, optimizer, ema)
     if rank == 0:
         others = (*autoencoder.parameters(), *(ema.parameters() if ema else ()))
         needed = step_bytes(globals(), ('raw_model',), [*parameters, *parameters, *others], rehearse)

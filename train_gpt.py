@@ -1,15 +1,11 @@
 """Train a GPT on the tokens of an autoencoder of train_vae.py; sample.py --mode=generate draws brains then.
 
     python train_gpt.py config/demo_gpt.py                            # phantoms, after config/demo.py
-    python train_gpt.py config/gpt.py --vae=out/neuroquant/best.pt    # 972 tokens on one GPU
-    torchrun --nproc_per_node=4 train_gpt.py config/gpt.py --batch_size=4
-    python train_gpt.py config/gpt.py --init_from=resume
+    torchrun --nproc_per_node=4 train_gpt.py config/gpt.py --vae=out/neuroquant/best.pt --batch_size=4
 
-The first start encodes the training and validation scans into latents_dir, as train_flow.py does. Every scan
-is a sample: those of a session show one anatomy, which the GPT sees as often as the session has scans, in
-whatever tokens the encoder gave each. Held-out bits per token count; beside them stand what frequencies in
-the training set would need. Writes out_dir/ckpt.pt (resume), best.pt (fewest held-out bits), log.jsonl,
-log.csv, config.py and, with matplotlib, curves.png.
+The first start encodes the scans into latents_dir. Every scan is a sample: those of a session show one anatomy,
+in whatever tokens the encoder gave each. Held-out bits per token count. Writes out_dir/ckpt.pt (resume), best.pt
+(fewest held-out bits), log.jsonl, log.csv, config.py and, with matplotlib, curves.png.
 """
 import copy
 import math
@@ -22,10 +18,10 @@ import torch.distributed as dist
 from common import (StepLog, adamw, all_reduce_mean, autocast, catch_signals, compile_whole, configure,
                     cosine, count_flops, explain_failures, git_commit, make_out_dir, print0, refuse_below_one,
                     refuse_overwriting, save_checkpoint, start_processes, stop_processes, update_average)
-from data import fingerprint, prefetch
+from data import fingerprint, has_split, prefetch
 from judge.figures import curves
-from latents import encode_sessions, load_autoencoder, load_resumed
-from model import GPT, GPTConfig, encoder_hash, model_args
+from latents import encode_all, go_on
+from model import GPT, GPTConfig, model_args
 from tokens import Tokens, baseline_bits, mean_nats, scan_bits
 
 # ---------------------------------------------------------------- settings
@@ -119,29 +115,25 @@ if __name__ == '__main__':
     stop = min(max_iters, iters)
 
     # ---- autoencoder and its tokens
-    autoencoder, vae_checkpoint, data_dir, latents_dir = load_autoencoder(vae, data_dir, latents_dir)
-    autoencoder.to(device)
-    if not hasattr(autoencoder, 'quantizer'):
-        raise SystemExit(f'--vae={vae}: its bottleneck is KL, so it has no tokens')
-    modalities = tuple(vae_checkpoint['config']['modalities'])
-    config |= dict(data_dir=data_dir, latents_dir=latents_dir)
     if rank == 0:
         make_out_dir(out_dir)
         refuse_overwriting(out_dir, init_from, overwrite)
-    name = encoder_hash(autoencoder)
-    encode_sessions(autoencoder, name, data_dir, modalities, latents_dir, rank, world, device)
-    if world > 1:
-        dist.barrier()
+    autoencoder, vae_checkpoint, data_dir, latents_dir = encode_all(
+        vae, data_dir, latents_dir, rank, world, device)
+    if not hasattr(autoencoder, 'quantizer'):
+        raise SystemExit(f'--vae={vae}: its bottleneck is KL, so it has no tokens')
+    config |= dict(data_dir=data_dir, latents_dir=latents_dir)
+    modalities = tuple(vae_checkpoint['config']['modalities'])
     source = autoencoder.quantizer, device, latents_dir, data_dir, modalities
     train_set = Tokens(*source, 'train', conditions, seed, rank, world)
-    try:
+    val_set = None
+    if has_split(data_dir, modalities, 'val'):
         val_set = Tokens(*source, 'val', conditions)
-    except SystemExit:
-        val_set = None
+    codes = autoencoder.config.num_codes
     print0(f'{latents_dir}: {train_set.n} training scans, {val_set.n if val_set else 0} for validation, '
-           f'{train_set.tokens.shape[1]} tokens each, {autoencoder.config.num_codes} codes')
+           f'{train_set.tokens.shape[1]} tokens each, {codes} codes')
     if val_set:
-        baselines = baseline_bits(train_set.tokens, val_set.tokens, autoencoder.config.num_codes)
+        baselines = baseline_bits(train_set.tokens, val_set.tokens, codes)
         beside = ', '.join(f'{name} {bits:.3f}' for name, bits in baselines.items())
         print0(f'held-out bits per token by frequencies: {beside}')
     else:
@@ -150,26 +142,18 @@ if __name__ == '__main__':
     # ---- model
     torch.manual_seed(seed)
     try:
-        network = GPTConfig(train_set.grid, autoencoder.config.num_codes, autoencoder.config.num_codebooks,
-                            layers, heads, width, dropout, tied, train_set.classes, train_set.vectors)
+        network = GPTConfig(train_set.grid, codes, autoencoder.config.num_codebooks, layers, heads, width,
+                            dropout, tied, train_set.classes, train_set.vectors)
         raw_model = GPT(network).to(device)
     except ValueError as e:
         raise SystemExit(f'model: {e}')
-    resumed = None
-    if init_from == 'resume':
-        path = f'{out_dir}/ckpt.pt'
-        resumed = load_resumed(path, raw_model, train_set.encoder_hash, config, world, NOT_RESULTS)
     ema = copy.deepcopy(raw_model).requires_grad_(False).eval() if ema_decay > 0 else None
     parameters = list(raw_model.parameters())
     optimizer = adamw(parameters, lr, (beta1, beta2), 1e-8, weight_decay)
     it, best_val = 0, math.inf
-    if resumed:
-        it, best_val = resumed['iter_num'], resumed['best_val']
-        optimizer.load_state_dict(resumed['optimizer'])
-        if ema:
-            ema.load_state_dict(resumed['ema'])
-        print0(f'resumed {out_dir}/ckpt.pt at iteration {it}')
-    del resumed
+    if init_from == 'resume':
+        it, best_val = go_on(f'{out_dir}/ckpt.pt', train_set.encoder_hash, config, world, NOT_RESULTS,
+                             raw_model, optimizer, ema)
     with torch.device('meta'):
         flops = 3 * count_flops(GPT(network), torch.empty(1, raw_model.length - 1, dtype=torch.int64))[1]
     n_parameters = sum(p.numel() for p in parameters)

@@ -25,7 +25,7 @@ from common import (Muon, StepLog, adamw, all_reduce_mean, autocast, catch_signa
                     load_checkpoint, make_out_dir, print0, refuse_below_one, refuse_changes,
                     refuse_overwriting, save_checkpoint, start_processes, step_flops, stop_processes,
                     update_average)
-from data import (Sessions, fingerprint, generators, prefetch, prepare_absent, read_index,
+from data import (Sessions, fingerprint, generators, has_split, prefetch, prepare_absent,
                   refuse_other_data)
 from judge import figures
 from judge.validate import validate
@@ -435,8 +435,9 @@ if __name__ == '__main__':
         dist.barrier()
     train_set = Sessions(data_dir, modalities, 'train', temperature, seed, rank, world, brain_patches)
     train_set.verify()
-    has_val = any(row['split'] == 'val' for row in read_index(data_dir, modalities)[0])
-    val_set = Sessions(data_dir, modalities, 'val') if has_val else None
+    val_set = None
+    if has_split(data_dir, modalities, 'val'):
+        val_set = Sessions(data_dir, modalities, 'val')
     print0(f'{data_dir}: {train_set.n} training sessions, {val_set.n if val_set else 0} for validation, '
            f'volumes {train_set.shape}, modalities {", ".join(modalities)}')
     if train_set.unused:

@@ -88,7 +88,7 @@ def loss_of(logits, truth):
     there = wanted.sum((0, 2, 3, 4)) > 0
     return F.cross_entropy(logits, truth) + 1 - (2 * both / sizes)[there].mean()
 
-def learn(data_dir, modalities, path, device, steps=400, batch_size=2, lr=1e-2, seed=0):
+def learn(data_dir, modalities, path, device, steps=600, batch_size=2, lr=1e-2, seed=0):
     """Train a SmallSegmenter on the training split of prepared data with label maps; write it to `path`.
 
     Half of the images are drawn anew from their maps, half are the stored ones; half of all are blurred.

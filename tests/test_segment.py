@@ -123,9 +123,10 @@ class Halves(torch.nn.Module):
 
     Shown a mirror image it takes one side for the other, as any network does.
     """
-    def __init__(self):
+    def __init__(self, confidence=1.0):
         super().__init__()
         self.likelihood = torch.nn.Conv3d(1, 33, 1)
+        self.confidence = confidence
 
     def forward(self, x):
         assert all(n % 32 == 0 for n in x.shape[2:])
@@ -133,7 +134,8 @@ class Halves(torch.nn.Module):
         left = torch.arange(x.shape[2])[:, None, None] < x.shape[2] // 2
         bright = x[0, 0] > 0.5
         for label, where in ((2, bright & left), (41, bright & ~left), (0, ~bright)):
-            p[0, SYNTHSEG_LABELS.index(label)][where] = 1
+            p[0, SYNTHSEG_LABELS.index(label)][where] = self.confidence
+        p[0, 0] += 1 - self.confidence
         return p
 
 @pytest.fixture(params=[1.0, 2.0, (1.5, 1.0, 2.0)])
@@ -149,6 +151,16 @@ def test_summed_posteriors_are_the_volume_in_mm3(of_halves):
     mm3 = segmentation.posterior_mm3
     want = 20 * 15 * 10 * np.prod(np.broadcast_to(spacing, 3))
     assert mm3[2] + mm3[41] == pytest.approx(want, rel=0.1)
+
+def test_half_a_posterior_is_half_a_volume(monkeypatch):
+    monkeypatch.setattr(segment, 'load_synthseg', lambda path: Halves(confidence=0.6))
+    monkeypatch.setattr(segment, 'clean_posteriors', lambda p: p)
+    volume = np.zeros((32, 32, 32), np.float32)
+    volume[:, :, :20] = 100
+    segmentation = SynthSegSegmenter('x.h5', 'cpu')(volume, 1.0)
+    hard = np.isin(segmentation.labels, (2, 41)).sum()
+    soft = segmentation.posterior_mm3[2] + segmentation.posterior_mm3[41]
+    assert soft == pytest.approx(0.6 * hard, rel=0.05)
 
 def test_sides_stay_theirs_through_flip_padding_and_resampling(of_halves):
     labels = of_halves[1].labels

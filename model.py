@@ -90,16 +90,20 @@ def zeroed(layer):
     return layer
 
 def space_to_depth(x):
-    """2x2x2 voxels as channels: (B, C, D, H, W) -> (B, 8C, D/2, H/2, W/2)."""
+    """2x2x2 voxels as channels: (B, C, D, H, W) -> (B, 8C, D/2, H/2, W/2). A slice counts as two alike."""
+    axis = missing_axis(x)
+    if axis is not None:
+        x = x.repeat_interleave(2, 2 + axis)
     B, C, D, H, W = x.shape
     blocks = x.reshape(B, C, D // 2, 2, H // 2, 2, W // 2, 2).permute(0, 1, 3, 5, 7, 2, 4, 6)
     return blocks.reshape(B, 8 * C, D // 2, H // 2, W // 2)
 
-def depth_to_space(x):
-    """Back: (B, 8C, d, h, w) -> (B, C, 2d, 2h, 2w)."""
+def depth_to_space(x, missing=None):
+    """Back: (B, 8C, d, h, w) -> (B, C, 2d, 2h, 2w); along a missing axis the mean of the two."""
     B, C, d, h, w = x.shape
     blocks = x.reshape(B, C // 8, 2, 2, 2, d, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
-    return blocks.reshape(B, C // 8, 2 * d, 2 * h, 2 * w)
+    volume = blocks.reshape(B, C // 8, 2 * d, 2 * h, 2 * w)
+    return volume if missing is None else volume.mean(2 + missing, keepdim=True)
 
 def group_norm(channels):
     """MAISI's: 32 groups, or the largest power of 2 that divides fewer or odd channels."""
@@ -216,6 +220,7 @@ class NeuroQuantConfig(QuantizerConfig):
     widths: tuple = (32, 64, 128, 256)  # channels of the four blocks, at 1/2, 1/4, 1/8, 1/16
     res_blocks: int = 1                 # 3x3x3 convolutions per block besides the strided one
     norm: str = 'group'                 # or 'none'
+    fold: bool = False                  # begin and end with blocks of 2x2x2 voxels: no layer at full size
     attention: bool = True              # factorised multi-axis attention (FMA) in encoder and decoder
     attn_levels: tuple = (0, 1, 2, 3)   # where: 0 is 1/2 of the size (the dearest), 3 is 1/16
     film: bool = True                   # modality stream and FiLM (M-FiLM); without it, a plain VQ-VAE
@@ -230,24 +235,30 @@ class EncoderBlock(nn.Module):
     """
     def __init__(self, c, level, c_in, c_out):
         super().__init__()
+        self.halves = not (c.fold and level == 0)  # blocks of voxels have half the size already
         self.skip = Conv(c_in, c_out, 1)
-        self.down = Conv(c_in, c_out, 3, stride=2, padding=1)
+        self.down = Conv(c_in, c_out, 3, stride=2 if self.halves else 1, padding=1)
         self.body = local_then_axial(c, level, c_out)
 
     def forward(self, x):
-        return self.skip(halve(x)) + self.body(self.down(x))  # (B, c_out, D/2, H/2, W/2)
+        small = halve(x) if self.halves else x
+        return self.skip(small) + self.body(self.down(x))  # (B, c_out, D/2, H/2, W/2)
 
 class Encoder(nn.Module):
-    """A stem at full size and four blocks, NeuroQuant 3.2. Only the half-size block is checkpointed."""
+    """A stem at full size and four blocks, NeuroQuant 3.2. Only the half-size block is checkpointed.
+
+    fold: no stem, the first block takes blocks of voxels.
+    """
     def __init__(self, c):
         super().__init__()
         self.checkpointing = False
-        widths = (c.widths[0] // 2, *c.widths)  # half the width at full size, where memory is dear
-        self.stem = Conv(1, widths[0], 3, padding=1)
+        self.fold = c.fold
+        widths = (8 if c.fold else c.widths[0] // 2, *c.widths)  # few at full size, where memory is dear
+        self.stem = None if c.fold else Conv(1, widths[0], 3, padding=1)
         self.blocks = nn.ModuleList(EncoderBlock(c, i, widths[i], widths[i + 1]) for i in range(4))
 
     def forward(self, x):
-        h = self.stem(x)  # (B, C1/2, D, H, W)
+        h = space_to_depth(x) if self.fold else self.stem(x)  # (B, 8, D/2, H/2, W/2) or (B, C1/2, D, H, W)
         for i, block in enumerate(self.blocks):
             h = run(self, block, h) if i == 0 else block(h)
         return h          # (B, C4, D/16, H/16, W/16)
@@ -295,14 +306,19 @@ class DecoderBlock(nn.Module):
 class Decoder(nn.Module):
     """The encoder's mirror, linear output. Only the half- and full-size stages are checkpointed.
 
-    At full size, where most time and memory would go, no attention and half of widths[0] channels.
+    At full size, where most time and memory would go, no attention and half of widths[0] channels; with fold
+    nothing at all, the last stage gives blocks of voxels.
     """
     def __init__(self, c):
         super().__init__()
         self.checkpointing = False
-        self.channels = (*reversed(c.widths), c.widths[0] // 2)  # of the five FiLM layers
+        self.channels = tuple(reversed(c.widths))  # of the FiLM layers
+        self.voxels = zeroed(Conv(c.widths[0], 8, 3, padding=1)) if c.fold else None
+        if not c.fold:
+            self.channels += (c.widths[0] // 2,)
         c_in = (c.anat_dim, *self.channels)
-        self.blocks = nn.ModuleList(DecoderBlock(c, 3 - i, c_in[i], c_in[i + 1]) for i in range(5))
+        stages = enumerate(zip(c_in, self.channels))
+        self.blocks = nn.ModuleList(DecoderBlock(c, 3 - i, *channels) for i, channels in stages)
         self.heads = nn.ModuleList(Conv(channels, 1, 3, padding=1) for channels in self.channels)
 
     def forward(self, z_q, film):
@@ -314,6 +330,8 @@ class Decoder(nn.Module):
                 x_hat = head(h)
             else:
                 x_hat = head(h) + double(x_hat, 'linear')            # (B, 1, 2^i d, 2^i h, 2^i w)
+        if self.voxels:
+            x_hat = double(x_hat, 'linear') + depth_to_space(self.voxels(h), missing_axis(h))
         return x_hat
 
 class NeuroQuant(Autoencoder):
@@ -965,8 +983,9 @@ def model_args(model):
 def encoder_hash(model):
     """16 hex digits that name an autoencoder's encoder and codebook, whatever its decoder."""
     args = model_args(model)
-    if args.get('norm') == 'group':
-        del args['norm']  # older networks keep their name
+    for key, usual in (('norm', 'group'), ('fold', False)):
+        if args.get(key) == usual:
+            del args[key]  # older networks keep their name
     digest = hashlib.sha256(repr(sorted(args.items())).encode())
     for name, tensor in model.state_dict().items():
         if not name.startswith(('decoder.', 'post.', 'film', 'mod_')):

@@ -65,6 +65,7 @@ modalities = ('T1w', 'T2w')
 widths = (32, 64, 128, 256)
 res_blocks = 1
 norm = 'group'
+fold = False             # of neuroquant
 quantizer = 'ema'
 num_codes = 4096
 num_codebooks = 1

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import step_flops
 from model import (AxialAttention, Conv, Conv3d, NeuroQuant, NeuroQuantConfig, ResBlock, double, double_axes,
-                   from_checkpoint, halve, model_args)
+                   depth_to_space, from_checkpoint, halve, model_args, space_to_depth)
 
 TINY = dict(widths=(16, 16, 16, 16), anat_dim=8, mod_dim=4, modality_dim=4, num_codes=16)
 
@@ -130,8 +130,29 @@ def test_slices_stay_channels_last_through_the_whole_network(axis):
     assert [name for name, stride in strides.items() if stride != 1] == []
 
 @pytest.mark.parametrize('axis', [0, 1, 2])
-def test_a_slice_goes_through_and_leaves_codebook_and_means_alone(axis):
-    model = tiny().train()
+def test_a_slice_in_blocks_of_voxels_is_a_volume_of_two_alike(axis):
+    size = without((8, 12, 6), axis)
+    x = torch.rand(2, 1, *size)
+    folded = space_to_depth(x)
+    twice = space_to_depth(x.repeat_interleave(2, 2 + axis))
+    assert torch.equal(folded, twice)
+    torch.testing.assert_close(depth_to_space(folded, axis), x)
+
+def test_a_folded_network_has_no_layer_at_full_size():
+    model = tiny(fold=True).eval()
+    seen = []
+    for layer in model.modules():
+        if isinstance(layer, Conv):
+            layer.register_forward_hook(lambda layer, args, out: seen.append(out.shape[2:]))
+    with torch.no_grad():
+        x_hat = model.reconstruct(torch.rand(1, 1, 32, 48, 32), 'T1w')
+    assert x_hat.shape == (1, 1, 32, 48, 32)
+    assert max(seen) == (16, 24, 16)
+
+@pytest.mark.parametrize('fold', [False, True])
+@pytest.mark.parametrize('axis', [0, 1, 2])
+def test_a_slice_goes_through_and_leaves_codebook_and_means_alone(axis, fold):
+    model = tiny(fold=fold).train()
     model(torch.rand(2, 1, 32, 32, 32), torch.tensor([0, 1]))
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     size = without((32, 48, 64), axis)
@@ -287,8 +308,9 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
     for kept, recomputed in zip(*gradients):
         torch.testing.assert_close(kept, recomputed)
 
-def test_every_parameter_gets_a_gradient_from_the_whole_objective():
-    model = tiny().train()
+@pytest.mark.parametrize('fold', [False, True])
+def test_every_parameter_gets_a_gradient_from_the_whole_objective(fold):
+    model = tiny(fold=fold).train()
     for p in model.parameters():
         nn.init.normal_(p, std=0.1)
     out = model(torch.rand(2, 1, 32, 32, 32), torch.tensor([0, 1]), torch.tensor([[0, 1], [1, 0]]))

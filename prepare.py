@@ -17,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 
@@ -339,9 +340,13 @@ def prepare_session(session):
     if not facts:
         start = time.perf_counter()
         make = {'phantom': make_phantom, 'labelmaps': make_from_labels}.get(source, make_session)
-        facts = make(session) | {'made_from': made_from, 'seconds': time.perf_counter() - start}
-        facts['peak_mib'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-        write_text(facts_path(session), json.dumps(facts))
+        try:
+            facts = make(session) | {'made_from': made_from, 'seconds': time.perf_counter() - start}
+            facts['peak_mib'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            write_text(facts_path(session), json.dumps(facts))
+        except OSError as e:  # of reading, ValueErrors tell
+            raise SystemExit(f'{out_dir}: cannot write there ({e.strerror or e}); make room and start again; '
+                             'what is written stays')
     if strict and facts['skipped']: raise SystemExit(f"{facts['skipped'][0]} (--strict=True)")
     return facts
 
@@ -363,6 +368,9 @@ def run_all(task, sessions):
         futures = [pool.submit(task, session) for session in sessions]
         try:
             return [future.result() for future in tqdm(as_completed(futures), **bar)]
+        except BrokenProcessPool:
+            raise SystemExit('a worker process was killed, most likely for want of memory: lower --workers and '
+                             'start again; what is written stays')
         finally:
             pool.shutdown(cancel_futures=True)  # after a failure, what has not begun never will
 

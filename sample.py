@@ -245,7 +245,7 @@ def save_codes(path, array):
     try:
         nifti.save_npy(path, array)
     except OSError as e:
-        raise ValueError(f'{path}: cannot write ({e.strerror})')
+        raise ValueError(f'{path}: cannot write ({e.strerror or e})')
 
 def about_tokens(path):
     """The file beside tokens that says which modality and encoder they come from."""

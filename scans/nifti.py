@@ -257,8 +257,13 @@ def save_npy(path, array):
     """Store an array as .npy, whole or not at all; returns the checksum of its voxels."""
     array = np.ascontiguousarray(array)
     part = part_of(path)
-    np.save(part, array)
-    os.replace(part, path)
+    try:
+        np.save(part, array)
+        os.replace(part, path)
+    except OSError:
+        if os.path.exists(part):
+            os.remove(part)
+        raise
     return zlib.crc32(array)
 
 # ---------------------------------------------------------------- grids

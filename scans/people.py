@@ -17,6 +17,7 @@ COLUMNS = {  # other names of columns, in small letters
     'session': ('session', 'session_id', 'ses', 'visit', 'visit_id', 'timepoint'),
     'sex': ('sex', 'gender'),
     'age': ('age', 'age_at_scan', 'age_years', 'age_at_visit', 'age (years)'),
+    'age_months': ('age_months', 'age_in_months', 'age (months)', 'age_at_scan_months', 'interview_age'),
 }
 
 # ---------------------------------------------------------------- tables
@@ -97,8 +98,13 @@ def sex_of(text, codes, table, unread):
     return ''
 
 def age_of(text, table, unread):
-    """The age in years as text, '' where it is not known; bands such as 26-30 and 89+ stay as they are."""
+    """The age in years as text, '' where it is not known; bands such as 26-30 and 89+ stay as they are.
+
+    18 months and 18mo are 1.5.
+    """
     if text.lower() in NOT_KNOWN: return ''
+    months = re.fullmatch(r'(\d+(?:[.,]\d*)?)\s*(?:mo|mos|months?)', text, re.IGNORECASE)
+    if months: return f"{float(months[1].replace(',', '.')) / 12:.4g}"
     number = re.fullmatch(r'(.*\d)\s*(?:y|yr|yrs|years?)', text, re.IGNORECASE)
     number = (number[1] if number else text).replace(',', '.')
     try:
@@ -113,6 +119,10 @@ def age_of(text, table, unread):
     if not math.isnan(years) and abs(years) != math.inf:
         unread.add(table, 'age', text, 'not an age in years; taken as not known')
     return ''
+
+def with_months(text):
+    """A number of months with its unit, for age_of."""
+    return text if text.lower() in NOT_KNOWN else f'{text} months'
 
 def known(**person):
     return {name: value for name, value in person.items() if value}
@@ -180,8 +190,10 @@ def read_bids_tables(root, sessions, notes, unread):
         if not subject and rows and not column_of(rows, 'subject'):
             notes.append(f'{table}: no column participant_id')
             continue
-        own = columns_of(rows, 'subject', 'session', 'sex', 'age')
+        own = columns_of(rows, 'subject', 'session', 'sex', 'age', 'age_months')
         for row in own:
+            if row['age_months'] and not row['age']:
+                row['age'] = with_months(row['age_months'])
             row['subject'] = subject or 'sub-' + row['subject'].removeprefix('sub-')
         own = [row for row in own if row['subject'] in subjects]
         for key, person in collect(own, table, sessions, unread).items():
@@ -218,7 +230,10 @@ def read_people(table, columns, sex_codes, subjects, sessions=(), unread=None):
         if not found and person.isascii() and person.isdigit():
             found = by_number[int(person)]
         if len(found) == 1:
-            own.append({kind: row.get(name, '') for kind, name in names.items()} | {'subject': found[0]})
+            values = {kind: row.get(name, '') for kind, name in names.items()}
+            if 'month' in names['age'].lower():
+                values['age'] = with_months(values['age'])
+            own.append(values | {'subject': found[0]})
     if not own:
         example = next(iter(sorted(subjects)), '(none)')
         raise SystemExit(f'{table}: none of its rows is of a subject that was found, such as {example}')

@@ -10,7 +10,7 @@ from prepare import FINDERS
 from scans import labels, sources
 from scans.files import printable
 from scans.folders import find_folder
-from scans.people import person_of
+from scans.people import person_of, read_people
 from test_brain import AFFINE, layered, noise
 from test_nifti import coordinates, head
 from test_prepare import add, prepared, table
@@ -185,6 +185,20 @@ def test_several_rows_without_visits_are_reported(visits):
 def test_ages_that_are_none_are_not_known(visits, age):
     persons, lines = known(visits, participants=f'participant_id\tage\nsub-1\t{age}\n')
     assert persons[0] == ('', '') and bool(lines) == (age in ('-999', 'old', '999'))
+
+@pytest.mark.parametrize('column, text', [
+    ('age', '18 months'), ('age', '18mo'), ('age_months', '18'), ('interview_age', '18'), ('age (months)', '18')])
+def test_ages_in_months_become_years(visits, column, text):
+    assert known(visits, participants=f'participant_id\t{column}\nsub-1\t{text}\n')[0][0] == ('', '1.5')
+
+def test_years_count_more_than_months(visits):
+    text = 'participant_id\tage\tage_months\nsub-1\t2\t18\n'
+    assert known(visits, participants=text)[0][0] == ('', '2')
+
+def test_a_spreadsheets_months_become_years(tmp_path):
+    (tmp_path / 'who.csv').write_text('subject,sex,age_months\nsub-1,F,30\n')
+    persons = read_people(str(tmp_path / 'who.csv'), ('subject', 'sex', 'age_months'), (), ['sub-1'])
+    assert persons['sub-1'] == {'sex': 'F', 'age': '2.5'}
 
 @pytest.mark.parametrize('age, expected', [
     ('31', '31'), ('35.80', '35.80'), ('35,5', '35.5'), ('041Y', '41'), ('89+', '89+')])

@@ -2,11 +2,15 @@
 import csv
 import json
 import os
+import resource
+import subprocess
+import sys
 
 import nibabel as nib
 import numpy as np
 import pytest
 
+import prepare as script
 from conftest import ROOT, play, refused, run
 from prepare import hash_of, split_of, split_subjects
 from test_nifti import head, nans, save, store, truncated
@@ -350,3 +354,26 @@ def test_a_box_that_neuroquant_does_not_take_is_named_with_the_nearest_that_it_t
     small = ['--n=1', '--workers=1', f'--out_dir={tmp_path}/out']
     printed = play('prepare.py', '--source=phantom', '--shape=30,44,30', *small)
     assert 'warning: --shape=30,44,30' in printed and 'box is 32,48,32' in printed
+
+# ---------------------------------------------------------------- what ends a run
+
+def die(session):
+    os._exit(1)
+
+def test_a_killed_worker_costs_one_line(monkeypatch):
+    monkeypatch.setattr(script, 'workers', 2)
+    monkeypatch.setattr(script, 'config', {}, raising=False)
+    with pytest.raises(SystemExit, match='lower --workers'):
+        script.run_all(die, [1, 2])
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_a_full_disk_costs_one_line_and_leaves_no_half_volume(tmp_path, workers):
+    def little_room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    command = [sys.executable, 'prepare.py', '--source=phantom', '--n=2', '--shape=48,48,48',
+               f'--out_dir={tmp_path}/out', f'--workers={workers}']
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, preexec_fn=little_room)
+    assert done.returncode == 1
+    assert 'cannot write there' in done.stderr and 'Traceback' not in done.stderr
+    assert not [name for name in os.listdir(tmp_path / 'out') if name.endswith('.npy') or 'part' in name]

@@ -22,8 +22,8 @@ def encode_all(path, data_dir, latents_dir, rank, world, device):
     """Write the latents of all scans, whichever are missing, by the autoencoder of a checkpoint.
 
     data_dir: '' for the one that it was trained on. latents_dir: '' for one beside the checkpoint.
-    returns the autoencoder, its checkpoint, and both folders. SystemExit with one line for another network, or
-    for several data sets.
+    returns the autoencoder, its checkpoint, and both folders. SystemExit with one line for another network,
+    or for several data sets.
     """
     checkpoint = load_checkpoint(path)
     model = from_checkpoint(checkpoint).to(device)
@@ -44,9 +44,9 @@ def encode_all(path, data_dir, latents_dir, rank, world, device):
 def go_on(path, made_by, config, world, free, model, optimizer, average):
     """Load the checkpoint of a run on latents into its parts; returns its iteration and best validation.
 
-    made_by: encoder_hash of the latents. average: the averaged model, or None. SystemExit with one line if the
-    run is of another network, autoencoder or data set, or, without --resume_changed, if a setting has changed
-    that is not in `free`.
+    made_by: encoder_hash of the latents. average: the averaged model, or None. SystemExit with one line if
+    the run is of another network, autoencoder or data set, or, without --resume_changed, if a setting has
+    changed that is not in `free`.
     """
     checkpoint = load_checkpoint(path)
     if checkpoint['model_args'] != model_args(model) or checkpoint.get('encoder_hash') != made_by:

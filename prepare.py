@@ -369,8 +369,8 @@ def run_all(task, sessions):
         try:
             return [future.result() for future in tqdm(as_completed(futures), **bar)]
         except BrokenProcessPool:
-            raise SystemExit('a worker process was killed, most likely for want of memory: lower --workers and '
-                             'start again; what is written stays')
+            raise SystemExit('a worker process was killed, most likely for want of memory: lower --workers '
+                             'and start again; what is written stays')
         finally:
             pool.shutdown(cancel_futures=True)  # after a failure, what has not begun never will
 

@@ -3,9 +3,9 @@
     python train_gpt.py config/demo_gpt.py                            # phantoms, after config/demo.py
     torchrun --nproc_per_node=4 train_gpt.py config/gpt.py --vae=out/neuroquant/best.pt --batch_size=4
 
-The first start encodes the scans into latents_dir. Every scan is a sample: those of a session show one anatomy,
-in whatever tokens the encoder gave each. Held-out bits per token count. Writes out_dir/ckpt.pt (resume), best.pt
-(fewest held-out bits), log.jsonl, log.csv, config.py and, with matplotlib, curves.png.
+The first start encodes the scans into latents_dir. Every scan is a sample: those of a session show one
+anatomy, in whatever tokens the encoder gave each. Held-out bits per token count. Writes out_dir/ckpt.pt
+(resume), best.pt (fewest held-out bits), log.jsonl, log.csv, config.py and, with matplotlib, curves.png.
 """
 import copy
 import math

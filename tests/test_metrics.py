@@ -9,7 +9,7 @@ from scipy import linalg, ndimage
 from judge.metrics import (
     channel_cosine, code_use, dice, effective_rank, explained_variance, fidelity, frechet_distance,
     frechet_parts, latent_geometry, moments, region_volumes_mm3, summarise, tsne)
-from judge.references import dct_codec
+from judge.references import PrincipalComponents, dct_codec
 from judge.sets import feature_moments, slice_frechet
 from losses import psnr, ssim, ssim_map
 
@@ -63,6 +63,52 @@ def test_dct_codec_with_bits_to_spare_returns_the_volume():
     rng = np.random.default_rng(0)
     x = np.clip(ndimage.gaussian_filter(rng.random((24, 32, 24)), 2) * 3 - 1, 0, 1).astype(np.float32)
     assert np.abs(dct_codec(x, 1e7) - x).max() < 1e-3
+
+class Volumes:
+    """What PrincipalComponents wants of a data.Sessions: arrays of one modality."""
+    def __init__(self, arrays):
+        self.arrays, self.n = arrays, len(arrays)
+
+    def present(self, i):
+        return [0]
+
+    def volume(self, i, m):
+        return self.arrays[i]
+
+@pytest.fixture
+def brains():
+    """20 volumes that differ in three ways, and a little noise."""
+    rng = np.random.default_rng(0)
+    ways = ndimage.gaussian_filter(rng.normal(size=(3, 12, 16, 12)), (0, 2, 2, 2))
+    brains = np.tensordot(rng.normal(size=(20, 3)) * (4, 2, 1), ways, 1) + 0.5
+    return (brains + 0.01 * rng.normal(size=brains.shape)).astype(np.float32)
+
+def test_components_with_bits_to_spare_return_a_training_volume(brains):
+    components = PrincipalComponents(Volumes(brains), 0)
+    assert np.abs(components.code(brains[3], 1e5) - brains[3]).max() < 1e-3
+
+def test_components_without_bits_return_the_mean(brains):
+    components = PrincipalComponents(Volumes(brains), 0)
+    np.testing.assert_allclose(components.code(brains[3], 0), brains.mean(0), atol=1e-5)
+
+def test_components_code_others_with_few_bits_and_never_more_than_allowed(brains):
+    components = PrincipalComponents(Volumes(brains[:15]), 0)
+    errors = []
+    for bits in (0, 6, 15, 40):
+        errors.append(np.square(components.code(brains[17], bits) - brains[17]).mean())
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.002
+
+def test_a_gaussians_entropy_is_that_of_its_rounded_values(brains):
+    components = PrincipalComponents(Volumes(brains), 0)
+    step = components.sd.max() / 8
+    rng = np.random.default_rng(1)
+    total = 0
+    for sd in components.sd:
+        _, counts = np.unique(np.round(rng.normal(size=200_000) * sd / step), return_counts=True)
+        p = counts / counts.sum()
+        total -= (p * np.log2(p)).sum()
+    assert components.bits(step) == pytest.approx(total, rel=0.03)
 
 # ---------------------------------------------------------------- codes
 

@@ -187,7 +187,8 @@ def test_ages_that_are_none_are_not_known(visits, age):
     assert persons[0] == ('', '') and bool(lines) == (age in ('-999', 'old', '999'))
 
 @pytest.mark.parametrize('column, text', [
-    ('age', '18 months'), ('age', '18mo'), ('age_months', '18'), ('interview_age', '18'), ('age (months)', '18')])
+    ('age', '18 months'), ('age', '18mo'), ('age_months', '18'), ('interview_age', '18'),
+    ('age (months)', '18')])
 def test_ages_in_months_become_years(visits, column, text):
     assert known(visits, participants=f'participant_id\t{column}\nsub-1\t{text}\n')[0][0] == ('', '1.5')
 

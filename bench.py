@@ -32,9 +32,9 @@ import synth
 from common import autocast, compile_whole, configure, load_checkpoint, save_checkpoint, start_processes
 from data import Sessions, prefetch, read_folder
 from flow import flow_matching_loss, sample
+from judge.cost import counting
 from judge.selfcheck import rates, run_all, timings
 from losses import PatchDiscriminator, adversarial_loss, kl_loss, reconstruction_loss
-from memory import counting
 from scans import nifti
 from slabs import slabwise
 

@@ -15,7 +15,6 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
 # ---------------------------------------------------------------- settings
 
@@ -226,28 +225,6 @@ def peak_flops(device):
              'A40': 150e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'A6000': 155e12}
     name = torch.cuda.get_device_name(device)
     return next((peak for card, peak in peaks.items() if card in name), 0.0)
-
-def step_flops(model, shape):
-    """FLOP (2 per multiply-add) of an autoencoder to encode and to decode one (D,H,W) volume or slice."""
-    c = model.config
-    if getattr(c, 'dims', 3) == 2:
-        shape = [n for n in shape if n != 1]
-    with torch.device('meta'):  # a twin without weights
-        twin = type(model)(c).eval()
-        x = torch.empty(1, getattr(c, 'in_channels', 1), *shape)
-    (z, z_mod), encoding = count_flops(twin.encode, x)
-    film = [twin.film(z_mod, 0)] if hasattr(twin, 'film') else []
-    return encoding, count_flops(twin.decode, z, *film)[1]
-
-def unet_flops(model, shape):
-    """FLOP of one forward pass of a FlowUNet on a (C,d,h,w) latent."""
-    with torch.device('meta'):
-        return count_flops(type(model)(model.config), torch.empty(1, *shape), torch.empty(1))[1]
-
-def count_flops(function, *args):
-    with FlopCounterMode(display=False) as counter:
-        result = function(*args)
-    return result, counter.get_total_flops()
 
 # ---------------------------------------------------------------- optimiser, weights and checkpoints
 

@@ -2,6 +2,7 @@
 
 Images are float in [0, 1]. A batch of slices may be 4-D (B, C, H, W) or 5-D with one axis of length 1.
 """
+import copy
 import math
 
 import torch
@@ -348,6 +349,19 @@ def perceptual_loss(network, x_hat, x, fraction=0.2, generators=None):
     return loss
 
 # ---------------------------------------------------------------- discriminators on volumes and slices
+
+def refuse_small(judge, shape):
+    """SystemExit if volumes (D,H,W), or their slices, are too small for a PatchDiscriminator or an LPIPS."""
+    discriminates = isinstance(judge, PatchDiscriminator)
+    dims = judge.dims if discriminates else 2
+    smallest = torch.empty(1, 1, *sorted(n for n in shape if n > 1)[:dims], device='meta')
+    images = [smallest] if discriminates else [smallest, smallest]
+    try:
+        copy.deepcopy(judge).to('meta')(*images)
+    except (RuntimeError, ValueError) as e:
+        name = 'PatchGAN' if discriminates else 'perceptual network'
+        raise SystemExit(f'--patch: the {dims}D {name} wants larger ones than {"x".join(map(str, shape))} '
+                         f'({str(e).splitlines()[0]})')
 
 def mean_over_views(term, discriminators, volumes, fraction, generators):
     """Mean over the discriminators of each one's mean of term(discriminator, *views).

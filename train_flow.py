@@ -19,12 +19,12 @@ import torch.distributed as dist
 
 from common import (StepLog, all_reduce_mean, autocast, catch_signals, compile_whole, configure,
                     explain_failures, git_commit, make_out_dir, print0, refuse_below_one, refuse_overwriting,
-                    save_checkpoint, start_processes, stop_processes, unet_flops, update_average)
+                    save_checkpoint, start_processes, stop_processes, update_average)
 from data import fingerprint, has_split, prefetch
 from flow import draw_times, flow_matching_loss, sample
+from judge.cost import available_bytes, memory_line, step_bytes, unet_flops
 from judge.figures import curves, views
 from latents import Latents, encode_all, go_on
-from memory import available_bytes, memory_line, step_bytes
 from model import FlowUNet, FlowUNetConfig, model_args
 
 # ---------------------------------------------------------------- settings; the defaults are DeCo-VAE's

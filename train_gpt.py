@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 
 from common import (StepLog, adamw, all_reduce_mean, autocast, catch_signals, compile_whole, configure,
-                    cosine, count_flops, explain_failures, git_commit, make_out_dir, print0, refuse_below_one,
+                    cosine, explain_failures, git_commit, make_out_dir, print0, refuse_below_one,
                     refuse_overwriting, save_checkpoint, start_processes, stop_processes, update_average)
 from data import fingerprint, has_split, prefetch
+from judge.cost import count_flops
 from judge.figures import curves
 from latents import encode_all, go_on
 from model import GPT, GPTConfig, model_args

@@ -23,15 +23,14 @@ import torch.distributed as dist
 from common import (Muon, StepLog, adamw, all_reduce_mean, autocast, catch_signals, changes, compile_for,
                     compile_whole, configure, cosine, explain_failures, for_muon, git_commit,
                     load_checkpoint, make_out_dir, print0, refuse_below_one, refuse_changes,
-                    refuse_overwriting, save_checkpoint, start_processes, step_flops, stop_processes,
-                    update_average)
-from data import (Sessions, fingerprint, generators, has_split, prefetch, prepare_absent,
-                  refuse_other_data)
+                    refuse_overwriting, save_checkpoint, start_processes, stop_processes, update_average)
+from data import Sessions, fingerprint, generators, has_split, prefetch, prepare_absent, refuse_other_data
 from judge import figures
+from judge.cost import available_bytes, memory_line, step_bytes, step_flops
 from judge.validate import validate
 from losses import (ModalityClassifier, PatchDiscriminator, adversary_loss, cov_loss, discriminator_term,
-                    generator_term, kl_loss, perceptual_loss, reconstruction_loss, sid_loss, ssim, var_loss)
-from memory import available_bytes, memory_line, step_bytes
+                    generator_term, kl_loss, perceptual_loss, reconstruction_loss, refuse_small, sid_loss,
+                    ssim, var_loss)
 from model import KINDS, model_args
 from pretrained import LPIPS
 from quantize import hold_statistics, move_statistics, perplexity
@@ -349,19 +348,6 @@ def make_model():
         raise SystemExit(f'model: {e}')
     return made
 
-def check_judges():
-    """SystemExit with one line if volumes, or their slices, are too small for a network that judges them."""
-    judges = [('PatchGAN', network, network.dims) for network in discriminators]
-    judges += [('perceptual network', lpips, 2)] if lpips else []
-    size = [n for n in sample_shape if n > 1]
-    for name, network, dims in judges:
-        x = torch.empty(1, 1, *sorted(size)[:dims], device='meta')
-        try:
-            copy.deepcopy(network).to('meta')(*[x] * (2 if network is lpips else 1))
-        except (RuntimeError, ValueError) as e:
-            raise SystemExit(f'--patch={patch}: the {dims}D {name} wants larger ones than '
-                             f'{"x".join(map(str, sample_shape))} ({str(e).splitlines()[0]})')
-
 def load_start():
     """Load the weights that init_from names; returns the checkpoint if a run is resumed, else None."""
     if init_from == 'scratch': return None
@@ -463,7 +449,8 @@ if __name__ == '__main__':
         lpips.to(device)
         if lpips.random:
             print0("perceptual='random': the perceptual loss compares random features, it is not LPIPS")
-    check_judges()
+    for judge in (*discriminators, *([lpips] if lpips else [])):
+        refuse_small(judge, sample_shape)
     resumed = load_start()
     memory_format = torch.channels_last if kind == 'convvae' and dims == 2 else torch.channels_last_3d
     raw_model.to(device, memory_format=memory_format)

@@ -21,11 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-import common
-import memory
 import model
+from judge import cost
 
-step_flops = common.step_flops
+step_flops = cost.step_flops
 
 @functools.cache
 def flops_of(kind, fields, shape):
@@ -33,18 +32,18 @@ def flops_of(kind, fields, shape):
     return step_flops(network(config(**dict(fields))), shape)
 
 def cached_step_flops(network, shape):
-    """common.step_flops, counted once per kind of network in a test process."""
+    """cost.step_flops, counted once per kind of network in a test process."""
     fields = tuple(vars(network.config).items())
     return flops_of(model.model_args(network)['kind'], fields, tuple(shape))
 
-common.step_flops = cached_step_flops
+cost.step_flops = cached_step_flops
 
 def counted_elsewhere(*args):
-    """Instead of memory.step_bytes, which takes seconds: tests/test_memory.py has it."""
+    """Instead of cost.step_bytes, which takes seconds: tests/test_cost.py has it."""
     return None
 
-step_bytes = memory.step_bytes
-memory.step_bytes = counted_elsewhere
+step_bytes = cost.step_bytes
+cost.step_bytes = counted_elsewhere
 
 def run(script, *args):
     """A script of the project as a user runs it; returns the finished process with its text output.

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import step_flops
+from judge.cost import step_flops
 from model import (Attention, ConvVAE, ConvVAEConfig, depth_to_space, from_checkpoint, model_args,
                    space_to_depth)
 from pretrained import load_maisi_vae, load_sd_vae

@@ -5,7 +5,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import step_flops
+from judge.cost import step_flops
 from model import (AxialAttention, Conv, Conv3d, NeuroQuant, NeuroQuantConfig, ResBlock, double, double_axes,
                    depth_to_space, from_checkpoint, halve, model_args, space_to_depth)
 

@@ -2,9 +2,9 @@
 import pytest
 import torch
 
-import memory
 from conftest import TINY, play, step_bytes
-from memory import Live, available_bytes, free_bytes, group_bytes, memory_line
+from judge import cost
+from judge.cost import Live, available_bytes, free_bytes, group_bytes, memory_line
 from model import ConvVAE, ConvVAEConfig
 
 # ---------------------------------------------------------------- counting
@@ -88,8 +88,8 @@ def test_the_limits_of_control_groups_count_without_the_files_they_cache(tmp_pat
     assert group_bytes(tmp_path, tmp_path / 'groups') == [800]
 
 def test_processes_of_one_machine_share_its_memory(monkeypatch):
-    monkeypatch.setattr(memory, 'free_bytes', lambda: 100)
-    monkeypatch.setattr(memory, 'group_bytes', lambda: [80])
+    monkeypatch.setattr(cost, 'free_bytes', lambda: 100)
+    monkeypatch.setattr(cost, 'group_bytes', lambda: [80])
     assert available_bytes('cpu') == 80
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
     assert available_bytes('cpu') == 20
@@ -101,7 +101,7 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch):
     ['--kind=convvae', '--w_perc=1', '--perceptual=random', '--w_discriminator=1', '--modalities=T1w',
      '--w_ssim=0', '--w_cross=0', '--widths=8,8', '--attn_levels=', '--w_kl=1']])
 def test_training_says_what_a_step_holds(monkeypatch, tiny_data, tmp_path, flags):
-    monkeypatch.setattr(memory, 'step_bytes', step_bytes)
+    monkeypatch.setattr(cost, 'step_bytes', step_bytes)
     printed = play('train_vae.py', *TINY, f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/out',
                    '--max_iters=1', '--eval_sessions=1', *flags)
     line = next(line for line in printed.splitlines() if 'memory' in line)

@@ -1,4 +1,4 @@
-"""What a training step holds in memory, counted on tensors without content, and what the machine has."""
+"""What a training step costs: FLOP and memory, counted on tensors without content; and what the machine has."""
 import contextlib
 import copy
 import logging
@@ -12,6 +12,31 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+# ---------------------------------------------------------------- FLOP
+
+def step_flops(model, shape):
+    """FLOP (2 per multiply-add) of an autoencoder to encode and to decode one (D,H,W) volume or slice."""
+    c = model.config
+    if getattr(c, 'dims', 3) == 2:
+        shape = [n for n in shape if n != 1]
+    with torch.device('meta'):  # a twin without weights
+        twin = type(model)(c).eval()
+        x = torch.empty(1, getattr(c, 'in_channels', 1), *shape)
+    (z, z_mod), encoding = count_flops(twin.encode, x)
+    film = [twin.film(z_mod, 0)] if hasattr(twin, 'film') else []
+    return encoding, count_flops(twin.decode, z, *film)[1]
+
+def unet_flops(model, shape):
+    """FLOP of one forward pass of a FlowUNet on a (C,d,h,w) latent."""
+    with torch.device('meta'):
+        return count_flops(type(model)(model.config), torch.empty(1, *shape), torch.empty(1))[1]
+
+def count_flops(function, *args):
+    with FlopCounterMode(display=False) as counter:
+        result = function(*args)
+    return result, counter.get_total_flops()
 
 # ---------------------------------------------------------------- what a step holds
 

@@ -192,6 +192,15 @@ class ModalityClassifier(nn.Module):
     def forward(self, z):
         return self.mlp(self.features(z).mean((2, 3, 4)))
 
+def alignment_loss(z_anat, pairs):
+    """Mean squared distance between z_anat (B, C, d, h, w) of scans that are one session's, in its variances.
+
+    pairs (P, 2): their rows; 0 without any. 2 for latents that have nothing to do with one another.
+    """
+    if not len(pairs): return z_anat.new_zeros(())
+    distance = (z_anat[pairs[:, 0]] - z_anat[pairs[:, 1]]).square().mean()
+    return distance / z_anat.detach().var((0, 2, 3, 4)).mean().clamp(min=1e-8)
+
 def adversary_loss(classifier, z, modality, alpha):
     """Mean cross entropy of what the classifier says of z (B, C, d, h, w); NeuroQuant eq. 15.
 

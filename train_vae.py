@@ -28,9 +28,9 @@ from data import Sessions, fingerprint, generators, has_split, prefetch, prepare
 from judge import figures
 from judge.cost import available_bytes, memory_line, step_bytes, step_flops
 from judge.validate import validate
-from losses import (ModalityClassifier, PatchDiscriminator, adversary_loss, cov_loss, discriminator_term,
-                    generator_term, kl_loss, perceptual_loss, reconstruction_loss, refuse_small, sid_loss,
-                    ssim, var_loss)
+from losses import (ModalityClassifier, PatchDiscriminator, adversary_loss, alignment_loss, cov_loss,
+                    discriminator_term, generator_term, kl_loss, perceptual_loss, reconstruction_loss,
+                    refuse_small, sid_loss, ssim, var_loss)
 from model import KINDS, model_args
 from pretrained import LPIPS
 from quantize import hold_statistics, move_statistics, perplexity
@@ -91,6 +91,7 @@ w_commit = 0.25          # beta of eq. 7
 w_cross = 0.5            # eq. 14, over every ordered pair of a session's modalities
 cross_start = 2000       # steps before w_cross sets in
 cross_ramp = 2000        # steps of its linear rise
+w_align = 0.0            # of the distance between one session's anatomy latents; our own, not the paper's
 w_adv = 0.001            # scale of the reversed gradient, eq. 15; the classifier itself learns at full weight
 adv_start = 5000         # steps before both begin; the scale rises over the rest of the 3D phase
 # objective of convvae: L1 + the following, DeCo eq. 1 and 7; 0 leaves a term out
@@ -235,6 +236,7 @@ def loss_weights(it):
         'commit': w_commit,
         'adv': 1.0,
         'cross': get_w_cross(it),
+        'align': w_align,
         'recon_2d': 1.0,
         'commit_2d': 0.0,  # "only L_rec^2D is computed", NeuroQuant 3.5
         'ssim': w_ssim,
@@ -266,6 +268,8 @@ def neuroquant_terms(batch, what, it):
         if len(pairs):
             error = reconstruction_loss(out['x_cross'], x[pairs[:, 1]], 0.0, recon)
             terms['cross'] = batch['pair_share'] * error
+    if w_align > 0:
+        terms['align'] = batch['pair_share'] * alignment_loss(out['z_anat'].float(), pairs)
     return terms, out['x_hat']
 
 def convvae_terms(batch, what, it):

@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 
 from conftest import Precision
 from losses import (ModalityClassifier, PatchDiscriminator, Product, adversarial_loss, adversary_loss,
-                    cov_loss, generator_loss, generator_term, grad_reverse, kl_loss, ms_ssim,
+                    alignment_loss, cov_loss, generator_loss, generator_term, grad_reverse, kl_loss, ms_ssim,
                     perceptual_loss, psnr, random_slices, reconstruction_loss, sid_loss, ssim, vad_loss,
                     var_loss)
 
@@ -157,6 +157,19 @@ def test_latent_losses_have_finite_gradients_even_for_dead_channels():
     z.requires_grad_()
     (sid_loss(z) + vad_loss(z) + var_loss(z, form='two_sided_var')).backward()
     assert z.grad.isfinite().all() and z.grad.abs().sum() > 0
+
+def test_alignment_is_0_for_equal_latents_and_2_for_strangers():
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 8, 16, 16, 16, generator=g)
+    pair = torch.tensor([[0, 1], [1, 0]])
+    assert alignment_loss(z, pair).item() == pytest.approx(2, rel=0.02)
+    assert alignment_loss(torch.cat([z[:1], z[:1]]), pair) == 0
+    assert alignment_loss(z, pair[:0]) == 0
+
+def test_alignment_does_not_depend_on_the_latents_scale():
+    z = torch.randn(3, 4, 5, 6, 7, generator=torch.Generator().manual_seed(0))
+    pair = torch.tensor([[0, 2]])
+    assert alignment_loss(100 * z, pair).item() == pytest.approx(alignment_loss(z, pair).item(), rel=1e-5)
 
 def test_kl_equals_torchs_and_its_reductions_differ_by_the_number_of_elements():
     mu = torch.randn(3, 4, 2, 3, 2)

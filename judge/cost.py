@@ -1,4 +1,4 @@
-"""What a training step costs: FLOP and memory, counted on tensors without content; and what the machine has."""
+"""What a training step costs, FLOP and memory, counted on tensors without content; what the machine has."""
 import contextlib
 import copy
 import logging

@@ -17,13 +17,13 @@ from model import ConvVAE, ConvVAEConfig, FlowUNet, FlowUNetConfig
 # ---------------------------------------------------------------- reading
 
 def read_weights(path, what):
-    """The state dict of a torch.save file. SystemExit with one line that says `what` is wanted."""
+    """The state dict of a torch.save file. SystemExit with one line that ends in `what`."""
     if not os.path.isfile(path):
-        raise SystemExit(f'{path or "(no path given)"}: no such file; wanted is {what}')
+        raise SystemExit(f'{path or "(no path given)"}: no such file; {what}')
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
-        raise SystemExit(f'{path}: not a readable checkpoint ({type(e).__name__}); wanted is {what}')
+        raise SystemExit(f'{path}: not a readable checkpoint ({type(e).__name__}); {what}')
 
 def bare(state_dict, wrappers=('autoencoder', 'unet_state_dict', 'state_dict')):
     """The state dict inside a checkpoint, without the prefixes of DDP and compile wrappers."""
@@ -298,11 +298,11 @@ class LPIPS(nn.Module):
         for name, values in (('shift', [-0.030, -0.088, -0.188]), ('scale', [0.458, 0.448, 0.450])):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
         if not self.random:
-            without = 'of train_vae.py, which goes without by --w_perc=0; --lpips_{} of evaluate.py'
-            state = read_weights(trunk_path, f'https://download.pytorch.org/models/{trunk.file}, '
-                                             f'for --perc_trunk {without.format("trunk")}')
-            source = 'https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1'
-            lins = read_weights(lin_path, f'{source}/{net}.pth, for --perc_lin {without.format("lin")}')
+            what = (f'LPIPS wants two files: https://download.pytorch.org/models/{trunk.file} as --perc_trunk '
+                    'and https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/'
+                    f'{net}.pth as --perc_lin (of evaluate.py --lpips_trunk and --lpips_lin); '
+                    '--w_perc=0 goes without')
+            state, lins = read_weights(trunk_path, what), read_weights(lin_path, what)
             fill(self.features, {key[9:]: v for key, v in bare(state).items() if key.startswith('features.')})
             fill(self.weights, {key: v.flatten() for key, v in bare(lins).items()},
                  {str(i): f'lin{i}.model.1.weight' for i in range(len(trunk.channels))})
@@ -372,7 +372,8 @@ def load_radimagenet(path, released=False):
     released: as the released DeCo-VAE reads it, into torchvision's layout, which drops the 53 biases and
     moves the strides; only for parity with its numbers.
     """
-    state = bare(read_weights(path, 'RadImageNet-ResNet50_notop.pth (github.com/Warvito/radimagenet-models)'))
+    what = 'wanted is RadImageNet-ResNet50_notop.pth (github.com/Warvito/radimagenet-models)'
+    state = bare(read_weights(path, what))
     if released:
         state = {key: value for key, value in state.items()
                  if not re.search(r'(conv.*|downsample\.0)\.bias$', key)}

@@ -25,6 +25,7 @@ min_lr = 1e-5
 beta2 = 0.99
 warmup_iters = 20
 lr_decay_iters = 900
+w_align = 0.001          # T1w and T2w of a session share two thirds of their tokens, without it a third
 cross_start = 450
 cross_ramp = 50
 adv_start = 450

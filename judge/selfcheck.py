@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -24,8 +25,8 @@ from common import Muon, adamw, compile_for, update_average
 from flow import flow_matching_loss
 from losses import (ModalityClassifier, PatchDiscriminator, adversary_loss, generator_term, kl_loss,
                     perceptual_loss, reconstruction_loss, ssim)
-from model import (ConvVAE, ConvVAEConfig, FlowUNet, FlowUNetConfig, NeuroQuant, NeuroQuantConfig,
-                   double_axes, group_norm)
+from model import (GPT, ConvVAE, ConvVAEConfig, FlowUNet, FlowUNetConfig, GPTConfig, NeuroQuant,
+                   NeuroQuantConfig, double_axes, group_norm)
 from pretrained import LPIPS
 from quantize import VectorQuantizer
 
@@ -143,6 +144,11 @@ def networks(device):
         parts[f'NeuroQuant decoder, {name}'] = nq.decoder, (z, film)
     parts['ConvVAE encoder'] = vae.encoder, (torch.rand(2, 1, 16, 16, 16, device=device),)
     parts['ConvVAE decoder'] = vae.decoder, (torch.randn(2, 4, 8, 8, 8, device=device),)
+    folded = randomised(NeuroQuant(replace(SMALL, fold=True, norm='none'))).to(device)
+    parts['folded encoder'] = folded.encoder, (torch.rand(2, 1, 32, 48, 32, device=device),)
+    parts['folded decoder'] = folded.decoder, (torch.randn(2, 8, 2, 3, 2, device=device), film[:4])
+    gpt = randomised(GPT(GPTConfig(grid=(2, 3, 2), num_codes=16, layers=2, heads=2, width=32))).to(device)
+    parts['GPT'] = gpt, (torch.randint(16, (2, 11), device=device),)
     parts['FlowUNet'] = flow, (torch.randn(2, 4, 8, 8, 8, device=device), t)
     return parts
 

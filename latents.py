@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common import load_checkpoint, make_out_dir, print0, refuse_changes, write_text
-from data import Sessions, draw, open_npy, random, read_index, refuse_other_data
+from common import git_commit, load_checkpoint, make_out_dir, print0, refuse_changes, write_text
+from data import Sessions, draw, fingerprint, open_npy, random, read_index, refuse_other_data
 from model import Autoencoder, encoder_hash, from_checkpoint, model_args
 from scans import people
 
@@ -41,19 +41,33 @@ def encode_all(path, data_dir, latents_dir, rank, world, device):
         dist.barrier()
     return model, checkpoint, data_dir, latents_dir
 
-def go_on(path, made_by, config, world, free, model, optimizer, average):
+# what may differ when a run is resumed; the autoencoder is known by its hash
+NOT_RESULTS = ('vae', 'data_dir', 'latents_dir', 'out_dir', 'init_from', 'resume_changed', 'overwrite',
+               'log_interval', 'eval_interval', 'eval_scans', 'sample_interval', 'wandb_project',
+               'tensorboard', 'max_iters', 'device', 'compile')
+
+def run_state(model, average, optimizer, config, world, vae_checkpoint, latents):
+    """What a resumed run on latents and sample.py need, but for its iteration and best validation."""
+    return {
+        'model': model.state_dict(), 'ema': average.state_dict() if average else None,
+        'optimizer': optimizer.state_dict(), 'model_args': model_args(model), 'config': config,
+        'world': world, 'data': vae_checkpoint['data'], 'voxel_mm': vae_checkpoint['voxel_mm'],
+        'fingerprint': fingerprint(config['data_dir']), 'encoder_hash': latents.encoder_hash,
+        'latent_shape': latents.shape, 'conditions': latents.conditions, 'git_commit': git_commit()}
+
+def go_on(path, made_by, config, world, model, optimizer, average):
     """Load the checkpoint of a run on latents into its parts; returns its iteration and best validation.
 
     made_by: encoder_hash of the latents. average: the averaged model, or None. SystemExit with one line if
     the run is of another network, autoencoder or data set, or, without --resume_changed, if a setting has
-    changed that is not in `free`.
+    changed that is not in NOT_RESULTS.
     """
     checkpoint = load_checkpoint(path)
     if checkpoint['model_args'] != model_args(model) or checkpoint.get('encoder_hash') != made_by:
         raise SystemExit(f'--init_from=resume: {path} is of another network '
                          'or of the latents of another autoencoder')
     if not config['resume_changed']:
-        refuse_changes(checkpoint, config, world, free)
+        refuse_changes(checkpoint, config, world, NOT_RESULTS)
     refuse_other_data(checkpoint['fingerprint'], config['data_dir'], path)
     model.load_state_dict(checkpoint['model'])
     optimizer.load_state_dict(checkpoint['optimizer'])

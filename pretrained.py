@@ -298,7 +298,7 @@ class LPIPS(nn.Module):
         for name, values in (('shift', [-0.030, -0.088, -0.188]), ('scale', [0.458, 0.448, 0.450])):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
         if not self.random:
-            what = (f'LPIPS wants two files: https://download.pytorch.org/models/{trunk.file} as --perc_trunk '
+            what = (f'LPIPS wants https://download.pytorch.org/models/{trunk.file} as --perc_trunk '
                     'and https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/'
                     f'{net}.pth as --perc_lin (of evaluate.py --lpips_trunk and --lpips_lin); '
                     '--w_perc=0 goes without')

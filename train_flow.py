@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 
 from common import (StepLog, all_reduce_mean, autocast, catch_signals, compile_whole, configure,
-                    explain_failures, git_commit, make_out_dir, print0, refuse_below_one, refuse_overwriting,
+                    explain_failures, make_out_dir, print0, refuse_below_one, refuse_overwriting,
                     save_checkpoint, start_processes, stop_processes, update_average)
-from data import fingerprint, has_split, prefetch
+from data import has_split, prefetch
 from flow import draw_times, flow_matching_loss, sample
 from judge.cost import available_bytes, memory_line, step_bytes, unet_flops
 from judge.figures import curves, views
-from latents import Latents, encode_all, go_on
-from model import FlowUNet, FlowUNetConfig, model_args
+from latents import Latents, encode_all, go_on, run_state
+from model import FlowUNet, FlowUNetConfig
 
 # ---------------------------------------------------------------- settings; the defaults are DeCo-VAE's
 # in and out
@@ -71,11 +71,6 @@ device = ''
 dtype = 'bfloat16'       # autocast, or float32; on a CPU float32 is used
 compile = True
 seed = 0
-
-# what may differ when a run is resumed; vae is known by its hash
-NOT_RESULTS = ('vae', 'data_dir', 'latents_dir', 'out_dir', 'init_from', 'resume_changed', 'overwrite',
-               'log_interval', 'eval_interval', 'eval_scans', 'sample_interval', 'wandb_project',
-               'tensorboard', 'max_iters', 'device', 'compile')
 
 def check_settings():
     """SystemExit with one line for settings that cannot be."""
@@ -165,13 +160,8 @@ def draw_samples():
 def save(name):
     """Write everything that a resumed run and sample.py need."""
     if rank: return
-    save_checkpoint(os.path.join(out_dir, name), {
-        'model': raw_model.state_dict(), 'ema': ema.state_dict() if ema else None,
-        'optimizer': optimizer.state_dict(), 'model_args': model_args(raw_model), 'config': config,
-        'world': world, 'data': vae_checkpoint['data'], 'fingerprint': fingerprint(data_dir),
-        'voxel_mm': vae_checkpoint['voxel_mm'], 'encoder_hash': train_set.encoder_hash,
-        'latent_shape': train_set.shape, 'conditions': train_set.conditions, 'iter_num': it,
-        'best_val': best_val, 'git_commit': git_commit()})
+    state = run_state(raw_model, ema, optimizer, config, world, vae_checkpoint, train_set)
+    save_checkpoint(os.path.join(out_dir, name), state | {'iter_num': it, 'best_val': best_val})
 
 def make_model():
     """The U-Net of the settings, with the training set's statistics; SystemExit if there is none."""
@@ -231,8 +221,8 @@ if __name__ == '__main__':
     optimizer = torch.optim.Adam(parameters, lr=lr, betas=(beta1, beta2), fused=True)
     it, best_val = 0, math.inf
     if init_from == 'resume':
-        it, best_val = go_on(f'{out_dir}/ckpt.pt', train_set.encoder_hash, config, world, NOT_RESULTS,
-                             raw_model, optimizer, ema)
+        it, best_val = go_on(f'{out_dir}/ckpt.pt', train_set.encoder_hash, config, world, raw_model,
+                             optimizer, ema)
     if rank == 0:
         others = (*autoencoder.parameters(), *(ema.parameters() if ema else ()))
         needed = step_bytes(globals(), ('raw_model',), [*parameters, *parameters, *others], rehearse)

@@ -3,26 +3,26 @@
     python train_gpt.py config/demo_gpt.py                            # phantoms, after config/demo.py
     torchrun --nproc_per_node=4 train_gpt.py config/gpt.py --vae=out/neuroquant/best.pt --batch_size=4
 
-The first start encodes the scans into latents_dir. Every scan is a sample: those of a session show one
-anatomy, in whatever tokens the encoder gave each. Held-out bits per token count. Writes out_dir/ckpt.pt
-(resume), best.pt (fewest held-out bits), log.jsonl, log.csv, config.py and, with matplotlib, curves.png.
+The first start encodes the scans into latents_dir; each is a sample. Writes out_dir/ckpt.pt (resume), best.pt
+(fewest held-out bits a token), log.jsonl, log.csv, config.py and, with matplotlib, curves.png.
 """
 import copy
 import math
 import os
 import sys
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from common import (StepLog, adamw, all_reduce_mean, autocast, catch_signals, compile_whole, configure,
-                    cosine, explain_failures, git_commit, make_out_dir, print0, refuse_below_one,
-                    refuse_overwriting, save_checkpoint, start_processes, stop_processes, update_average)
-from data import fingerprint, has_split, prefetch
-from judge.cost import count_flops
+                    cosine, explain_failures, make_out_dir, print0, refuse_below_one, refuse_overwriting,
+                    save_checkpoint, start_processes, stop_processes, update_average)
+from data import has_split, prefetch
+from judge.cost import gpt_flops
 from judge.figures import curves
-from latents import encode_all, go_on
-from model import GPT, GPTConfig, model_args
+from latents import encode_all, go_on, run_state
+from model import GPT, GPTConfig
 from tokens import Tokens, baseline_bits, mean_nats, scan_bits
 
 # ---------------------------------------------------------------- settings
@@ -65,11 +65,6 @@ dtype = 'bfloat16'       # autocast, or float32; on a CPU float32 is used
 compile = True
 seed = 0
 
-# what may differ when a run is resumed; vae is known by its hash
-NOT_RESULTS = ('vae', 'data_dir', 'latents_dir', 'out_dir', 'init_from', 'resume_changed', 'overwrite',
-               'log_interval', 'eval_interval', 'wandb_project', 'tensorboard', 'max_iters', 'device',
-               'compile')
-
 def check_settings():
     """SystemExit with one line for settings that cannot be."""
     refuse_below_one(config, 'batch_size', 'iters', 'log_interval', 'eval_interval', 'layers', 'heads')
@@ -80,9 +75,6 @@ def check_settings():
         raise SystemExit('--conditions: of sex and age; anatomy has no modality')
 
 # ---------------------------------------------------------------- functions of the run
-
-def make_batch(it):
-    return train_set.batch(it, batch_size, p_drop)
 
 def validate():
     """Mean bits per token of the averaged network over all held-out scans, and the baselines, for the log."""
@@ -96,13 +88,8 @@ def validate():
 def save(name):
     """Write everything that a resumed run and sample.py need."""
     if rank: return
-    save_checkpoint(os.path.join(out_dir, name), {
-        'model': raw_model.state_dict(), 'ema': ema.state_dict() if ema else None,
-        'optimizer': optimizer.state_dict(), 'model_args': model_args(raw_model), 'config': config,
-        'world': world, 'data': vae_checkpoint['data'], 'fingerprint': fingerprint(data_dir),
-        'voxel_mm': vae_checkpoint['voxel_mm'], 'encoder_hash': train_set.encoder_hash,
-        'latent_shape': train_set.shape, 'conditions': train_set.conditions, 'iter_num': it,
-        'best_val': best_val, 'git_commit': git_commit()})
+    state = run_state(raw_model, ema, optimizer, config, world, vae_checkpoint, train_set)
+    save_checkpoint(os.path.join(out_dir, name), state | {'iter_num': it, 'best_val': best_val})
 
 # ---------------------------------------------------------------- the run
 
@@ -133,12 +120,11 @@ if __name__ == '__main__':
     codes = autoencoder.config.num_codes
     print0(f'{latents_dir}: {train_set.n} training scans, {val_set.n if val_set else 0} for validation, '
            f'{train_set.tokens.shape[1]} tokens each, {codes} codes')
-    if val_set:
+    if not val_set:
+        print0('no validation split: best.pt will not be written')
+    else:
         baselines = baseline_bits(train_set.tokens, val_set.tokens, codes)
         beside = ', '.join(f'{name} {bits:.3f}' for name, bits in baselines.items())
-        print0(f'held-out bits per token by frequencies: {beside}')
-    else:
-        print0('no validation split: best.pt will not be written')
 
     # ---- model
     torch.manual_seed(seed)
@@ -153,10 +139,9 @@ if __name__ == '__main__':
     optimizer = adamw(parameters, lr, (beta1, beta2), 1e-8, weight_decay)
     it, best_val = 0, math.inf
     if init_from == 'resume':
-        it, best_val = go_on(f'{out_dir}/ckpt.pt', train_set.encoder_hash, config, world, NOT_RESULTS,
-                             raw_model, optimizer, ema)
-    with torch.device('meta'):
-        flops = 3 * count_flops(GPT(network), torch.empty(1, raw_model.length - 1, dtype=torch.int64))[1]
+        it, best_val = go_on(f'{out_dir}/ckpt.pt', train_set.encoder_hash, config, world, raw_model,
+                             optimizer, ema)
+    flops = 3 * gpt_flops(raw_model)
     n_parameters = sum(p.numel() for p in parameters)
     kept = 4 * n_parameters * (4 if ema else 3)  # float32 weights, their average, two moments of AdamW
     print0(f'{n_parameters / 1e6:.2f} M parameters, {flops * batch_size * world / 1e9:.1f} GFLOP per step, '
@@ -168,6 +153,7 @@ if __name__ == '__main__':
     log = StepLog(out_dir, config, wandb_project, log_interval, it, stop, device, world)
     stop_signal = catch_signals()
     raw_model.train()
+    make_batch = partial(train_set.batch, batch_size=batch_size, p_drop=p_drop)
     batches = prefetch(make_batch, range(it, stop), device)
     while it < stop:
         batch = log.next_batch(batches)

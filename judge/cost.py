@@ -33,6 +33,12 @@ def unet_flops(model, shape):
     with torch.device('meta'):
         return count_flops(type(model)(model.config), torch.empty(1, *shape), torch.empty(1))[1]
 
+def gpt_flops(model):
+    """FLOP of one forward pass of a GPT on all tokens of a volume but the last."""
+    with torch.device('meta'):
+        twin = type(model)(model.config)
+        return count_flops(twin, torch.empty(1, model.length - 1, dtype=torch.int64))[1]
+
 def count_flops(function, *args):
     with FlopCounterMode(display=False) as counter:
         result = function(*args)

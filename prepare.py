@@ -214,7 +214,8 @@ def write_made(facts, made, native=None):
 
 def make_phantom(session):
     phantom = synth.phantom(session.number, shape, seed, made_modalities())
-    facts = new_facts(session) | {'sex': phantom['sex'], 'age': f"{phantom['age']:.1f}"}
+    facts = new_facts(session) | {'sex': phantom['sex'], 'age': f"{phantom['age']:.1f}",
+                                  'voxel_mm': (synth.EXTENT / np.array(shape)).tolist()}
     write_made(facts, phantom)
     return facts
 

@@ -207,7 +207,8 @@ def frechet_table(extractor, rows, slices):
 
     def cells(r):
         counts = ['{} {} / {}'.format(plane, *r['slices'][plane]) for plane in PLANES]
-        return [*numbers(r, (*PLANES, 'mean', 'mean_part', 'covariance_part')), ', '.join(counts)]
+        distances = [f'{r[key]:.4g}' for key in (*PLANES, 'mean', 'mean_part', 'covariance_part')]
+        return [*distances, ', '.join(counts)]
 
     lines = ['', f'Frechet distance on slices, {extractor}, {slices} slices', '',
              *table_of(rows, {'row': 'row', 'modality': 'modality'}, head, cells)]
@@ -215,7 +216,7 @@ def frechet_table(extractor, rows, slices):
     for (row, modality), value in means.items():
         run, _, kind = row.rpartition(' ')
         if kind == 'gFID' and (f'{run} rFID', modality) in means:
-            lines += ['', f"{run} {modality}: gFID - rFID {value - means[f'{run} rFID', modality]:.4f}"]
+            lines += ['', f"{run} {modality}: gFID - rFID {value - means[f'{run} rFID', modality]:.4g}"]
     return lines
 
 def diversity_table(rows):

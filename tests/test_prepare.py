@@ -142,6 +142,13 @@ def test_phantoms_come_with_labels_sex_and_age(tmp_path):
     labels, t2 = np.load(tmp_path / rows[0]['dseg']), np.load(tmp_path / rows[0]['T2w'])
     assert labels.dtype == np.int16 and ((labels > 0) == (t2 > 0)).all()
 
+def test_a_phantom_is_as_large_as_a_head_whatever_its_voxels(tmp_path):
+    prepared('phantom', '', tmp_path / 'out', '--n=1')
+    with open(tmp_path / 'out' / 'dataset.json') as f:
+        voxel_mm = json.load(f)['voxel_mm']
+    brain = (np.load(tmp_path / 'out' / 'sub-001_ses-01_dseg.npy') > 0).sum() * np.prod(voxel_mm) / 1e6
+    assert 1.0 < brain < 2.5  # litres, with the CSF around it
+
 def test_a_phantom_depends_on_its_number_alone(tmp_path):
     all_rows, few_rows = phantoms(tmp_path / 'a'), phantoms(tmp_path / 'b', '--n=2', '--modalities=T2w')
     a, b = np.load(tmp_path / 'a' / all_rows[0]['T2w']), np.load(tmp_path / 'b' / few_rows[0]['T2w'])

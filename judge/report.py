@@ -77,7 +77,8 @@ def for_terminal(text, width=120):
 
 def aligned(rows, width):
     """Lines of the tables that show rows of cells, the second of which is markdown's rule."""
-    columns = list(zip(rows[0], *rows[2:]))
+    columns = [list(column) for column in zip(rows[0], *rows[2:])]
+    columns[0] = [cell if 2 * len(cell) <= width else f'...{cell[3 - width // 2:]}' for cell in columns[0]]
     sizes = [max(map(len, column)) for column in columns]
     room = width - sizes[0] - 2
     parts, used = [], room + 1

@@ -120,3 +120,9 @@ def test_each_part_of_a_wide_table_names_the_rows():
 def test_a_cell_longer_than_the_terminal_ends_in_dots():
     text = for_terminal('\n'.join(markdown_table(['model', 'reason'], [['a', 50 * 'why ']])), 60)
     assert '...' in text and max(map(len, text.splitlines())) <= 60
+
+def test_a_long_name_of_a_row_keeps_its_end():
+    name = 'out/' + 40 * 'deep/' + 'best.pt'
+    text = for_terminal('\n'.join(markdown_table(['model', 'PSNR'], [[name, '30.12']])), 60)
+    assert max(map(len, text.splitlines())) <= 60
+    assert 'deep/best.pt  30.12' in text and '...' in text

@@ -197,6 +197,12 @@ def catch_signals():
 
     return stop_signal
 
+def end_by_signal(number, it):
+    """SystemExit as the shell knows it, after a line that says how to go on."""
+    print0(f'stopped by signal {number} after iteration {it}; go on with --init_from=resume')
+    stop_processes()
+    raise SystemExit(128 + number)
+
 def print0(*args):
     """Print on the first process only."""
     if not dist.is_initialized() or dist.get_rank() == 0:

@@ -18,7 +18,7 @@ from common import autocast, configure, load_checkpoint, make_out_dir, start_pro
 from data import Sessions
 from judge import figures
 from judge.anatomy import add_anatomy, anatomy_rows, generated_rows, volume_boxes
-from judge.bits import bits_rows
+from judge.bits import bits_rows, load_gpts
 from judge.metrics import (
     add_cross_modal, add_latent, channel_cosine, dice, effective_rank, explained_variance, fidelity,
     frechet_distance, load_or_reason, region_volumes_mm3)
@@ -27,7 +27,7 @@ from judge.references import reference_rows
 from judge.report import DEFINITIONS, SHOWN, paper_table, report, show
 from judge.runs import Run, Scan, key_of, model_row
 from judge.segment import make_segmenter
-from judge.small_segmenter import learnt
+from judge.small_segmenter import learn_once
 from judge.sets import add_slices, diversity_rows, frechet_rows, load_extractor, sample_views
 from losses import psnr  # offered here too, as are some of the judges' names above
 from model import from_checkpoint
@@ -189,8 +189,9 @@ if __name__ == '__main__':
     extractor_name, extractor = loaded or ('not computed', None)
     all_runs, modalities = load_runs(paths, checkpoints)
     if segmenter == 'learn':
-        segmenter = learnt(data_dir, modalities, f'{out_dir}/segmenter.pt', device)
+        segmenter = learn_once(data_dir, modalities, f'{out_dir}/segmenter.pt', device)
     segment, no_segment = load_or_reason(make_segmenter, segmenter, device)
+    gpts = load_gpts([path for path in gpt.split(',') if path], all_runs, device)
     joint = Sessions(data_dir, modalities, split)
     pass_over_scans(all_runs, joint)
 
@@ -212,8 +213,8 @@ if __name__ == '__main__':
         results['segmenter'] = getattr(segment, 'about', segmenter)
         results['anatomy'] = anatomy_rows(all_runs, seed, no_segment)
         results['generated_anatomy'] = generated_rows(all_runs, segment, volumes_by, no_segment)
-    if gpt:
-        results['bits'] = bits_rows(gpt.split(','), all_runs, data_dir, split, device, dtype, seed)
+    if gpts:
+        results['bits'] = bits_rows(gpts, data_dir, split, device, dtype, seed)
     text = write_tables(results)
     if probe:  # it may take hours, or fail
         results['probes'] = probe_rows(all_runs, probe, probe_networks, probe_epochs, device, dtype, seed)

@@ -970,7 +970,7 @@ class GPT(nn.Module):
             x = block(x, None if cache is None else cache[k], seen)
         return F.linear(self.norm(x), self.embedding.weight if self.head is None else self.head.weight)
 
-# ---------------------------------------------------------------- cost and checkpoints
+# ---------------------------------------------------------------- checkpoints
 
 KINDS = {'neuroquant': (NeuroQuant, NeuroQuantConfig), 'convvae': (ConvVAE, ConvVAEConfig),
          'flowunet': (FlowUNet, FlowUNetConfig), 'gpt': (GPT, GPTConfig)}
@@ -993,9 +993,15 @@ def encoder_hash(model):
     return digest.hexdigest()[:16]
 
 def from_checkpoint(checkpoint, average=True):
-    """The model of a checkpoint dict, in eval mode, with its averaged weights if it has them."""
+    """The model of a checkpoint dict, in eval mode, with its averaged weights if it has them.
+
+    SystemExit with one line for a checkpoint whose model this version of the project does not know.
+    """
     args = dict(checkpoint['model_args'])
-    cls, config = KINDS[args.pop('kind')]
-    model = cls(config(**args))
+    try:
+        cls, config = KINDS[args.pop('kind')]
+        model = cls(config(**args))
+    except (KeyError, TypeError) as e:
+        raise SystemExit(f"a checkpoint of another version, commit {checkpoint.get('git_commit')!r} ({e})")
     model.load_state_dict(checkpoint['ema'] if average and checkpoint.get('ema') else checkpoint['model'])
     return model.eval()

@@ -28,6 +28,7 @@ from tqdm import tqdm
 import synth
 from common import configure, make_out_dir, write_text
 from judge import figures
+from judge.report import show
 from scans import labels, masks, nifti, preflight, sources
 from scans.files import printable, tsv
 from scans.folders import find_folder
@@ -487,7 +488,7 @@ def look(finding):
     rows.sort(key=lambda row: (row['subject'], row['session'], row['modality']))
     folder = f'{out_dir}/preflight'
     make_out_dir(folder)
-    print(printable(preflight.report(rows, finding.notes, finding.doubts)))
+    show(printable(preflight.report(rows, finding.notes, finding.doubts)))
     write_text(f'{folder}/scans.tsv', printable(preflight.table(rows)))
     for modality, volumes in preflight.contact_sheets(rows).items():
         figures.contact_sheet(f'{folder}/{modality}.png', volumes)

@@ -16,10 +16,10 @@ input and output voxel by voxel. What does not fit the box comes back as 0, and 
 input unless --mask=False. --input and --output may be folders: every scan below the one goes to the same name
 below the other, unless that is there already; torchrun shares the scans out. A folder that prepare.py wrote
 will do too: its volumes are taken as they are, and what becomes of them stays on the model's box. generate
-writes volumes (with NeuroQuant one per modality, aligned), latents.npy, montage.png and nearest.md. complete
-does so too, but keeps the first half of a scan's tokens, which is its left, and lets a GPT draw the others.
-export writes the averaged weights alone, with what builds the model and its box: as .pt, or as .safetensors
-with a .json beside.
+writes volumes (with NeuroQuant one per modality, aligned), latents.npy, montage.png and nearest.md. tokens
+writes a .json beside, which names modality and encoder for the way back. complete generates too, but keeps
+the first half of a scan's tokens, which is its left, and lets a GPT draw the others. export writes averaged
+weights alone, with what builds the model and its box: as .pt, or as .safetensors with a .json beside.
 """
 import json
 import os
@@ -51,7 +51,7 @@ ckpt = 'out/neuroquant/best.pt'
 input = ''                # .nii or .nii.gz, a folder of them or of prepared data; for tokens also .npy
 output = ''
 source = 'T1w'            # modality of the input
-target = ''               # modality that comes out; '': of tokens their scan's, of translate the next one
+target = ''               # modality that comes out; '': of tokens their scan's, of translate another one
 mask = True               # the input's background is 0 in the output too; False: what the decoder made of it
 like = ''                 # scan whose grid a volume from tokens gets; '' for the box itself, centred at 0 mm
 # of generate, complete; sample i of a seed is the same however many are drawn and whichever decoder shows it
@@ -447,7 +447,7 @@ def draw_codes(gpt, autoencoder, checkpoint, cond):
 
 def half_of_input(autoencoder, checkpoint):
     """(N,) tokens of --input, but -1 in the second half of each codebook's grid."""
-    tokens = autoencoder.tokens(placed(Scan(input, checkpoint['data']).box)).cpu()
+    tokens = autoencoder.tokens(placed(open_scan(input, checkpoint).box)).cpu()
     books = tokens.view(autoencoder.config.num_codebooks, -1).clone()
     books[:, books.shape[1] // 2:] = -1
     return books.flatten()

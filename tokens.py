@@ -35,11 +35,12 @@ class Tokens(Latents):
             'files': [self.file(k) for k in chosen],
         }
 
-def mean_nats(gpt, tokens, cond, device):
-    """Cross-entropy of a batch of tokens (B, N), mean over tokens."""
+def mean_nats(gpt, tokens, cond, device, dtype):
+    """Cross-entropy of a batch of tokens (B, N), mean over tokens. dtype: of autocast."""
     tokens = tokens.to(device)
     cond = tree_map_only(torch.Tensor, lambda x: x.to(device), cond)
-    logits = gpt(tokens[:, :-1], cond)
+    with autocast(device, dtype):
+        logits = gpt(tokens[:, :-1], cond)
     return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
 
 @torch.no_grad()
@@ -47,8 +48,7 @@ def scan_bits(gpt, scans, numbers, device, dtype):
     """Bits per token that a GPT needs for each of some scans of Tokens."""
     bits = []
     for k in numbers:
-        with autocast(device, dtype):
-            nats = mean_nats(gpt, scans.tokens[[k]], scans.cond([k]), device)
+        nats = mean_nats(gpt, scans.tokens[[k]], scans.cond([k]), device, dtype)
         bits.append(nats.item() / math.log(2))
     return bits
 

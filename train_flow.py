@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 
 from common import (StepLog, all_reduce_mean, autocast, catch_signals, compile_whole, configure,
-                    explain_failures, make_out_dir, print0, refuse_below_one, refuse_overwriting,
-                    save_checkpoint, start_processes, stop_processes, update_average)
+                    end_by_signal, explain_failures, make_out_dir, print0, refuse_below_one,
+                    refuse_overwriting, save_checkpoint, start_processes, stop_processes, update_average)
 from data import has_split, prefetch
 from flow import draw_times, flow_matching_loss, sample
-from judge.cost import available_bytes, memory_line, step_bytes, unet_flops
+from judge.cost import say_memory, unet_flops
 from judge.figures import curves, views
 from latents import Latents, encode_all, go_on, run_state
 from model import FlowUNet, FlowUNetConfig
@@ -201,9 +201,7 @@ if __name__ == '__main__':
     modalities = tuple(vae_checkpoint['config']['modalities'])
     source = latents_dir, data_dir, modalities
     train_set = Latents(*source, 'train', conditions, seed, rank, world)
-    val_set = None
-    if has_split(data_dir, modalities, 'val'):
-        val_set = Latents(*source, 'val', conditions)
+    val_set = Latents(*source, 'val', conditions) if has_split(data_dir, modalities, 'val') else None
     print0(f'{latents_dir}: {train_set.n} training latents, {val_set.n if val_set else 0} for validation, '
            f'shape {train_set.shape}' + (f', conditions {", ".join(conditions)}' if conditions else ''))
     if not val_set:
@@ -223,11 +221,8 @@ if __name__ == '__main__':
     if init_from == 'resume':
         it, best_val = go_on(f'{out_dir}/ckpt.pt', train_set.encoder_hash, config, world, raw_model,
                              optimizer, ema)
-    if rank == 0:
-        others = (*autoencoder.parameters(), *(ema.parameters() if ema else ()))
-        needed = step_bytes(globals(), ('raw_model',), [*parameters, *parameters, *others], rehearse)
-        n_parameters = sum(p.numel() for p in parameters)
-        print0(memory_line(n_parameters, needed, available_bytes(device), device, savers))
+    held = [*parameters, *parameters, *autoencoder.parameters(), *(ema.parameters() if ema else ())]
+    say_memory(globals(), ('raw_model',), sum(p.numel() for p in parameters), held, rehearse, savers)
     if compile:
         compile_whole(raw_model)
     flops = unet_flops(raw_model, train_set.shape)
@@ -280,8 +275,6 @@ if __name__ == '__main__':
         if sample_interval and it % sample_interval == 0 and rank == 0:
             draw_samples()
         if stopped_by:
-            print0(f'stopped by signal {stopped_by} after iteration {it}; go on with --init_from=resume')
-            stop_processes()
-            raise SystemExit(128 + stopped_by)
+            end_by_signal(stopped_by, it)
     print0(f'done: {out_dir}/ckpt.pt')
     stop_processes()

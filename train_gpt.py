@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 from common import (StepLog, adamw, all_reduce_mean, autocast, catch_signals, compile_whole, configure,
-                    cosine, explain_failures, make_out_dir, print0, refuse_below_one, refuse_overwriting,
-                    save_checkpoint, start_processes, stop_processes, update_average)
+                    cosine, end_by_signal, explain_failures, make_out_dir, print0, refuse_below_one,
+                    refuse_overwriting, save_checkpoint, start_processes, stop_processes, update_average)
 from data import has_split, prefetch
-from judge.cost import gpt_flops
+from judge.cost import gpt_flops, say_memory
 from judge.figures import curves
 from latents import encode_all, go_on, run_state
 from model import GPT, GPTConfig
@@ -85,6 +85,11 @@ def validate():
     raw_model.train()
     return {'val/bits': total.item()} | {f'val/{name}': bits for name, bits in baselines.items()}
 
+def rehearse():
+    """The largest part of a step, for say_memory."""
+    tokens = torch.zeros(batch_size, raw_model.length, dtype=torch.int64)
+    mean_nats(raw_model, tokens, train_set.cond([0] * batch_size), device, dtype).backward()
+
 def save(name):
     """Write everything that a resumed run and sample.py need."""
     if rank: return
@@ -99,7 +104,8 @@ if __name__ == '__main__':
     check_settings()
     if device == 'cpu':
         dtype, compile = 'float32', False
-    explain_failures(f'batch_size={batch_size}')
+    savers = f'batch_size={batch_size}'
+    explain_failures(savers)
     stop = min(max_iters, iters)
 
     # ---- autoencoder and its tokens
@@ -114,9 +120,7 @@ if __name__ == '__main__':
     modalities = tuple(vae_checkpoint['config']['modalities'])
     source = autoencoder.quantizer, device, latents_dir, data_dir, modalities
     train_set = Tokens(*source, 'train', conditions, seed, rank, world)
-    val_set = None
-    if has_split(data_dir, modalities, 'val'):
-        val_set = Tokens(*source, 'val', conditions)
+    val_set = Tokens(*source, 'val', conditions) if has_split(data_dir, modalities, 'val') else None
     codes = autoencoder.config.num_codes
     print0(f'{latents_dir}: {train_set.n} training scans, {val_set.n if val_set else 0} for validation, '
            f'{train_set.tokens.shape[1]} tokens each, {codes} codes')
@@ -142,10 +146,9 @@ if __name__ == '__main__':
         it, best_val = go_on(f'{out_dir}/ckpt.pt', train_set.encoder_hash, config, world, raw_model,
                              optimizer, ema)
     flops = 3 * gpt_flops(raw_model)
-    n_parameters = sum(p.numel() for p in parameters)
-    kept = 4 * n_parameters * (4 if ema else 3)  # float32 weights, their average, two moments of AdamW
-    print0(f'{n_parameters / 1e6:.2f} M parameters, {flops * batch_size * world / 1e9:.1f} GFLOP per step, '
-           f'{kept / 2 ** 20:.1f} MiB of weights and optimiser, on {device} x {world}')
+    held = [*parameters, *parameters, *autoencoder.parameters(), *(ema.parameters() if ema else ())]
+    say_memory(globals(), ('raw_model',), sum(p.numel() for p in parameters), held, rehearse, savers)
+    print0(f'{flops * batch_size * world / 1e9:.1f} GFLOP per step, on {device} x {world}')
     if compile:
         compile_whole(raw_model)
 
@@ -158,8 +161,7 @@ if __name__ == '__main__':
     while it < stop:
         batch = log.next_batch(batches)
         torch.manual_seed((seed << 44) + it * world + rank)  # dropout is a function of the step
-        with autocast(device, dtype):
-            loss = mean_nats(raw_model, batch['tokens'], batch['cond'], device)
+        loss = mean_nats(raw_model, batch['tokens'], batch['cond'], device, dtype)
         loss.backward()
         all_reduce_mean([p.grad for p in parameters if p.grad is not None])
         gradient = torch.nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else math.inf)
@@ -193,8 +195,6 @@ if __name__ == '__main__':
             save('ckpt.pt')
             log.restart(it)
         if stopped_by:
-            print0(f'stopped by signal {stopped_by} after iteration {it}; go on with --init_from=resume')
-            stop_processes()
-            raise SystemExit(128 + stopped_by)
+            end_by_signal(stopped_by, it)
     print0(f'done: {out_dir}/ckpt.pt')
     stop_processes()

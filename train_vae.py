@@ -21,12 +21,12 @@ import torch
 import torch.distributed as dist
 
 from common import (Muon, StepLog, adamw, all_reduce_mean, autocast, catch_signals, changes, compile_for,
-                    compile_whole, configure, cosine, explain_failures, for_muon, git_commit,
+                    compile_whole, configure, cosine, end_by_signal, explain_failures, for_muon, git_commit,
                     load_checkpoint, make_out_dir, print0, refuse_below_one, refuse_changes,
                     refuse_overwriting, save_checkpoint, start_processes, stop_processes, update_average)
 from data import Sessions, fingerprint, generators, has_split, prefetch, prepare_absent, refuse_other_data
 from judge import figures
-from judge.cost import available_bytes, memory_line, step_bytes, step_flops
+from judge.cost import say_memory, step_flops
 from judge.validate import validate
 from losses import (ModalityClassifier, PatchDiscriminator, adversary_loss, alignment_loss, cov_loss,
                     discriminator_term, generator_term, kl_loss, perceptual_loss, reconstruction_loss,
@@ -488,12 +488,11 @@ if __name__ == '__main__':
     model = raw_model
     compute_terms = neuroquant_terms if kind == 'neuroquant' else convvae_terms
     hold_statistics(raw_model)
-    if rank == 0:
-        averages = 2 * [*trained, *discriminators.parameters()]  # an optimiser's
-        needed = step_bytes(globals(), ('model', 'classifier', 'lpips', 'discriminators'),
-                            [*averages, *(ema.parameters() if ema else ())], rehearse)
-        n_parameters = sum(p.numel() for p in raw_model.parameters())
-        print0(memory_line(n_parameters, needed, available_bytes(device), device, savers))
+    averages = 2 * [*trained, *discriminators.parameters()]  # an optimiser's
+    held = [*averages, *(ema.parameters() if ema else ())]
+    n_parameters = sum(p.numel() for p in raw_model.parameters())
+    networks = ('model', 'classifier', 'lpips', 'discriminators')
+    say_memory(globals(), networks, n_parameters, held, rehearse, savers)
     if compile:  # part by part: the quantiser between them stays eager, so no graph breaks
         volumes = batch_size * (len(modalities) if kind == 'neuroquant' else 1)
         swaps = volumes * (len(modalities) - 1)
@@ -571,8 +570,6 @@ if __name__ == '__main__':
             save('ckpt.pt')
             log.restart(it)
         if stopped_by:
-            print0(f'stopped by signal {stopped_by} after iteration {it}; go on with --init_from=resume')
-            stop_processes()
-            raise SystemExit(128 + stopped_by)
+            end_by_signal(stopped_by, it)
     print0(f'done: {out_dir}/ckpt.pt')
     stop_processes()

@@ -1,5 +1,5 @@
 """Bits per token that a GPT needs for scans it has not seen."""
-import os
+import tempfile
 
 from tqdm import tqdm
 
@@ -9,29 +9,35 @@ from latents import encode_sessions
 from model import GPT, encoder_hash, from_checkpoint
 from tokens import Tokens, baseline_bits, scan_bits
 
-def bits_rows(paths, runs, data_dir, split, device, dtype, seed):
-    """A row for each GPT: bits per token of the split's scans, and what frequencies in the training set need.
+def load_gpts(paths, runs, device):
+    """(path, checkpoint, GPT, the run whose tokens it knows) of each path.
 
     SystemExit with one line for another network, or one of an autoencoder that is not among the runs.
     """
-    rows = []
+    run_of = {encoder_hash(run.model): run for run in runs}
+    loaded = []
     for path in paths:
         checkpoint = load_checkpoint(path)
         gpt = from_checkpoint(checkpoint).to(device)
         if not isinstance(gpt, GPT):
             raise SystemExit(f'--gpt={path}: not a GPT')
-        matching = [run for run in runs if encoder_hash(run.model) == checkpoint['encoder_hash']]
-        if not matching:
+        if checkpoint['encoder_hash'] not in run_of:
             raise SystemExit(f'--gpt={path}: of the tokens of another autoencoder than --ckpt')
-        run = matching[0]
-        folder = checkpoint['config']['latents_dir']
-        if checkpoint['config']['data_dir'] != data_dir:
-            folder = os.path.join(os.path.dirname(path) or '.', 'latents_judged')
-        name = encoder_hash(run.model)
-        encode_sessions(run.model, name, data_dir, run.modalities, folder, 0, 1, device)
-        source = run.model.quantizer, device, folder, data_dir, run.modalities
-        train = Tokens(*source, 'train', checkpoint['conditions'])
-        judged = Tokens(*source, split, checkpoint['conditions'])
+        loaded.append((path, checkpoint, gpt, run_of[checkpoint['encoder_hash']]))
+    return loaded
+
+def bits_rows(gpts, data_dir, split, device, dtype, seed):
+    """A row for each of load_gpts: bits per token of the split's scans, and by frequencies in training."""
+    rows = []
+    for path, checkpoint, gpt, run in gpts:
+        config = checkpoint['config']
+        name = checkpoint['encoder_hash']
+        with tempfile.TemporaryDirectory() as anew:
+            folder = config['latents_dir'] if config['data_dir'] == data_dir else anew
+            encode_sessions(run.model, name, data_dir, run.modalities, folder, 0, 1, device)
+            source = run.model.quantizer, device, folder, data_dir, run.modalities
+            train = Tokens(*source, 'train', checkpoint['conditions'])
+            judged = Tokens(*source, split, checkpoint['conditions'])
         bits = scan_bits(gpt, judged, tqdm(range(judged.n), 'bits', leave=False), device, dtype)
         subjects = [row['subject'] for row, _ in judged.scans]
         row = {'row': path, 'of': run.name, 'bits': summarise(bits, subjects, seed=seed)}

@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from common import print0
+
 # ---------------------------------------------------------------- FLOP
 
 def step_flops(model, shape):
@@ -164,6 +166,13 @@ def group_bytes(root='/sys/fs/cgroup', groups='/proc/self/cgroup'):
 def gib(n):
     if n is None: return 'not known'
     return f'{n / 2 ** 30:.1f} GiB' if n >= 2 ** 29 else f'{n / 2 ** 20:.0f} MiB'
+
+def say_memory(scope, names, n_parameters, held, step, keys):
+    """Print, on the first process alone, memory_line of a run. scope, names, held, step: as step_bytes."""
+    if scope['rank']: return
+    device = scope['device']
+    needed = step_bytes(scope, names, held, step)
+    print0(memory_line(n_parameters, needed, available_bytes(device), device, keys))
 
 def memory_line(parameters, needed, available, device, keys):
     """A line on a run's parameters, the bytes of its step and of the device, and, if need be, what to lower.

@@ -4,7 +4,8 @@ import os
 import numpy as np
 
 from common import markdown_table, write_text
-from data import as_float, open_npy, read_index
+from data import as_float, has_split, open_npy
+from judge.report import show
 from latents import Latents, nearest
 
 COMPARED = 50  # new brains, and held-out scans, in nearest.md
@@ -22,7 +23,7 @@ def compare_with_training(folder, config, modalities, z, volumes, shown, coded=N
     train = Latents(*folders, modalities, 'train', ())
     held_out = []
     for split in ('val', 'test'):
-        if any(row['split'] == split for row in read_index(folders[1], modalities)[0]):
+        if has_split(folders[1], modalities, split):
             part = Latents(*folders, modalities, split, ())
             held_out += [(part, k) for k in range(part.n)]
     held_out = held_out[:COMPARED]
@@ -62,7 +63,7 @@ def compare_with_training(folder, config, modalities, z, volumes, shown, coded=N
         lines += ['', f'warning: new brains {", ".join(close)} lie closer to a training latent than any '
                       'held-out scan does: memorised?']
     write_text(os.path.join(folder, 'nearest.md'), '\n'.join(lines) + '\n')
-    print('\n'.join(lines))
+    show('\n'.join(lines))
 
 def volume_of(part, k):
     """The volume (D,H,W) behind latent k of a split."""

@@ -1,5 +1,6 @@
-"""Reference rows: what scores without learning anything. They stand under every table of reconstructions."""
+"""Reference rows: what scores without any network. They stand under every table of reconstructions."""
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,16 +21,20 @@ def dct_codec(x, bits):
     radius = np.sqrt(sum(np.meshgrid(*squares, indexing='ij')))
     band = np.minimum((radius * 48).astype(np.int64), 63)
     largest = np.abs(c).max()
-    fine, coarse = largest * 1e-6, largest * 1.01
+    step = step_within(bits, partial(code_length, c, band), largest * 1e-6, largest * 1.01)
+    symbol = np.trunc(c / step)
+    magnitude = (np.abs(symbol) + 0.5) * (symbol != 0)
+    return fft.idctn(np.sign(symbol) * magnitude * step, norm='ortho').astype(np.float32)
+
+def step_within(bits, bits_of, fine, coarse):
+    """The smallest step between two with at most so many bits; bits_of(step) falls as the step grows."""
     for _ in range(26):
         middle = math.sqrt(fine * coarse)
-        if code_length(c, band, middle) <= bits:
+        if bits_of(middle) <= bits:
             coarse = middle
         else:
             fine = middle
-    symbol = np.trunc(c / coarse)
-    magnitude = (np.abs(symbol) + 0.5) * (symbol != 0)
-    return fft.idctn(np.sign(symbol) * magnitude * coarse, norm='ortho').astype(np.float32)
+    return coarse
 
 def code_length(c, band, step):
     """Bits for coefficients c in steps of `step`; band: the frequency band 0..63 of each."""
@@ -75,6 +80,8 @@ class NearestScan:
         errors = (self.library - self.small(volume)).square().mean(1)
         return self.train.volume(self.chosen[int(errors.argmin())], self.m)
 
+ENTROPY_SD = math.sqrt(2 * math.pi * math.e)  # a Gaussian's entropy is log2 of that times its sd
+
 class PrincipalComponents:
     """Codes volumes of modality index m by coefficients on principal components of the training set.
 
@@ -94,26 +101,19 @@ class PrincipalComponents:
 
     def bits(self, step):
         """Entropy of coefficients rounded to multiples of `step`, as of Gaussians; 0 of those far below."""
-        return np.log2(np.maximum(math.sqrt(2 * math.pi * math.e) * self.sd / step, 1)).sum()
+        return np.log2(np.maximum(ENTROPY_SD * self.sd / step, 1)).sum()
 
     def code(self, volume, bits):
         """volume (D,H,W) after coding with at most so many bits, one step for all coefficients."""
-        fine, coarse = self.sd.max() * 1e-9, self.sd.max() * 10
-        for _ in range(60):
-            middle = math.sqrt(fine * coarse)
-            if self.bits(middle) <= bits:
-                coarse = middle
-            else:
-                fine = middle
-        coded = math.sqrt(2 * math.pi * math.e) * self.sd > coarse
-        basis = self.basis[coded]
-        coefficients = np.round(basis @ (volume.ravel() - self.mean) / coarse) * coarse
+        step = step_within(bits, self.bits, self.sd.max() * 1e-9, self.sd.max() * 10)
+        basis = self.basis[ENTROPY_SD * self.sd > step]
+        coefficients = np.round(basis @ (volume.ravel() - self.mean) / step) * step
         return (self.mean + coefficients.astype(np.float32) @ basis).reshape(volume.shape)
 
 def reference_rows(test, train, n, rates, lpips, device, seed):
     """Fidelity of every reference on the first n sessions, as rows of table.json.
 
-    test, train: data.Sessions of the same modalities. rates: bits, one row of the codec for each.
+    test, train: data.Sessions of the same modalities. rates: bits, three rows of codes for each.
     """
     scored, bits_of = {}, {}
     for m, modality in enumerate(test.modalities):

@@ -23,6 +23,8 @@ LPIPS: over all slices, [0,1]
 as is; brain: 0 outside it in both.
 whole: every voxel of the box. brain: voxels where the input is above 0 (SSIM: windows centred there).
 Mean +- standard deviation over subjects, the sessions of a subject averaged first.
+DCT codec: has the brain mask for nothing, or not. PCA: coefficients on the components of up to 100 training \
+scans.
 DFT: decoder fine-tuned on a frozen encoder. cos_raw: mean absolute cosine of channel pairs, means included; \
 pearson_abs: the same of
 centred channels. Effective rank: exp of the entropy of the explained variance, \
@@ -61,7 +63,7 @@ def show(text):
     print(for_terminal(text) if sys.stdout.isatty() else text)
 
 def for_terminal(text, width=120):
-    """A report with its tables as aligned columns, and no line longer than `width`.
+    """A report with its tables as aligned columns, and no line longer than `width` but for a long word.
 
     A wide table becomes several below one another, each with the first column. What is too long for a line of
     its own ends in dots; table.md has it all.
@@ -72,7 +74,8 @@ def for_terminal(text, width=120):
             lines += aligned([line[2:-2].split(' | ') for line in block], width)
         else:
             for line in block:
-                lines += textwrap.wrap(line, width, break_on_hyphens=False) or ['']
+                whole_words = dict(break_on_hyphens=False, break_long_words=False)  # paths are copied
+                lines += textwrap.wrap(line, width, **whole_words) or ['']
     return '\n'.join(lines) + '\n'
 
 def aligned(rows, width):

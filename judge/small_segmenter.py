@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tqdm import trange
 
 from common import Muon, adamw, cosine, for_muon, load_checkpoint, save_checkpoint
-from data import Sessions, fingerprint, random, read_index, to_device
+from data import Sessions, fingerprint, has_split, random, to_device
 from judge.anatomy import Segmentation
 from judge.metrics import dice
 from model import Conv, ResConv, double, halve
@@ -96,7 +96,7 @@ def learn(data_dir, modalities, path, device, steps=600, batch_size=2, lr=1e-2, 
     """
     train = Sessions(data_dir, modalities, 'train', seed=seed)
     labels = sorted(set().union(*[np.unique(train.labels(i)).tolist() for i in range(min(train.n, 50))]))
-    class_of = torch.zeros(max(labels) + 1, dtype=torch.int64, device=device)
+    class_of = torch.zeros(2 ** 15, dtype=torch.int64, device=device)  # others count as background
     class_of[labels] = torch.arange(len(labels), device=device)
     share = 0.5 if all(m in TISSUE for m in modalities) else 0.0
     torch.manual_seed(seed)
@@ -107,7 +107,7 @@ def learn(data_dir, modalities, path, device, steps=600, batch_size=2, lr=1e-2, 
     for step in trange(steps, desc='segmenter', leave=False):
         batch = to_device(train.scan_batch(step, batch_size, labels=True), device)
         x = blurred(redraw(batch, modalities, share, seed, train.box), random(seed, 12, step))
-        truth = class_of[batch['labels'][:, 0].long().clamp(max=max(labels))]
+        truth = class_of[batch['labels'][:, 0].long()]
         loss = loss_of(network(x), truth)
         loss.backward()
         for optimizer in optimizers:
@@ -117,11 +117,11 @@ def learn(data_dir, modalities, path, device, steps=600, batch_size=2, lr=1e-2, 
             optimizer.zero_grad()
     segmenter = SmallSegmenter(network, labels, '', device)
     about = f'small segmenter of {train.n} label maps'
-    if any(row['split'] == 'val' for row in read_index(data_dir, modalities)[0]):
+    if has_split(data_dir, modalities, 'val'):
         score, n = held_out_dice(segmenter, Sessions(data_dir, modalities, 'val'))
         about += f', mean Dice x 100 of {n} held-out images {100 * score:.1f}'
     save_checkpoint(path, {'model': network.state_dict(), 'model_args': {'kind': 'segmenter'},
-                           'labels': labels, 'about': about, 'fingerprint': fingerprint(data_dir)})
+                           'labels': labels, 'about': about, 'of': learned_from(data_dir, modalities)})
 
 def held_out_dice(segmenter, sessions, count=20):
     """Mean Dice over labels and the first `count` stored images, and how many those are."""
@@ -142,8 +142,13 @@ def load_small(path, device):
     network.load_state_dict(checkpoint['model'])
     return SmallSegmenter(network, checkpoint['labels'], checkpoint['about'], device)
 
-def learnt(data_dir, modalities, path, device):
-    """Path of the segmenter of these data, learnt now unless it is there."""
-    if not os.path.exists(path) or load_checkpoint(path).get('fingerprint') != fingerprint(data_dir):
+def learned_from(data_dir, modalities):
+    """What a segmenter is known by: the data set and the modalities it has seen."""
+    return {'modalities': tuple(modalities), 'fingerprint': fingerprint(data_dir)}
+
+def learn_once(data_dir, modalities, path, device):
+    """Path of the segmenter of these data and modalities, learned now unless it is there."""
+    wanted = learned_from(data_dir, modalities)
+    if not os.path.exists(path) or load_checkpoint(path).get('of') != wanted:
         learn(data_dir, modalities, path, device)
     return path

@@ -231,7 +231,7 @@ def read_people(table, columns, sex_codes, subjects, sessions=(), unread=None):
             found = by_number[int(person)]
         if len(found) == 1:
             values = {kind: row.get(name, '') for kind, name in names.items()}
-            if 'month' in names['age'].lower():
+            if 'month' in names['age'].lower() or names['age'].lower() in COLUMNS['age_months']:
                 values['age'] = with_months(values['age'])
             own.append(values | {'subject': found[0]})
     if not own:

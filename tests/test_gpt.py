@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from common import load_checkpoint, save_checkpoint
-from conftest import make_tiny_data, play, refuses
+from conftest import make_tiny_data, play, refuses, step_bytes
 from data import Sessions
+from judge import cost
 from latents import encode_conditions
 from model import GPT, GPTConfig, NeuroQuant, NeuroQuantConfig, from_checkpoint, model_args
 from test_train import assert_same_tensors, log_of, training_lines
@@ -261,6 +262,13 @@ def test_bits_of_another_autoencoders_gpt_are_refused(run, tmp_path):
     line = refuses('evaluate.py', f'--ckpt={run}/vae/ckpt.pt', f'--gpt={tmp_path}/gpt.pt',
                    '--reference_sessions=0', f'--out_dir={tmp_path}')
     assert 'another autoencoder' in line
+
+def test_training_says_what_a_step_holds(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, 'step_bytes', step_bytes)
+    printed = play('train_gpt.py', *TRAIN, f'--vae={run}/vae/ckpt.pt', f'--out_dir={tmp_path}',
+                   '--max_iters=1')
+    line, = [line for line in printed.splitlines() if 'memory of a training step' in line]
+    assert 'not known' not in line
 
 def test_a_resumed_run_has_the_same_bits(run, tmp_path):
     train(run, tmp_path / 'b', '--max_iters=2')

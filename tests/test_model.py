@@ -317,6 +317,14 @@ def test_every_parameter_gets_a_gradient_from_the_whole_objective(fold):
     (out['x_hat'].square().mean() + out['x_cross'].square().mean() + out['commit']).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
+@pytest.mark.parametrize('change', [{'kind': 'segmenter'}, {'wings': 2}])
+def test_a_checkpoint_of_another_version_is_refused_with_its_commit(change):
+    model = tiny()
+    args = model_args(model) | change
+    checkpoint = {'model_args': args, 'model': model.state_dict(), 'git_commit': 'abc1234'}
+    with pytest.raises(SystemExit, match='abc1234'):
+        from_checkpoint(checkpoint)
+
 def test_a_checkpoint_builds_the_same_model():
     model, x = tiny().train(), torch.rand(2, 1, 32, 32, 32)
     model(x, torch.tensor([0, 1]))

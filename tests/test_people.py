@@ -196,9 +196,10 @@ def test_years_count_more_than_months(visits):
     text = 'participant_id\tage\tage_months\nsub-1\t2\t18\n'
     assert known(visits, participants=text)[0][0] == ('', '2')
 
-def test_a_spreadsheets_months_become_years(tmp_path):
-    (tmp_path / 'who.csv').write_text('subject,sex,age_months\nsub-1,F,30\n')
-    persons = read_people(str(tmp_path / 'who.csv'), ('subject', 'sex', 'age_months'), (), ['sub-1'])
+@pytest.mark.parametrize('column', ['age_months', 'interview_age'])
+def test_a_spreadsheets_months_become_years(tmp_path, column):
+    (tmp_path / 'who.csv').write_text(f'subject,sex,{column}\nsub-1,F,30\n')
+    persons = read_people(str(tmp_path / 'who.csv'), ('subject', 'sex', column), (), ['sub-1'])
     assert persons['sub-1'] == {'sex': 'F', 'age': '2.5'}
 
 @pytest.mark.parametrize('age, expected', [

@@ -10,13 +10,13 @@ import torch
 from common import save_checkpoint
 from conftest import make_tiny_data
 from data import Sessions
-from judge import segment
+from judge import segment, small_segmenter
 from judge.anatomy import (
     MERGED, RIGHT, SIDED_NAMES, Segmentation, compare_labels, generated_rows, structure_volumes)
 from judge.report import generated_table
 from judge.segment import (
     CommandSegmenter, SynthSegSegmenter, clean_posteriors, largest_part, make_segmenter)
-from judge.small_segmenter import blurred, held_out_dice, learn, learnt
+from judge.small_segmenter import blurred, held_out_dice, learn, learn_once
 from pretrained import SYNTHSEG_LABELS
 from test_nifti import store
 from test_pretrained import synthseg_file
@@ -252,10 +252,18 @@ def test_any_size_is_segmented(small):
     labels = make_segmenter(str(small), 'cpu')(np.zeros((31, 46, 33), np.float32), 1.0).labels
     assert labels.shape == (31, 46, 33)
 
-def test_a_segmenter_is_learnt_once_for_the_same_data(easy, small):
+def test_a_segmenter_is_learned_once_for_the_same_data(easy, small):
     written = small.stat().st_mtime_ns
-    assert learnt(str(easy), ('T1w',), str(small), 'cpu') == str(small)
+    assert learn_once(str(easy), ('T1w',), str(small), 'cpu') == str(small)
     assert small.stat().st_mtime_ns == written
+
+def test_a_segmenter_of_other_modalities_is_learned_anew(easy, small, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(small_segmenter, 'learn', lambda data, modalities, *rest: asked.append(modalities))
+    learn_once(str(easy), ('T1w',), str(small), 'cpu')
+    learn_once(str(easy), ('T1w', 'T2w'), str(small), 'cpu')
+    learn_once(str(easy), ('T1w',), str(tmp_path / 'none.pt'), 'cpu')
+    assert asked == [('T1w', 'T2w'), ('T1w',)]
 
 def test_a_checkpoint_of_something_else_is_no_segmenter(tmp_path):
     save_checkpoint(tmp_path / 'x.pt', {'model_args': {'kind': 'gpt'}})

@@ -134,7 +134,7 @@ class Latents:
 
     conditions: of 'modality', 'sex', 'age'. seed, rank, world: of the run and of this process; only batches
     depend on them. classes, vectors: what a network's config says of the conditions. shape (C,d,h,w).
-    n: number of scans. SystemExit with one line for a condition that no scan has a value for.
+    n: number of scans. SystemExit with one line for a condition that no training scan has a value for.
     """
     def __init__(self, latents_dir, data_dir, modalities, split, conditions, seed=0, rank=0, world=1):
         self.latents_dir, self.modalities, self.conditions = latents_dir, tuple(modalities), tuple(conditions)
@@ -151,8 +151,10 @@ class Latents:
             names = ', '.join(sorted(unknown))
             raise SystemExit(f'--conditions: {names}: only modality, sex and age are known')
         for column in set(conditions) - {'modality'}:
-            if not any(value_of(row, column) is not None for row in self.rows):
-                raise SystemExit(f'{data_dir}: no scan with a known {column}, which --conditions asks for')
+            known = any(value_of(row, column) is not None for row in self.rows)
+            if split == 'train' and not known:
+                raise SystemExit(f'{data_dir}: no training scan with a known {column}, '
+                                 'which --conditions asks for')
         values = {'modality': self.modalities, 'sex': SEXES}
         self.classes = tuple(len(values[c]) + 1 for c in self.conditions if c != 'age')
         self.vectors = (2,) if 'age' in self.conditions else ()

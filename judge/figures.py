@@ -22,9 +22,10 @@ def pyplot():
     import matplotlib.pyplot as plt
     return plt
 
-def finish(plt, fig, path, quiet=False):
-    """Write whole or not at all, and say so."""
-    fig.tight_layout()
+def finish(plt, fig, path, quiet=False, fitted=True):
+    """Write whole or not at all, and say so. fitted: measure all text to make room for it."""
+    if fitted:
+        fig.tight_layout()
     fig.savefig(f'{path}.part', dpi=110, format='png')
     os.replace(f'{path}.part', path)
     plt.close(fig)
@@ -83,7 +84,9 @@ def curves(path, records):
     plt = pyplot() if names else None
     if not plt: return
     height = -(-len(names) // 4)
-    fig, axes = plt.subplots(height, 4, figsize=(13, 2.4 * height), squeeze=False)
+    inches = 2.4 * height
+    room = dict(left=0.04, right=0.99, bottom=0.4 / inches, top=1 - 0.4 / inches, wspace=0.25, hspace=0.4)
+    fig, axes = plt.subplots(height, 4, figsize=(13, inches), squeeze=False, gridspec_kw=room)
     for ax in axes.flat[len(names):]:
         ax.set_axis_off()
     for ax, name in zip(axes.flat, names):
@@ -93,7 +96,10 @@ def curves(path, records):
         ax.tick_params(which='both', labelsize=7)
         if name.startswith('train/') and min(value for _, value in points) > 0:
             ax.set_yscale('log')
-    finish(plt, fig, path, quiet=True)
+            ax.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter('{x:.3g}')  # powers of ten as mathematics take seconds to draw
+            ax.minorticks_off()
+    finish(plt, fig, path, quiet=True, fitted=False)  # drawn at every validation
 
 def reconstruction_views(runs):
     """Blocks for views() of runs' scans in the picture: one run beside its errors, several side by side."""

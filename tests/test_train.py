@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from common import load_checkpoint, save_checkpoint
-from conftest import ROOT, TINY, play, play_two, read_until, refuses, start
+from conftest import ROOT, TINY, curves, play, play_two, progress, read_until, refuses, start
 from data import Sessions
+from judge import figures
 from model import from_checkpoint
 
 SHORT = ['--iters_3d=4', '--iters_2d=3', '--cross_start=1', '--cross_ramp=2', '--adv_start=1',
@@ -394,8 +395,10 @@ def test_sigterm_finishes_the_step_saves_and_says_so(tiny_data, tmp_path):
 
 # ---------------------------------------------------------------- what a run shows, and refuses
 
-def test_a_validation_leaves_curves_a_picture_and_a_table(tiny_data, tmp_path):
+def test_a_validation_leaves_curves_a_picture_and_a_table(tiny_data, tmp_path, monkeypatch):
     pytest.importorskip('matplotlib')
+    monkeypatch.setattr(figures, 'curves', curves)
+    monkeypatch.setattr(figures, 'progress', progress)
     out = tmp_path / 'out'
     printed = play('train_vae.py', *TINY, *SHORT, f'--data_dir={tiny_data}', f'--out_dir={out}')
     assert 'iter 3/7: ' in printed and ' left' in printed

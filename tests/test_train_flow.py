@@ -259,7 +259,15 @@ def test_a_condition_that_no_scan_has_is_refused(tiny_data, tmp_path):
     table = tiny_data / 'subjects.tsv'
     table.write_text(table.read_text().replace('\tF\t30', '\t\t'))
     line = refuses('train_flow.py', *FLOW, f'--vae={vae}', f'--out_dir={tmp_path}/x', '--conditions=age,')
-    assert 'no scan with a known age' in line
+    assert 'no training scan with a known age' in line
+
+def test_validation_scans_may_all_lack_a_condition(tiny_data, tmp_path):
+    vae = train_vae(tiny_data, tmp_path / 'vae')
+    table = tiny_data / 'subjects.tsv'
+    lines = table.read_text().splitlines()
+    lines = [line.replace('\tF\t30', '\tF\t') if '\tval\t' in line else line for line in lines]
+    table.write_text('\n'.join(lines) + '\n')
+    play('train_flow.py', *FLOW, f'--vae={vae}', f'--out_dir={tmp_path}/x', '--conditions=age,')
 
 @pytest.mark.parametrize('args, words', [
     (['--steps=0'], 'at least 1'),

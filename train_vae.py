@@ -27,7 +27,7 @@ from common import (Muon, StepLog, adamw, all_reduce_mean, autocast, catch_signa
 from data import Sessions, fingerprint, generators, has_split, prefetch, prepare_absent, refuse_other_data
 from judge import figures
 from judge.cost import say_memory, step_flops
-from judge.validate import validate
+from judge.validate import modality_probes, validate
 from losses import (ModalityClassifier, PatchDiscriminator, adversary_loss, alignment_loss, cov_loss,
                     discriminator_term, generator_term, kl_loss, perceptual_loss, reconstruction_loss,
                     refuse_small, sid_loss, ssim, var_loss)
@@ -88,6 +88,7 @@ slice_axis = 2
 recon = 'l1'             # mean absolute error, both papers; 'l2': mean squared error, which PSNR measures
 w_ssim = 0.5             # lambda_SSIM of NeuroQuant eq. 12
 w_commit = 0.25          # beta of eq. 7
+w_commit_2d = 0.0        # the same of slices, of which only the reconstruction counts in NeuroQuant 3.5
 w_cross = 0.5            # eq. 14, over every ordered pair of a session's modalities
 cross_start = 2000       # steps before w_cross sets in
 cross_ramp = 2000        # steps of its linear rise
@@ -238,7 +239,7 @@ def loss_weights(it):
         'cross': get_w_cross(it),
         'align': w_align,
         'recon_2d': 1.0,
-        'commit_2d': 0.0,  # "only L_rec^2D is computed", NeuroQuant 3.5
+        'commit_2d': w_commit_2d,
         'ssim': w_ssim,
         'kl': w_kl,
         'sid': w_sid,
@@ -571,5 +572,9 @@ if __name__ == '__main__':
             log.restart(it)
         if stopped_by:
             end_by_signal(stopped_by, it)
+    if rank == 0 and kind == 'neuroquant' and val_set:
+        for pair, result in modality_probes((ema or raw_model).eval(), val_set, eval_sessions, device).items():
+            print(f"{pair}: a fresh linear probe tells them apart by z_anat in {result['accuracy']:.3f} of "
+                  f"{result['n']} validation scans of {result['n_groups']} subjects; 0.5 is chance")
     print0(f'done: {out_dir}/ckpt.pt')
     stop_processes()

@@ -1,8 +1,11 @@
-"""What train_vae.py asks of an autoencoder now and then: PSNR of held-out volumes, use of the codes."""
+"""What train_vae.py asks of an autoencoder: PSNR of held-out volumes, use of the codes, and at the end a probe."""
+from itertools import combinations
+
 import torch
 import torch.distributed as dist
 
 from common import autocast, print0
+from judge.probe import linear_probe
 from losses import psnr
 from quantize import code_use, collapse, count_codes
 
@@ -51,3 +54,32 @@ def validate(model, sessions, count, device, dtype):
         if warning:
             print0(warning)
     return record, shown
+
+@torch.no_grad()
+def modality_probes(model, sessions, count, device):
+    """How well a fresh linear probe tells two modalities apart by NeuroQuant's z_anat of held-out scans.
+
+    count: as of validate. Subjects are on one side of a fold. returns {'T1w or T2w': linear_probe} for every
+    two modalities; without those that fewer than two subjects have.
+    """
+    n = sessions.n if count < 0 else min(count, sessions.n)
+    features = {m: [] for m in range(len(sessions.modalities))}
+    subjects = {m: [] for m in features}
+    for i in range(n):
+        for m in sessions.present(i):
+            x = torch.tensor(sessions.volume(i, m), device=device)[None, None]
+            features[m].append(model.encoding(x)['mean'].float().flatten())
+            subjects[m].append(sessions.rows[i]['subject'])
+    results = {}
+    for a, b in combinations(features, 2):
+        groups = subjects[a] + subjects[b]
+        folds = min(5, len(set(groups)))
+        if folds < 2 or not subjects[a] or not subjects[b]: continue
+        z = torch.stack(features[a] + features[b]).cpu().numpy()
+        is_b = [False] * len(subjects[a]) + [True] * len(subjects[b])
+        name = f'{sessions.modalities[a]} or {sessions.modalities[b]}'
+        try:
+            results[name] = linear_probe(z, is_b, groups, folds)
+        except ValueError:  # too few subjects of one of them
+            continue
+    return results

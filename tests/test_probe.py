@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from judge.probe import SEResNet, auc, linear_probe, network_probe
+from judge.validate import modality_probes
 
 # ---------------------------------------------------------------- linear
 
@@ -150,3 +151,35 @@ def test_seresnet_152_overfits_eight_latents():
         optimizer.step()
     assert ((net(x)[:, 0] > 0) == (y > 0)).all()
     assert loss < 0.1
+
+# ---------------------------------------------------------------- the modality in z_anat
+
+class Scans:
+    """Two modalities of 20 people as data.Sessions gives them. The last has no T2w. T2w is brighter."""
+    modalities = ('T1w', 'T2w')
+    n = 20
+    rows = [{'subject': f'sub-{i:02d}'} for i in range(20)]
+
+    def present(self, i):
+        return (0, 1) if i < 19 else (0,)
+
+    def volume(self, i, m):
+        return np.random.default_rng([i, m]).random((2, 2, 2), np.float32) + m
+
+class Codes:
+    """A model whose z_anat is the volume, with or without its level, which is what tells the modality."""
+    def __init__(self, level):
+        self.level = level
+
+    def encoding(self, x):
+        return {'mean': x if self.level else x - x.mean()}
+
+def test_a_modality_that_z_anat_tells_is_found_and_one_that_it_hides_is_not():
+    told = modality_probes(Codes(level=True), Scans(), -1, 'cpu')['T1w or T2w']
+    hidden = modality_probes(Codes(level=False), Scans(), -1, 'cpu')['T1w or T2w']
+    assert (told['n'], told['n_groups']) == (39, 20)
+    assert told['accuracy'] == 1.0
+    assert hidden['accuracy'] < 0.75
+
+def test_modalities_of_one_subject_are_not_probed():
+    assert modality_probes(Codes(level=True), Scans(), 1, 'cpu') == {}

@@ -143,6 +143,17 @@ def test_averaged_weights_are_what_from_checkpoint_gives(tiny_data, tmp_path):
     assert {'encoder', 'decoder'} <= changed_parts(checkpoint['ema'], checkpoint['model'])
     assert torch.equal(checkpoint['ema']['quantizer.codebook'], checkpoint['model']['quantizer.codebook'])
 
+def test_commitment_of_slices_counts_when_it_is_asked_for(tiny_data, tmp_path):
+    args = ['--iters_3d=1', '--iters_2d=2', '--ema_decay=0', '--w_cross=0', '--w_adv=0']
+    without = train(tiny_data, tmp_path / 'without', *args)
+    with_it = train(tiny_data, tmp_path / 'with', *args, '--w_commit_2d=1')
+    assert 'encoder' in changed_parts(without['model'], with_it['model'])
+
+def test_the_end_says_what_a_probe_reads_from_the_anatomy(tiny_data, tmp_path):
+    printed = play('train_vae.py', *TINY, *SHORT, f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/out',
+                   '--max_iters=1', '--eval_sessions=-1')
+    assert 'T1w or T2w: a fresh linear probe' in printed and 'of 4 validation scans of 2 subjects' in printed
+
 def test_interleaved_training_logs_its_slices_apart(tiny_data, tmp_path):
     checkpoint = train(tiny_data, tmp_path / 'out', '--joint=interleaved', '--p_2d=1.0')
     assert 'train/recon_2d' in log_of(tmp_path / 'out')[0] and checkpoint['iter_num'] == 4

@@ -10,7 +10,8 @@ from itertools import chain
 import torch
 import torch.nn.functional as F
 
-from model import Attention, ConvLayer, ConvVAE, NormAct, ResBlock, Stack
+from layers import Attention, ConvLayer, NormAct, ResBlock, Stack
+from model import ConvVAE
 
 def slabwise(model, slab):
     """A ConvVAE for inference that shares the weights of model. model itself stays as it is.

@@ -15,7 +15,7 @@ from common import Muon, adamw, cosine, for_muon, load_checkpoint, save_checkpoi
 from data import Sessions, fingerprint, has_split, random, to_device
 from judge.anatomy import Segmentation
 from judge.metrics import dice
-from model import Conv, ResConv, double, halve
+from layers import Conv, ResConv, double, halve
 from synth import TISSUE, redraw
 
 class SmallUNet(nn.Module):

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from judge.cost import step_flops
-from model import (Attention, ConvVAE, ConvVAEConfig, depth_to_space, from_checkpoint, model_args,
-                   space_to_depth)
+from layers import Attention, depth_to_space, space_to_depth
+from model import ConvVAE, ConvVAEConfig, from_checkpoint, model_args
 from pretrained import load_maisi_vae, load_sd_vae
 
 def small(**kwargs):

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from judge.cost import step_flops
-from model import (AxialAttention, Conv, Conv3d, NeuroQuant, NeuroQuantConfig, ResBlock, double, double_axes,
-                   depth_to_space, from_checkpoint, halve, model_args, space_to_depth)
+from layers import (AxialAttention, Conv, Conv3d, ResBlock, depth_to_space, double, double_axes, halve,
+                    space_to_depth)
+from model import NeuroQuant, NeuroQuantConfig, from_checkpoint, model_args
 
 TINY = dict(widths=(16, 16, 16, 16), anat_dim=8, mod_dim=4, modality_dim=4, num_codes=16)
 

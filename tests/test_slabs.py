@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from model import Conv3d, ConvVAE, ConvVAEConfig, NeuroQuant, NeuroQuantConfig, encoder_hash, model_args
+from layers import Conv3d
+from model import ConvVAE, ConvVAEConfig, NeuroQuant, NeuroQuantConfig, encoder_hash, model_args
 from slabs import slabwise
 
 CONFIGS = [{}, dict(layout='sd'), dict(widths=(8, 8, 8, 8)), dict(bottleneck='vq', num_codes=8),

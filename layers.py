@@ -1,4 +1,4 @@
-"""What the networks are made of: convolutions that know slices, x2 and its inverse, residual blocks, attention.
+"""What networks are made of: convolutions that know slices, x2 and back, residual blocks, attention.
 
 Shapes as in model.py: (B, C, D, H, W), where an axis of length 1 makes slices.
 """

@@ -12,8 +12,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from layers import (CONV, NORM, Attention, AxialAttention, Conv, Conv3d, ConvLayer, NormAct, ResBlock, ResConv,
-                    Stack, depth_to_space, double, group_norm, halve, missing_axis, run, space_to_depth, zeroed)
+from layers import (
+    CONV, NORM, Attention, AxialAttention, Conv, Conv3d, ConvLayer, NormAct, ResBlock, ResConv, Stack,
+    depth_to_space, double, group_norm, halve, missing_axis, run, space_to_depth, zeroed)
 from quantize import QuantizerConfig, move_or_hold, sum_over_ranks
 
 # ---------------------------------------------------------------- what autoencoders share

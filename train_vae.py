@@ -573,7 +573,8 @@ if __name__ == '__main__':
         if stopped_by:
             end_by_signal(stopped_by, it)
     if rank == 0 and kind == 'neuroquant' and val_set:
-        for pair, result in modality_probes((ema or raw_model).eval(), val_set, eval_sessions, device).items():
+        averaged = (ema or raw_model).eval()
+        for pair, result in modality_probes(averaged, val_set, eval_sessions, device).items():
             print(f"{pair}: a fresh linear probe tells them apart by z_anat in {result['accuracy']:.3f} of "
                   f"{result['n']} validation scans of {result['n_groups']} subjects; 0.5 is chance")
     print0(f'done: {out_dir}/ckpt.pt')

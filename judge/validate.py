@@ -1,4 +1,4 @@
-"""What train_vae.py asks of an autoencoder: PSNR of held-out volumes, use of the codes, and at the end a probe."""
+"""What train_vae.py asks of an autoencoder: PSNR of held-out volumes, use of the codes, probes at the end."""
 from itertools import combinations
 
 import torch

@@ -88,7 +88,7 @@ def counting(dtype):
         norms = {name: in_float(norm) for name, norm in norms.items()}
     alone = mock.patch.object(dist, 'is_initialized', return_value=False)
     quiet = mock.patch.object(logging.getLogger('torch._subclasses.fake_tensor'), 'disabled', True)
-    # model.py calls an operator of oneDNN that wants contents
+    # layers.py calls an operator of oneDNN that wants contents
     plain = mock.patch.object(torch.backends.mkldnn, 'is_available', return_value=False)
     with alone, quiet, plain, mock.patch.multiple(F, **norms), FakeTensorMode(), Live() as live:
         yield live

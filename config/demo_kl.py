@@ -1,24 +1,28 @@
-# A small MAISI-VAE on phantoms of 32x48x32 voxels. It takes minutes on two CPU cores.
-# Add --w_sid=10 for DeCo-VAE with SID, or --w_cov=1 --w_var=1 for VAD.
+# A small KL autoencoder on phantoms of 32x48x32 voxels. It takes minutes on two CPU cores.
+# Add --w_sid=0.1 for DeCo-VAE with SID, or --w_cov=0.05 --w_var=0.05 for VAD.
 kind = 'convvae'
 data_dir = 'data/demo'
 prepare = '--source=phantom --n=120 --shape=32,48,32 --modalities=T1w,T2w'
 out_dir = 'out/demo_kl'
 modalities = ('T1w',)
-widths = (16, 32, 64)
+layout = 'fold'            # as in real.py: blocks of voxels, no norms, orthogonal steps
+norm = 'none'
+widths = (32, 64)
 res_blocks = 1
 
 batch_size = 2
 patch = (24, 24, 24)
-iters = 1000
-lr = 1e-3
+brain_patches = 0.9
+iters = 2000
+muon = True
+lr = 4e-3
 min_lr = 1e-5
 beta2 = 0.99
 warmup_iters = 20
-lr_decay_iters = 1000
+lr_decay_iters = 2000
 ema_decay = 0.99
 eval_interval = 500
 log_interval = 100
 
 w_ssim = 0.0
-w_kl = 5e-4
+w_kl = 1e-6

@@ -27,7 +27,7 @@ from common import (Muon, StepLog, adamw, all_reduce_mean, autocast, catch_signa
 from data import Sessions, fingerprint, generators, has_split, prefetch, prepare_absent, refuse_other_data
 from judge import figures
 from judge.cost import say_memory, step_flops
-from judge.validate import modality_probes, validate
+from judge.validate import modality_probes, probe_line, validate
 from losses import (ModalityClassifier, PatchDiscriminator, adversary_loss, alignment_loss, cov_loss,
                     discriminator_term, generator_term, kl_loss, perceptual_loss, reconstruction_loss,
                     refuse_small, sid_loss, ssim, var_loss)
@@ -572,10 +572,9 @@ if __name__ == '__main__':
             log.restart(it)
         if stopped_by:
             end_by_signal(stopped_by, it)
-    if rank == 0 and kind == 'neuroquant' and val_set:
+    if rank == 0 and kind == 'neuroquant' and len(modalities) > 1 and val_set:
         averaged = (ema or raw_model).eval()
-        for pair, result in modality_probes(averaged, val_set, eval_sessions, device).items():
-            print(f"{pair}: a fresh linear probe tells them apart by z_anat in {result['accuracy']:.3f} of "
-                  f"{result['n']} validation scans of {result['n_groups']} subjects; 0.5 is chance")
+        for name, result in modality_probes(averaged, val_set, eval_sessions, device).items():
+            print(probe_line(name, result))
     print0(f'done: {out_dir}/ckpt.pt')
     stop_processes()

@@ -97,7 +97,7 @@ def curves(path, records):
         if name.startswith('train/') and min(value for _, value in points) > 0:
             ax.set_yscale('log')
             ax.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
-            ax.yaxis.set_major_formatter('{x:.3g}')  # powers of ten as mathematics take seconds to draw
+            ax.yaxis.set_major_formatter('{x:.3g}')  # powers of ten as mathematics are slow to draw
             ax.minorticks_off()
     finish(plt, fig, path, quiet=True, fitted=False)  # drawn at every validation
 

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from common import autocast, print0
+from judge.metrics import attempt
 from judge.probe import linear_probe
 from losses import psnr
 from quantize import code_use, collapse, count_codes
@@ -60,7 +61,7 @@ def modality_probes(model, sessions, count, device):
     """How well a fresh linear probe tells two modalities apart by NeuroQuant's z_anat of held-out scans.
 
     count: as of validate, but 200 sessions at most. Subjects are on one side of a fold.
-    returns {'T1w or T2w': linear_probe} for every two modalities, but those of fewer than two subjects
+    returns {'T1w or T2w': what linear_probe says, or 'reason' why it cannot} for every two modalities there
     """
     n = min(200, sessions.n if count < 0 else min(count, sessions.n))
     features = {m: [] for m in range(len(sessions.modalities))}
@@ -68,18 +69,20 @@ def modality_probes(model, sessions, count, device):
     for i in range(n):
         for m in sessions.present(i):
             x = torch.tensor(sessions.volume(i, m), device=device)[None, None]
-            features[m].append(model.encoding(x)['mean'].float().flatten())
+            features[m].append(model.encoding(x)['mean'].float().flatten().cpu())
             subjects[m].append(sessions.rows[i]['subject'])
     results = {}
-    for a, b in combinations(features, 2):
+    for a, b in combinations([m for m in features if features[m]], 2):
+        z = torch.stack(features[a] + features[b]).numpy()
         groups = subjects[a] + subjects[b]
-        folds = min(5, len(set(groups)))
-        if folds < 2 or not subjects[a] or not subjects[b]: continue
-        z = torch.stack(features[a] + features[b]).cpu().numpy()
         is_b = [False] * len(subjects[a]) + [True] * len(subjects[b])
+        folds = max(2, min(5, len(set(groups))))
         name = f'{sessions.modalities[a]} or {sessions.modalities[b]}'
-        try:
-            results[name] = linear_probe(z, is_b, groups, folds)
-        except ValueError:  # too few subjects of one of them
-            continue
+        results[name] = attempt(linear_probe, z, is_b, groups, folds)
     return results
+
+def probe_line(name, result):
+    """One of modality_probes' results as text."""
+    if 'reason' in result: return f"{name}: no probe of z_anat: {result['reason']}"
+    return (f"{name}: a fresh linear probe tells them apart by z_anat in {result['accuracy']:.3f} of "
+            f"{result['n']} validation scans of {result['n_groups']} subjects; 0.5 is chance")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from judge.probe import SEResNet, auc, linear_probe, network_probe
-from judge.validate import modality_probes
+from judge.validate import modality_probes, probe_line
 
 # ---------------------------------------------------------------- linear
 
@@ -181,5 +181,7 @@ def test_a_modality_that_z_anat_tells_is_found_and_one_that_it_hides_is_not():
     assert told['accuracy'] == 1.0
     assert hidden['accuracy'] < 0.75
 
-def test_modalities_of_one_subject_are_not_probed():
-    assert modality_probes(Codes(level=True), Scans(), 1, 'cpu') == {}
+def test_modalities_of_one_subject_are_not_probed_and_the_reason_is_said():
+    (name, result), = modality_probes(Codes(level=True), Scans(), 1, 'cpu').items()
+    assert result.keys() == {'reason'}
+    assert probe_line(name, result) == 'T1w or T2w: no probe of z_anat: 1 subjects: at least 2 are needed'

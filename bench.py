@@ -9,6 +9,7 @@ Times are medians after a warm-up, in ms, with the spread from least to most. MF
 products and attentions over time and the measured rate of a large matrix product. GB are what the compiled
 kernels read and write; the floor is the longer of FLOP and bytes at the machine's own rates.
 """
+import contextlib
 import itertools
 import json
 import logging
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from torch._inductor import compile_fx, metrics
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, register_flop_formula
 
+import layers
 import model as networks
 import synth
 from common import autocast, compile_whole, configure, load_checkpoint, save_checkpoint, start_processes
@@ -177,13 +179,19 @@ def case_neuroquant():
         name = f'NeuroQuant, {n} x 2 volumes of {by_x(shape)}'
         measure(name, training(net, loss), net.encoder, net.decoder)
 
-def case_slices():
-    """ms of a step on slices, over those of a network that takes them for volumes of depth 1."""
+@contextlib.contextmanager
+def blind_to_slices():
+    """Within, networks take a batch of slices for volumes of depth 1."""
     def double(x, mode='nearest'):
-        return networks.double_axes(x, mode, list(x.shape[2:]).index(1))
+        return layers.double_axes(x, mode, list(x.shape[2:]).index(1))
     def halve(x):
         return F.avg_pool3d(x, [min(2, n) for n in x.shape[2:]])
-    blind = {'missing_axis': lambda x: None, 'halve': halve, 'double': double}
+    changed = {'missing_axis': lambda x: None, 'halve': halve, 'double': double}
+    with mock.patch.multiple(layers, **changed), mock.patch.multiple(networks, **changed):
+        yield
+
+def case_slices():
+    """ms of a step on slices, over those of a network that takes them for volumes of depth 1."""
     n = 128 if on_gpu else 8
     for shape in ((144, 192, 1), (144, 1, 144), (1, 192, 144)):
         net = networks.NeuroQuant(networks.NeuroQuantConfig())
@@ -193,7 +201,7 @@ def case_slices():
         name = f'NeuroQuant, {n} slices of {by_x(shape)}'
         ms = measure(name, calls, net.encoder, net.decoder)['training step']
         del calls['forward']
-        with mock.patch.multiple(networks, **blind):
+        with blind_to_slices():
             blind_ms = measure(f'{name}, as volumes', calls, net.encoder, net.decoder)['training step']
         print(f'\nslices against volumes of depth 1: ratio {ms / blind_ms:.2f}')
 

@@ -10,6 +10,7 @@ import sys
 import time
 from ast import literal_eval
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -122,6 +123,11 @@ def start_processes(device):
     dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
     return dist.get_rank(), dist.get_world_size(), device
 
+def wait_for_all():
+    """Wait until every process is here, days if need be: NCCL gives up after ten minutes."""
+    if dist.is_initialized():
+        dist.barrier(dist.new_group(backend='gloo', timeout=timedelta(days=7)))
+
 def stop_processes():
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -208,14 +214,11 @@ def print0(*args):
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(*args, flush=True)
 
-def all_reduce_mean(tensors):
-    """Replace each tensor by its mean over the processes, in one message. All must pass the same shapes."""
-    if not dist.is_initialized() or not tensors: return
-    flat = torch.cat([t.detach().reshape(-1) for t in tensors])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for t, new in zip(tensors, flat.split([t.numel() for t in tensors])):
-        t.detach().copy_(new.view_as(t))
+def mean_over_processes(x):
+    """Replace a tensor by its mean over the processes."""
+    if not dist.is_initialized(): return
+    dist.all_reduce(x)
+    x /= dist.get_world_size()
 
 def autocast(device, dtype):
     """Context for mixed precision; dtype 'bfloat16' or 'float32' (no autocast)."""
@@ -232,75 +235,7 @@ def peak_flops(device):
     name = torch.cuda.get_device_name(device)
     return next((peak for card, peak in peaks.items() if card in name), 0.0)
 
-# ---------------------------------------------------------------- optimiser, weights and checkpoints
-
-def cosine(it, lr, min_lr, warmup, decay):
-    """Rate of step `it`: linear warm-up, cosine from lr to min_lr at step `decay`, constant afterwards."""
-    if it < warmup: return lr * (it + 1) / warmup
-    p = min(1.0, (it - warmup) / max(1, decay - warmup))
-    return min_lr + 0.5 * (1 + math.cos(math.pi * p)) * (lr - min_lr)
-
-def adamw(parameters, lr, betas, eps, weight_decay):
-    """AdamW without decay on biases and norms."""
-    groups = [{'params': [p for p in parameters if p.ndim > 1], 'weight_decay': weight_decay},
-              {'params': [p for p in parameters if p.ndim <= 1], 'weight_decay': 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
-
-def for_muon(weight):
-    """True of the weights of convolutions and linear layers with at least 16 outputs."""
-    return weight.ndim > 1 and len(weight) >= 16
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised as a matrix (C_out, the rest), for convolutions and linear layers.
-
-    Jordan et al. 2024, with updates as large as AdamW's (Liu et al. 2025, arXiv:2502.16982), so that lr and
-    weight_decay mean the same. torch.optim.Muon takes no convolutions, and its bfloat16 is slow on a CPU.
-    """
-    def __init__(self, weights, lr, weight_decay, momentum=0.95):
-        super().__init__(weights, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            alike = {}  # matrices of one size are orthogonalised together: a GPU waits for few launches
-            for weight in group['params']:
-                if weight.grad is not None:
-                    alike.setdefault(weight.flatten(1).shape, []).append(weight)
-            for weights in alike.values():
-                self.move(weights, group['lr'], group['weight_decay'], group['momentum'])
-
-    def move(self, weights, lr, weight_decay, momentum):
-        for weight in weights:
-            if not self.state[weight]:
-                self.state[weight]['average'] = torch.zeros_like(weight)
-        averages = [self.state[weight]['average'] for weight in weights]
-        gradients = [weight.grad for weight in weights]
-        torch._foreach_lerp_(averages, gradients, 1 - momentum)
-        ahead = torch._foreach_lerp(gradients, averages, momentum)  # Nesterov's
-        updates = orthogonal(torch.stack([matrix.flatten(1) for matrix in ahead]))
-        rate = 0.2 * lr * math.sqrt(max(updates.shape[1:]))
-        torch._foreach_mul_(weights, 1 - lr * weight_decay)
-        torch._foreach_add_(weights, [u.reshape(w.shape) for u, w in zip(updates, weights)], alpha=-rate)
-
-def orthogonal(matrices, steps=5):
-    """Nearly U V^T of each U S V^T in (n, rows, columns), singular values 0.7 to 1.2 (Newton-Schulz)."""
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.mT if tall else x
-
-@torch.no_grad()
-def update_average(average, model, decay):
-    """Exponential average of weights: average <- decay average + (1 - decay) model.
-
-    Buffers, the codebook among them, are copied.
-    """
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-    for a, b in zip(average.buffers(), model.buffers()):
-        a.copy_(b)
+# ---------------------------------------------------------------- weights and checkpoints
 
 def save_checkpoint(path, checkpoint):
     """Write beside, then rename: `path` always holds a whole checkpoint. Plain types and tensors only."""
@@ -355,17 +290,26 @@ def load_checkpoint(path, device='cpu'):
         raise SystemExit(f'{path}: not a checkpoint of this project (it has no model_args)')
     return checkpoint
 
+def load_like(path, args):
+    """The checkpoint at `path`. SystemExit with one line if its model differs from that of args."""
+    checkpoint = load_checkpoint(path)
+    differences = changes(checkpoint['model_args'], args)
+    if differences: raise SystemExit(f'{path}: checkpoint of another model: {differences}')
+    return checkpoint
+
 def changes(old, new):
     """The keys of two dicts whose values differ, with both values, as text; '' where all are equal."""
     keys = [key for key in old | new if old.get(key) != new.get(key)]
     return '; '.join(f'{key} {old.get(key)!r} there, {new.get(key)!r} here' for key in keys)
 
 def refuse_changes(checkpoint, config, world, free):
-    """SystemExit that shows every setting that differs from the checkpoint's.
+    """SystemExit that shows every setting that differs from the checkpoint's, without --resume_changed.
 
     free: names of settings without influence on results, which may differ. batch_size may change if the
     number of processes does: what counts is the joined batch.
     """
+    if config['resume_changed']: return
+
     def of_the_joined_batch(settings, world):
         joined = {key: settings.get(key) for key in config if key not in free}
         for key in joined:
@@ -491,7 +435,7 @@ class StepLog:
         of all processes; data_wait, the share of the time spent waiting; on a GPU mfu and peak_gib.
         """
         values = torch.stack([*terms.values(), gradient])
-        all_reduce_mean([values])
+        mean_over_processes(values)
         *values, gradient = values.tolist()
         seconds, steps = time.perf_counter() - self.clock, it - self.counted_from
         record = {'iter': it, **{f'train/{name}': value for name, value in zip(terms, values)}}

@@ -21,6 +21,8 @@ import torch
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
+from common import print0
+
 # ---------------------------------------------------------------- the index
 
 # keys of dataset.json that say how scans got into their box: arguments of nifti.conform
@@ -418,6 +420,15 @@ class Sessions:
             scan = rng.integers(len(self.scans))
         raise SystemExit(f'{self.data_dir}: no slice with {min_brain:.0%} brain in 100 volumes; '
                          'is the background exactly 0?')
+
+def say_sessions(train, held_out):
+    """Print what there is to train on, to validate on (None: nothing) and not in use."""
+    print0(f'{train.data_dir}: {train.n} training sessions, {held_out.n if held_out else 0} for validation, '
+           f'volumes {train.shape}, modalities {", ".join(train.modalities)}')
+    if train.unused:
+        print0(f'not used: {", ".join(train.unused)}; --modalities names those that are')
+    if not held_out:
+        print0('no validation split: best.pt will not be written')
 
 def as_batch(x, modality, sample_index, files, maps=()):
     """A process's own batch as a dict; see Sessions."""

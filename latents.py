@@ -6,10 +6,10 @@ from itertools import islice
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from common import git_commit, load_checkpoint, make_out_dir, print0, refuse_changes, write_text
+from common import (git_commit, load_checkpoint, load_like, make_out_dir, print0, refuse_changes,
+                    wait_for_all, write_text)
 from data import Sessions, draw, fingerprint, open_npy, random, read_index, refuse_other_data
 from model import Autoencoder, encoder_hash, from_checkpoint, model_args
 from scans import people
@@ -37,8 +37,7 @@ def encode_all(path, data_dir, latents_dir, rank, world, device):
         latents_dir = os.path.join(os.path.dirname(path) or '.', f'latents_{name}')
     modalities = checkpoint['config']['modalities']
     encode_sessions(model, encoder_hash(model), data_dir, modalities, latents_dir, rank, world, device)
-    if world > 1:
-        dist.barrier()
+    wait_for_all()
     return model, checkpoint, data_dir, latents_dir
 
 # what may differ when a run is resumed; the autoencoder is known by its hash
@@ -62,12 +61,10 @@ def go_on(path, made_by, config, world, model, optimizer, average):
     the run is of another network, autoencoder or data set, or, without --resume_changed, if a setting has
     changed that is not in NOT_RESULTS.
     """
-    checkpoint = load_checkpoint(path)
-    if checkpoint['model_args'] != model_args(model) or checkpoint.get('encoder_hash') != made_by:
-        raise SystemExit(f'--init_from=resume: {path} is of another network '
-                         'or of the latents of another autoencoder')
-    if not config['resume_changed']:
-        refuse_changes(checkpoint, config, world, NOT_RESULTS)
+    checkpoint = load_like(path, model_args(model))
+    if checkpoint['encoder_hash'] != made_by:
+        raise SystemExit(f'{path}: a run on the latents of another autoencoder')
+    refuse_changes(checkpoint, config, world, NOT_RESULTS)
     refuse_other_data(checkpoint['fingerprint'], config['data_dir'], path)
     model.load_state_dict(checkpoint['model'])
     optimizer.load_state_dict(checkpoint['optimizer'])

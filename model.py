@@ -6,7 +6,7 @@ missing axis. NeuroQuant reads the plane from the shape: volumes and slices shar
 """
 import hashlib
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -750,6 +750,11 @@ class GPT(nn.Module):
 
 KINDS = {'neuroquant': (NeuroQuant, NeuroQuantConfig), 'convvae': (ConvVAE, ConvVAEConfig),
          'flowunet': (FlowUNet, FlowUNetConfig), 'gpt': (GPT, GPTConfig)}
+
+def from_settings(kind, settings):
+    """A new model, whose config has the fields that are among the settings. ValueError if it cannot be."""
+    cls, config_cls = KINDS[kind]
+    return cls(config_cls(**{f.name: settings[f.name] for f in fields(config_cls) if f.name in settings}))
 
 def model_args(model):
     """What builds the model again: its kind and every field of its config."""

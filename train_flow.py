@@ -17,15 +17,16 @@ import sys
 import torch
 import torch.distributed as dist
 
-from common import (StepLog, all_reduce_mean, autocast, catch_signals, compile_whole, configure,
-                    end_by_signal, explain_failures, make_out_dir, print0, refuse_below_one,
-                    refuse_overwriting, save_checkpoint, start_processes, stop_processes, update_average)
+from common import (StepLog, autocast, catch_signals, compile_whole, configure, end_by_signal,
+                    explain_failures, make_out_dir, print0, refuse_below_one, refuse_overwriting,
+                    save_checkpoint, start_processes, stop_processes)
 from data import has_split, prefetch
 from flow import draw_times, flow_matching_loss, sample
 from judge.cost import say_memory, unet_flops
 from judge.figures import curves, views
 from latents import Latents, encode_all, go_on, run_state
 from model import FlowUNet, FlowUNetConfig
+from optim import MeanGradients, take_step, update_average
 
 # ---------------------------------------------------------------- settings; the defaults are DeCo-VAE's
 # in and out
@@ -221,14 +222,14 @@ if __name__ == '__main__':
     if init_from == 'resume':
         it, best_val = go_on(f'{out_dir}/ckpt.pt', train_set.encoder_hash, config, world, raw_model,
                              optimizer, ema)
-    held = [*parameters, *parameters, *autoencoder.parameters(), *(ema.parameters() if ema else ())]
-    say_memory(globals(), ('raw_model',), sum(p.numel() for p in parameters), held, rehearse, savers)
+    say_memory(globals(), ('raw_model',), parameters, [autoencoder, ema], rehearse, savers)
     if compile:
         compile_whole(raw_model)
     flops = unet_flops(raw_model, train_set.shape)
     print0(f'{flops / 1e9:.1f} GFLOP per latent forward, on {device} x {world}')
 
     # ---- loop
+    gradients = MeanGradients(parameters)
     log = StepLog(out_dir, config, wandb_project, log_interval, it, stop, device, world)
     stop_signal = catch_signals()
     raw_model.train()
@@ -240,13 +241,10 @@ if __name__ == '__main__':
         if 'sd' in batch:
             z = z + batch['sd'] * eps  # a fresh draw from the posterior at every step
         x1 = raw_model.normalise(z).contiguous(memory_format=layout)
+        gradients.expect()
         loss = learn(x1, x0, t, cond)
-        all_reduce_mean([p.grad for p in parameters if p.grad is not None])
-        gradient = torch.nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else math.inf)
-        for group in optimizer.param_groups:
-            group['lr'] = get_lr(it)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        gradients.finish()
+        gradient = take_step([optimizer], parameters, get_lr(it), grad_clip)
         if ema:  # a short average while weights move fast
             update_average(ema, raw_model, min(ema_decay, (1 + it) / (10 + it)))
         it += 1

@@ -15,14 +15,15 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from common import (StepLog, adamw, all_reduce_mean, autocast, catch_signals, compile_whole, configure,
-                    cosine, end_by_signal, explain_failures, make_out_dir, print0, refuse_below_one,
-                    refuse_overwriting, save_checkpoint, start_processes, stop_processes, update_average)
+from common import (StepLog, autocast, catch_signals, compile_whole, configure, end_by_signal,
+                    explain_failures, make_out_dir, print0, refuse_below_one, refuse_overwriting,
+                    save_checkpoint, start_processes, stop_processes)
 from data import has_split, prefetch
 from judge.cost import gpt_flops, say_memory
 from judge.figures import curves
 from latents import encode_all, go_on, run_state
 from model import GPT, GPTConfig
+from optim import MeanGradients, adamw, cosine, take_step, update_average
 from tokens import Tokens, baseline_bits, mean_nats, scan_bits
 
 # ---------------------------------------------------------------- settings
@@ -146,13 +147,13 @@ if __name__ == '__main__':
         it, best_val = go_on(f'{out_dir}/ckpt.pt', train_set.encoder_hash, config, world, raw_model,
                              optimizer, ema)
     flops = 3 * gpt_flops(raw_model)
-    held = [*parameters, *parameters, *autoencoder.parameters(), *(ema.parameters() if ema else ())]
-    say_memory(globals(), ('raw_model',), sum(p.numel() for p in parameters), held, rehearse, savers)
+    say_memory(globals(), ('raw_model',), parameters, [autoencoder, ema], rehearse, savers)
     print0(f'{flops * batch_size * world / 1e9:.1f} GFLOP per step, on {device} x {world}')
     if compile:
         compile_whole(raw_model)
 
     # ---- loop
+    gradients = MeanGradients(parameters)
     log = StepLog(out_dir, config, wandb_project, log_interval, it, stop, device, world)
     stop_signal = catch_signals()
     raw_model.train()
@@ -162,13 +163,10 @@ if __name__ == '__main__':
         batch = log.next_batch(batches)
         torch.manual_seed((seed << 44) + it * world + rank)  # dropout is a function of the step
         loss = mean_nats(raw_model, batch['tokens'], batch['cond'], device, dtype)
+        gradients.expect()
         loss.backward()
-        all_reduce_mean([p.grad for p in parameters if p.grad is not None])
-        gradient = torch.nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else math.inf)
-        for group in optimizer.param_groups:
-            group['lr'] = cosine(it, lr, min_lr, warmup_iters, iters)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        gradients.finish()
+        gradient = take_step([optimizer], parameters, cosine(it, lr, min_lr, warmup_iters, iters), grad_clip)
         if ema:  # a short average while weights move fast
             update_average(ema, raw_model, min(ema_decay, (1 + it) / (10 + it)))
         it += 1

@@ -14,24 +14,23 @@ import math
 import os
 import random
 import sys
-from functools import partial
 
-import numpy as np
 import torch
-import torch.distributed as dist
 
-from common import (Muon, StepLog, adamw, all_reduce_mean, autocast, catch_signals, changes, compile_for,
-                    compile_whole, configure, cosine, end_by_signal, explain_failures, for_muon, git_commit,
-                    load_checkpoint, make_out_dir, print0, refuse_below_one, refuse_changes,
-                    refuse_overwriting, save_checkpoint, start_processes, stop_processes, update_average)
-from data import Sessions, fingerprint, generators, has_split, prefetch, prepare_absent, refuse_other_data
+from common import (StepLog, autocast, catch_signals, compile_for, compile_whole, configure, end_by_signal,
+                    explain_failures, git_commit, load_like, make_out_dir, print0, refuse_below_one,
+                    refuse_changes, refuse_overwriting, save_checkpoint, start_processes, stop_processes,
+                    wait_for_all)
+from data import (Sessions, fingerprint, generators, has_split, prefetch, prepare_absent, refuse_other_data,
+                  say_sessions)
 from judge import figures
-from judge.cost import say_memory, step_flops
-from judge.validate import modality_probes, probe_line, validate
+from judge.cost import blank_batch, say_cost, say_memory, step_flops
+from judge.validate import say_probes, validate
 from losses import (ModalityClassifier, PatchDiscriminator, adversary_loss, alignment_loss, cov_loss,
                     discriminator_term, generator_term, kl_loss, perceptual_loss, reconstruction_loss,
                     refuse_small, sid_loss, ssim, var_loss)
-from model import KINDS, model_args
+from model import from_settings, model_args
+from optim import MeanGradients, adamw, cosine, make_optimizers, take_step, update_average
 from pretrained import LPIPS
 from quantize import hold_statistics, move_statistics, perplexity
 from synth import TISSUE, is_random, redraw
@@ -56,7 +55,7 @@ patch = ()               # (D,H,W) cut at random; () for whole volumes
 brain_patches = 0.0      # share of the patches whose centre is brain
 batch_size_2d = 128      # slices per process of neuroquant's 2D steps
 temperature = 1.0        # above 1, small data sets of several and rare modalities are drawn more often
-synthesise = 0.0         # share of the volumes that are drawn anew at every step from their label maps
+synthesise = 0.0         # share of the volumes drawn anew at every step from their label maps
 augment = False          # convvae: flips, bias field, gamma, small rotation and zoom
 # model: fields of NeuroQuantConfig (kind='neuroquant') or ConvVAEConfig (kind='convvae'), explained there
 kind = 'neuroquant'
@@ -88,12 +87,12 @@ slice_axis = 2
 recon = 'l1'             # mean absolute error, both papers; 'l2': mean squared error, which PSNR measures
 w_ssim = 0.5             # lambda_SSIM of NeuroQuant eq. 12
 w_commit = 0.25          # beta of eq. 7
-w_commit_2d = 0.0        # the same of slices, of which only the reconstruction counts in NeuroQuant 3.5
+w_commit_2d = 0.0        # the same of slices, whose reconstruction alone counts in NeuroQuant 3.5
 w_cross = 0.5            # eq. 14, over every ordered pair of a session's modalities
 cross_start = 2000       # steps before w_cross sets in
 cross_ramp = 2000        # steps of its linear rise
 w_align = 0.0            # of the distance between one session's anatomy latents; our own, not the paper's
-w_adv = 0.001            # scale of the reversed gradient, eq. 15; the classifier itself learns at full weight
+w_adv = 0.001            # scale of the reversed gradient, eq. 15; the classifier learns at full weight
 adv_start = 5000         # steps before both begin; the scale rises over the rest of the 3D phase
 # objective of convvae: L1 + the following, DeCo eq. 1 and 7; 0 leaves a term out
 w_kl = 0.0
@@ -110,7 +109,7 @@ perc_trunk = ''          # path of torchvision's trunk
 perc_lin = ''            # path of LPIPS v0.1's channel weights
 slice_fraction = 0.2     # of the slices of each plane that the perceptual loss and a 2D discriminator see
 w_discriminator = 0.0    # of what the PatchGANs say of a reconstruction
-discriminator_dims = (3, 2) # PatchGANs on volumes and on slices, equal parts; leave one out for none of it
+discriminator_dims = (3, 2) # PatchGANs on volumes and on slices, in equal parts
 discriminator_form = 'least_squares' # or 'hinge'
 discriminator_start = 0  # steps before the discriminators take part
 freeze_encoder = False   # decoder fine-tuning: only decoder and post layer learn, the latent stays as it is
@@ -161,26 +160,26 @@ def check_settings():
     for key, allowed in choices.items():
         if config[key] not in allowed:
             raise SystemExit(f'--{key}={config[key]}: {" or ".join(allowed)}')
-    if not set(discriminator_dims) <= {2, 3}:
-        raise SystemExit(f'--discriminator_dims={discriminator_dims}: of 3 and 2')
-    if temperature < 1:
-        raise SystemExit(f'--temperature={temperature}: 1 or more')
-    slices_alone = kind == 'convvae' and dims == 2
-    if kind == 'neuroquant':
-        if not film and w_cross > 0:
-            raise SystemExit('w_cross > 0 needs film=True: without FiLM there is no modality to swap')
-        if freeze_encoder or augment or max(w_kl, w_sid, w_cov, w_var, w_perc, w_discriminator) > 0:
-            raise SystemExit('freeze_encoder, augment, w_kl, w_sid, w_cov, w_var, w_perc and w_discriminator '
-                             "are for kind='convvae'")
-    if slices_alone and (patch or augment):
-        raise SystemExit('patch and augment are for volumes; with dims=2 whole slices are used')
-    if kind == 'convvae' and bottleneck == 'vq' and max(w_kl, w_sid, w_cov, w_var) > 0:
-        raise SystemExit("w_kl, w_sid, w_cov and w_var need bottleneck='kl'")
-    if synthesise > 0:
-        drawable = all(m in TISSUE or is_random(m) for m in modalities)
-        if augment or slices_alone or not drawable:
-            raise SystemExit(f"--synthesise={synthesise}: for volumes of {', '.join(TISSUE)}, random1, "
-                             'random2, ..., not with dims=2 or augment')
+    neuroquant = kind == 'neuroquant'
+    swaps, slices_alone = neuroquant and w_cross > 0, not neuroquant and dims == 2
+    latent_terms = max(w_kl, w_sid, w_cov, w_var) > 0
+    for_convvae = freeze_encoder or augment or latent_terms or max(w_perc, w_discriminator) > 0
+    drawable = all(m in TISSUE or is_random(m) for m in modalities) and not augment and not slices_alone
+    wrong = {
+        f'--discriminator_dims={discriminator_dims}: of 3 and 2': not set(discriminator_dims) <= {2, 3},
+        f'--temperature={temperature}: 1 or more': temperature < 1,
+        'w_cross > 0 needs film=True: without FiLM there is no modality to swap': swaps and not film,
+        'freeze_encoder, augment, w_kl, w_sid, w_cov, w_var, w_perc and w_discriminator are for '
+        "kind='convvae'": neuroquant and for_convvae,
+        'patch and augment are for volumes; with dims=2 whole slices are used':
+            slices_alone and (patch or augment),
+        "w_kl, w_sid, w_cov and w_var need bottleneck='kl'":
+            not neuroquant and bottleneck == 'vq' and latent_terms,
+        f"--synthesise={synthesise}: for volumes of {', '.join(TISSUE)}, random1, random2, ..., not with "
+        'dims=2 or augment': synthesise > 0 and not drawable,
+    }
+    for message, is_so in wrong.items():
+        if is_so: raise SystemExit(message)
 
 # ---------------------------------------------------------------- schedules
 
@@ -325,11 +324,6 @@ def train_mode():
     if freeze_encoder and hasattr(raw_model, 'quantizer'):
         raw_model.quantizer.eval()  # the codebook is the encoder's
 
-def draw(shown):
-    """Curves of the run, and a held-out scan."""
-    figures.curves(os.path.join(out_dir, 'curves.png'), log.tabulate())
-    figures.progress(os.path.join(out_dir, 'progress.png'), shown, f'{out_dir}, iteration {it:,}')
-
 def save(name):
     """Write everything that a resumed run needs."""
     if rank: return
@@ -344,10 +338,8 @@ def save(name):
 
 def make_model():
     """The model of the settings; SystemExit with one line if there is none, or none for this size."""
-    cls, config_cls = KINDS[kind]
-    fields = {f.name: config[f.name] for f in dataclasses.fields(config_cls) if f.name in config}
     try:
-        made = cls(config_cls(**fields))
+        made = from_settings(kind, config)
         made.check_size(sample_shape)
     except ValueError as e:
         raise SystemExit(f'model: {e}')
@@ -357,28 +349,15 @@ def load_start():
     """Load the weights that init_from names; returns the checkpoint if a run is resumed, else None."""
     if init_from == 'scratch': return None
     resumes = init_from == 'resume'
-    start = load_checkpoint(os.path.join(out_dir, 'ckpt.pt') if resumes else init_from)
-    differences = changes(start['model_args'], model_args(raw_model))
-    if differences:
-        raise SystemExit(f'--init_from={init_from}: checkpoint of another model: {differences}')
+    path = f'{out_dir}/ckpt.pt' if resumes else init_from
+    start = load_like(path, model_args(raw_model))
     if not resumes:
         raw_model.load_state_dict(start['ema'] or start['model'])  # what was validated goes on
         return None
-    if not resume_changed:
-        refuse_changes(start, config, world, NOT_RESULTS)
-    refuse_other_data(start['fingerprint'], data_dir, f'{out_dir}/ckpt.pt')
+    refuse_changes(start, config, world, NOT_RESULTS)
+    refuse_other_data(start['fingerprint'], data_dir, path)
     raw_model.load_state_dict(start['model'])
     return start
-
-def take_step(optimizers, parameters, it):
-    """Clip the gradients and update the weights; returns the gradients' norm."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else math.inf)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group['lr'] = get_lr(it)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return norm
 
 def rehearse():
     """A micro-step for step_bytes: with every term, and of this run's batches the one with most voxels."""
@@ -391,10 +370,7 @@ def rehearse():
         if joint != 'none' and batch_size_2d * math.prod(plane) > rows * math.prod(shape):
             what, rows, shape = 'slices', batch_size_2d, plane
     n_pairs = rows * (len(modalities) - 1) if what == 'sessions' else 0
-    batch = {'x': torch.empty(rows, 1, *shape), 'modality': torch.zeros(rows, dtype=torch.int64),
-             'sample_index': np.arange(rows), 'share': 1.0,
-             'pairs': torch.zeros(n_pairs, 2, dtype=torch.int64), 'pair_share': 1.0}
-    learn(batch, MicroStep(what, 0, 1.0, 1.0), last)
+    learn(blank_batch(rows, shape, n_pairs), MicroStep(what, 0, 1.0, 1.0), last)
 
 def step_cost(step, batch, terms):
     """FLOP of a micro-step on this process; a backward pass counts as two forward passes."""
@@ -423,19 +399,11 @@ if __name__ == '__main__':
         make_out_dir(out_dir)
         refuse_overwriting(out_dir, init_from, overwrite)
         prepare_absent(data_dir, prepare)
-    if world > 1:
-        dist.barrier()
+    wait_for_all()
     train_set = Sessions(data_dir, modalities, 'train', temperature, seed, rank, world, brain_patches)
     train_set.verify()
-    val_set = None
-    if has_split(data_dir, modalities, 'val'):
-        val_set = Sessions(data_dir, modalities, 'val')
-    print0(f'{data_dir}: {train_set.n} training sessions, {val_set.n if val_set else 0} for validation, '
-           f'volumes {train_set.shape}, modalities {", ".join(modalities)}')
-    if train_set.unused:
-        print0(f'not used: {", ".join(train_set.unused)}; --modalities names those that are')
-    if not val_set:
-        print0('no validation split: best.pt will not be written')
+    val_set = Sessions(data_dir, modalities, 'val') if has_split(data_dir, modalities, 'val') else None
+    say_sessions(train_set, val_set)
     sample_shape = train_set.patch_size(patch)
     if kind == 'convvae' and dims == 2:
         sample_shape = tuple(1 if axis == slice_axis else n for axis, n in enumerate(train_set.shape))
@@ -454,7 +422,8 @@ if __name__ == '__main__':
         lpips.to(device)
         if lpips.random:
             print0("perceptual='random': the perceptual loss compares random features, it is not LPIPS")
-    for judge in (*discriminators, *([lpips] if lpips else [])):
+    judges = [*discriminators, *([lpips] if lpips else [])]
+    for judge in judges:
         refuse_small(judge, sample_shape)
     resumed = load_start()
     memory_format = torch.channels_last if kind == 'convvae' and dims == 2 else torch.channels_last_3d
@@ -467,14 +436,12 @@ if __name__ == '__main__':
 
     # ---- optimisers, and the state of a resumed run
     model_parameters = [p for p in raw_model.parameters() if p.requires_grad]
-    trained = model_parameters + (list(classifier.parameters()) if classifier else [])
-    adam = partial(adamw, lr=lr, betas=(beta1, beta2), eps=adam_eps, weight_decay=weight_decay)
-    matrices = [p for p in trained if muon and for_muon(p)]
-    taken = set(matrices)
-    optimizers = [adam([p for p in trained if p not in taken])]
-    if muon:
-        optimizers.append(Muon(matrices, lr, weight_decay))
-    discriminator_optimizer = adam(list(discriminators.parameters())) if discriminators else None
+    classifying = list(classifier.parameters()) if classifier else []
+    trained = model_parameters + classifying
+    how = dict(lr=lr, betas=(beta1, beta2), eps=adam_eps, weight_decay=weight_decay)
+    optimizers = make_optimizers(trained, muon, **how)
+    judging = list(discriminators.parameters())
+    discriminator_optimizer = adamw(judging, **how) if judging else None
     parts = {'ema': ema, 'classifier': classifier, 'optimizer': optimizers[0],
              'muon': optimizers[1] if muon else None, 'discriminators': discriminators,
              'discriminator_optimizer': discriminator_optimizer}
@@ -489,18 +456,15 @@ if __name__ == '__main__':
     model = raw_model
     compute_terms = neuroquant_terms if kind == 'neuroquant' else convvae_terms
     hold_statistics(raw_model)
-    averages = 2 * [*trained, *discriminators.parameters()]  # an optimiser's
-    held = [*averages, *(ema.parameters() if ema else ())]
-    n_parameters = sum(p.numel() for p in raw_model.parameters())
     networks = ('model', 'classifier', 'lpips', 'discriminators')
-    say_memory(globals(), networks, n_parameters, held, rehearse, savers)
+    say_memory(globals(), networks, [*trained, *judging], [ema], rehearse, savers)
     if compile:  # part by part: the quantiser between them stays eager, so no graph breaks
         volumes = batch_size * (len(modalities) if kind == 'neuroquant' else 1)
         swaps = volumes * (len(modalities) - 1)
         for part in (model.encoder, model.decoder):
             compile_for(part, (volumes, volumes + swaps))
-        for part in (*discriminators, *([lpips] if lpips else [])):
-            compile_whole(part)
+        for judge in judges:
+            compile_whole(judge)
         reconstruction_loss = torch.compile(reconstruction_loss)
 
     # ---- what it costs
@@ -508,13 +472,10 @@ if __name__ == '__main__':
     forward_flops = {'scans': flops, 'sessions': flops, 'slices': flops}  # each (encode, decode) of one
     if kind == 'neuroquant':
         forward_flops['slices'] = step_flops(raw_model, (1, *train_set.shape[1:]))
-    bits = raw_model.bits_per_volume(train_set.shape)
-    print0(f'{bits:.0f} bits of latent per volume '
-           f'({16 * math.prod(train_set.shape) / bits:.0f}x less than 16-bit voxels), '
-           f'{sum(flops) / 1e9:.1f} GFLOP forward for {"x".join(map(str, sample_shape))}, '
-           f'on {device} x {world}')
+    say_cost(raw_model, train_set.shape, sample_shape, flops, f'{device} x {world}')
 
     # ---- loop
+    gradients = MeanGradients(model_parameters, classifying, judging)
     log = StepLog(out_dir, config, wandb_project, log_interval, it, stop, device, world)
     stop_signal = catch_signals()
     train_mode()
@@ -522,21 +483,23 @@ if __name__ == '__main__':
     while it < stop:
         torch.manual_seed((seed << 40) + it)  # the quantiser's draws: the same on every process
         adversary = discriminators and it >= discriminator_start
-        terms, files = {}, []
-        for step in micro_steps(it):
+        steps, terms, files = micro_steps(it), {}, []
+        for step in steps:
             batch = log.next_batch(batches)
             if 'labels' in batch:
                 batch['x'] = redraw(batch, modalities, synthesise, seed, train_set.box)
+            if step is steps[-1]:
+                gradients.expect()
             new_terms = learn(batch, step, it)
             for name, term in new_terms.items():
                 terms[name] = terms.get(name, 0.0) + step.log_weight * term.detach()
             files += batch['files']
             counted = 'slices' if step.what == 'slices' else 'volumes'
             log.count(counted, len(batch['x']), step_cost(step, batch, new_terms))
-        all_reduce_mean([p.grad for p in (*trained, *discriminators.parameters()) if p.grad is not None])
-        gradient = take_step(optimizers, model_parameters, it)
+        gradients.finish()
+        gradient = take_step(optimizers, model_parameters, get_lr(it), grad_clip)
         if adversary:
-            take_step([discriminator_optimizer], discriminators.parameters(), it)
+            take_step([discriminator_optimizer], judging, get_lr(it), grad_clip)
         codes_moved = move_statistics(raw_model)
         if ema:  # a short average while weights move fast
             update_average(ema, raw_model, min(ema_decay, (1 + it) / (10 + it)))
@@ -561,7 +524,7 @@ if __name__ == '__main__':
                 line = [f'{k} {v:.2f}' for k, v in record.items() if 'psnr' in k or 'brain' in k]
                 print0(f'iter {it:,}/{stop:,}: ' + ' | '.join(line))
                 if rank == 0:
-                    draw(shown)
+                    figures.run_so_far(out_dir, log.tabulate(), shown, it)
                 if record['val/psnr_db'] > best_val:
                     best_val = record['val/psnr_db']
                     save('best.pt')
@@ -572,9 +535,7 @@ if __name__ == '__main__':
             log.restart(it)
         if stopped_by:
             end_by_signal(stopped_by, it)
-    if rank == 0 and kind == 'neuroquant' and len(modalities) > 1 and val_set:
-        averaged = (ema or raw_model).eval()
-        for name, result in modality_probes(averaged, val_set, eval_sessions, device).items():
-            print(probe_line(name, result))
+    if rank == 0 and kind == 'neuroquant' and val_set:
+        say_probes((ema or raw_model).eval(), val_set, eval_sessions, device)
     print0(f'done: {out_dir}/ckpt.pt')
     stop_processes()

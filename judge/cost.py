@@ -2,10 +2,12 @@
 import contextlib
 import copy
 import logging
+import math
 import os
 import weakref
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -45,6 +47,12 @@ def count_flops(function, *args):
     with FlopCounterMode(display=False) as counter:
         result = function(*args)
     return result, counter.get_total_flops()
+
+def say_cost(model, volume, sample, flops, where):
+    """Print the bits of a (D,H,W) volume's latent, and flops, those of step_flops for a sample's shape."""
+    bits = model.bits_per_volume(volume)
+    print0(f'{bits:.0f} bits of latent per volume ({16 * math.prod(volume) / bits:.0f}x less than 16-bit '
+           f'voxels), {sum(flops) / 1e9:.1f} GFLOP forward for {"x".join(map(str, sample))}, on {where}')
 
 # ---------------------------------------------------------------- what a step holds
 
@@ -120,6 +128,17 @@ def step_bytes(scope, names, held, step):
         return None
     return live.peak + sum(blocks(t.numel() * t.element_size()) for t in held)
 
+def blank_batch(rows, shape, pairs):
+    """A batch as data.Sessions makes them, for step_bytes: (rows, 1, *shape), and so many pairs of rows."""
+    return {
+        'x': torch.empty(rows, 1, *shape),
+        'modality': torch.zeros(rows, dtype=torch.int64),
+        'sample_index': np.arange(rows),
+        'share': 1.0,
+        'pairs': torch.zeros(pairs, 2, dtype=torch.int64),
+        'pair_share': 1.0,
+    }
+
 # ---------------------------------------------------------------- what there is
 
 def available_bytes(device):
@@ -167,11 +186,17 @@ def gib(n):
     if n is None: return 'not known'
     return f'{n / 2 ** 30:.1f} GiB' if n >= 2 ** 29 else f'{n / 2 ** 20:.0f} MiB'
 
-def say_memory(scope, names, n_parameters, held, step, keys):
-    """Print, on the first process alone, memory_line of a run. scope, names, held, step: as step_bytes."""
+def say_memory(scope, names, learned, beside, step, keys):
+    """Print, on the first process alone, memory_line of a run, and of its model's parameters.
+
+    scope, names, step: as step_bytes; the model comes first. learned: parameters of which an optimiser holds
+    two averages. beside: other modules, or None, that are there all the time.
+    """
     if scope['rank']: return
+    held = [*learned, *learned, *(p for module in beside if module for p in module.parameters())]
     device = scope['device']
     needed = step_bytes(scope, names, held, step)
+    n_parameters = sum(p.numel() for p in scope[names[0]].parameters())
     print0(memory_line(n_parameters, needed, available_bytes(device), device, keys))
 
 def memory_line(parameters, needed, available, device, keys):

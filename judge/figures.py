@@ -64,6 +64,11 @@ def views(path, blocks, title='', quiet=False):
         fig.suptitle(title, fontsize=10)
     finish(plt, fig, path, quiet)
 
+def run_so_far(out_dir, records, shown, it):
+    """curves.png and progress.png of a run at iteration `it`. records, shown: as of the two."""
+    curves(os.path.join(out_dir, 'curves.png'), records)
+    progress(os.path.join(out_dir, 'progress.png'), shown, f'{out_dir}, iteration {it:,}')
+
 def progress(path, shown, title):
     """A scan, its reconstruction and the error in three planes, while a model learns.
 

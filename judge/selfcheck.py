@@ -21,13 +21,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import Muon, adamw, compile_for, update_average
+from common import compile_for
 from flow import flow_matching_loss
 from layers import double_axes, group_norm
 from losses import (ModalityClassifier, PatchDiscriminator, adversary_loss, generator_term, kl_loss,
                     perceptual_loss, reconstruction_loss, ssim)
 from model import (GPT, ConvVAE, ConvVAEConfig, FlowUNet, FlowUNetConfig, GPTConfig, NeuroQuant,
                    NeuroQuantConfig)
+from optim import Muon, adamw, update_average
 from pretrained import LPIPS
 from quantize import VectorQuantizer
 

@@ -11,11 +11,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import trange
 
-from common import Muon, adamw, cosine, for_muon, load_checkpoint, save_checkpoint
+from common import load_checkpoint, save_checkpoint
 from data import Sessions, fingerprint, has_split, random, to_device
 from judge.anatomy import Segmentation
 from judge.metrics import dice
 from layers import Conv, ResConv, double, halve
+from optim import cosine, make_optimizers, take_step
 from synth import TISSUE, redraw
 
 class SmallUNet(nn.Module):
@@ -101,20 +102,15 @@ def learn(data_dir, modalities, path, device, steps=600, batch_size=2, lr=1e-2, 
     share = 0.5 if all(m in TISSUE for m in modalities) else 0.0
     torch.manual_seed(seed)
     network = SmallUNet(len(labels)).to(device)
-    matrices = [p for p in network.parameters() if for_muon(p)]
-    others = [p for p in network.parameters() if not for_muon(p)]
-    optimizers = Muon(matrices, lr, 0.01), adamw(others, lr, (0.9, 0.99), 1e-8, 0.01)
+    weights = list(network.parameters())
+    optimizers = make_optimizers(weights, True, lr, (0.9, 0.99), 1e-8, 0.01)
     for step in trange(steps, desc='segmenter', leave=False):
         batch = to_device(train.scan_batch(step, batch_size, labels=True), device)
         x = blurred(redraw(batch, modalities, share, seed, train.box), random(seed, 12, step))
         truth = class_of[batch['labels'][:, 0].long()]
         loss = loss_of(network(x), truth)
         loss.backward()
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group['lr'] = cosine(step, lr, 1e-5, 20, steps)
-            optimizer.step()
-            optimizer.zero_grad()
+        take_step(optimizers, weights, cosine(step, lr, 1e-5, 20, steps), 0)
     segmenter = SmallSegmenter(network, labels, '', device)
     about = f'small segmenter of {train.n} label maps'
     if has_split(data_dir, modalities, 'val'):

@@ -81,6 +81,12 @@ def modality_probes(model, sessions, count, device):
         results[name] = attempt(linear_probe, z, is_b, groups, folds)
     return results
 
+def say_probes(model, sessions, count, device):
+    """Print a line for every two modalities, see modality_probes."""
+    if len(sessions.modalities) < 2: return
+    for name, result in modality_probes(model, sessions, count, device).items():
+        print(probe_line(name, result), flush=True)
+
 def probe_line(name, result):
     """One of modality_probes' results as text."""
     if 'reason' in result: return f"{name}: no probe of z_anat: {result['reason']}"

@@ -1,14 +1,18 @@
-"""Settings and their refusals, checkpoints, the average of weights."""
+"""Settings and their refusals, checkpoints, processes, the log."""
 import os
 import subprocess
 import sys
+import time
 import types
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
-from common import (Muon, StepLog, configure, load_checkpoint, orthogonal, refuse_overwriting,
-                    save_checkpoint, start_processes, update_average)
+from common import (StepLog, configure, load_checkpoint, refuse_overwriting, save_checkpoint,
+                    start_processes, wait_for_all)
 from conftest import ROOT
 
 def settings():
@@ -78,13 +82,6 @@ def test_bad_checkpoints_are_refused_with_their_name(tmp_path, spoil, message):
         load_checkpoint(path)
     assert path in str(e.value)
 
-def test_average_follows_weights_and_copies_buffers():
-    a, b = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
-    torch.nn.init.constant_(b.weight, 3.0)
-    b.running_mean.fill_(7)
-    update_average(a, b, 0.75)
-    assert a.weight.tolist() == [1.5] * 3 and a.running_mean.tolist() == [7] * 3
-
 def test_float32_is_float32_in_every_script(tf32_allowed):
     torch.backends.cudnn.allow_tf32 = True
     start_processes('cpu')
@@ -93,6 +90,21 @@ def test_float32_is_float32_in_every_script(tf32_allowed):
         with open(os.path.join(ROOT, f'{script}.py')) as f:
             source = f.read()
         assert 'start_processes(device)' in source and 'allow_tf32' not in source, script
+
+def late_process(rank, folder):
+    """Two processes that give up after a second; the first is busy for three."""
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT='29519')
+    dist.init_process_group('gloo', rank=rank, world_size=2, init_method=f'file://{folder}/meet',
+                            timeout=timedelta(seconds=1))
+    if rank == 0:
+        time.sleep(3)
+        (folder / 'prepared').touch()
+    wait_for_all()
+    assert (folder / 'prepared').exists()
+    dist.destroy_process_group()
+
+def test_processes_wait_for_one_that_prepares_data_longer_than_they_wait_for_a_message(tmp_path):
+    mp.spawn(late_process, (tmp_path,), nprocs=2)
 
 def run_code(code):
     return subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
@@ -106,37 +118,6 @@ def test_out_of_memory_ends_with_one_line():
 def test_other_errors_keep_their_traceback():
     done = run_code("import common; common.explain_failures('x'); raise KeyError('a fault of ours')")
     assert 'Traceback' in done.stderr and 'a fault of ours' in done.stderr
-
-# ---------------------------------------------------------------- orthogonal steps
-
-def test_a_muon_step_of_a_matrix_is_torchs():
-    weights = torch.randn(24, 40)
-    ours, theirs = (torch.nn.Parameter(weights.clone()) for _ in range(2))
-    optimizers = [Muon([ours], 0.01, 0.1),
-                  torch.optim.Muon([theirs], 0.01, 0.1, momentum=0.95, adjust_lr_fn='match_rms_adamw')]
-    for _ in range(3):
-        gradient = torch.randn(24, 40)
-        for weight, optimizer in zip((ours, theirs), optimizers):
-            weight.grad = gradient.clone()
-            optimizer.step()
-    moved = (ours - weights).norm()
-    assert moved > 0.1
-    assert (ours - theirs).norm() < 0.02 * moved  # theirs works in bfloat16
-
-@pytest.mark.parametrize('shape', [(16, 8, 3, 3, 3), (64, 8), (16, 500)])
-def test_singular_values_of_an_orthogonal_step_are_near_1(shape):
-    values = torch.linalg.svdvals(orthogonal(torch.randn(shape).flatten(1)))
-    assert values.min() > 0.6 and values.max() < 1.3
-
-def test_the_memory_format_of_a_convolution_changes_nothing_in_its_step():
-    stepped = []
-    for memory_format in (torch.contiguous_format, torch.channels_last_3d):
-        torch.manual_seed(0)
-        weight = torch.nn.Parameter(torch.randn(16, 4, 3, 3, 3).to(memory_format=memory_format))
-        weight.grad = torch.randn(16, 4, 3, 3, 3)
-        Muon([weight], 0.01, 0.0).step()
-        stepped.append(weight.detach())
-    torch.testing.assert_close(*stepped)
 
 # ---------------------------------------------------------------- help, and what a run would overwrite
 

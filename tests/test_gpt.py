@@ -355,7 +355,7 @@ def test_drawn_brains_are_judged_beside_real_ones(run, tmp_path):
     (['--vae=RUN/gpt/ckpt.pt'], 'not an autoencoder'),
     (['--conditions=modality,'], 'anatomy has no modality'),
     (['--heads=3'], 'must divide'),
-    (['--out_dir=RUN/gpt', '--init_from=resume', '--width=32'], 'another network'),
+    (['--out_dir=RUN/gpt', '--init_from=resume', '--width=32'], 'another model'),
     (['--out_dir=RUN/gpt', '--init_from=resume', '--lr=1'], 'lr 0.01 there, 1.0 here')])
 def test_bad_settings_of_training_end_with_one_line(args, words, run, tmp_path):
     args = [arg.replace('RUN', str(run)) for arg in args]

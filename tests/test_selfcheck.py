@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from common import update_average
 from judge import selfcheck
+from optim import update_average
 
 FAST = [case for case in selfcheck.CASES if case is not selfcheck.check_scripts]
 

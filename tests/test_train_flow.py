@@ -248,7 +248,7 @@ def test_neuroquant_gives_every_modality_of_each_new_brain(tiny_data, tmp_path):
     (['--data_dir=/nowhere/data'], '/nowhere/data'),
     (['--conditions=weight,'], 'only modality, sex and age'),
     (['--times=cosine'], 'uniform or logit_normal'),
-    (['--out_dir=RUN/flow', '--init_from=resume', '--widths=16,16'], 'another network')])
+    (['--out_dir=RUN/flow', '--init_from=resume', '--widths=16,16'], 'another model')])
 def test_bad_settings_of_training_end_with_one_line(args, words, run, tmp_path):
     args = [arg.replace('RUN', str(run)) for arg in args]
     line = refuses('train_flow.py', *FLOW, f'--vae={run}/vae/ckpt.pt', f'--out_dir={tmp_path}/x', *args)

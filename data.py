@@ -151,8 +151,12 @@ def as_float(stored):
     return values / np.float32(255) if stored.dtype == np.uint8 else values
 
 def random(*key):
-    """A generator that is a function of its key, a few integers."""
+    """A generator that is a function of its key, a few integers: the run's seed, the purpose, a number."""
     return np.random.default_rng(key)
+
+def torch_seed(*key):
+    """The same for torch, as a seed of 32 bits: its generators on a CPU are blind to all above."""
+    return int(random(*key).integers(2 ** 32))
 
 @lru_cache(8)
 def shuffled(n, seed, epoch):
@@ -163,7 +167,7 @@ def generators(batch, seed, purpose, device='cpu'):
 
     purpose: 0 to 3, one for each use of a sample's random numbers.
     """
-    seeds = [(seed << 44) + (k << 2) + purpose for k in batch['sample_index'].tolist()]
+    seeds = [torch_seed(seed, 20 + purpose, k) for k in batch['sample_index'].tolist()]
     return [torch.Generator(device).manual_seed(s) for s in seeds]
 
 def draw(n, position, seed):

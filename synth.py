@@ -362,20 +362,54 @@ def render(labels, modalities, generators, noise=0.02, bias=0.08, scale=scale_li
         images.append(scale(image, one > 0))
     return torch.stack(images)[:, None]
 
-def redraw(batch, modalities, share, seed, box):
+def generator(*key):
+    """A torch generator of a CPU that is a function of a few integers."""
+    return torch.Generator().manual_seed(int(np.random.default_rng(key).integers(2 ** 32)))
+
+def deformed(labels, g, voxel_mm, degrees=5.0, scale=0.06, warp_mm=3.0):
+    """A label map (D, H, W), turned, scaled along each axis and warped: nearest neighbours, 0 from outside.
+
+    g: a generator of a CPU. degrees, scale (of its logarithm), warp_mm: standard deviations.
+    """
+    grid, device = labels.shape, labels.device
+    normal = torch.randn(2, 3, generator=g).clamp(-2, 2).numpy()
+    turn = Rotation.from_euler('xyz', degrees * normal[0], degrees=True).as_matrix()
+    turn *= np.exp(scale * normal[1])
+    mm = np.array(grid) * voxel_mm / 2  # half of the box; torch counts from -1 to 1, and the last axis first
+    affine = np.flip(turn * mm / mm[:, None])
+    still = torch.tensor(np.column_stack([affine, np.zeros(3)]), dtype=torch.float32, device=device)
+    places = F.affine_grid(still[None], (1, 1, *grid), align_corners=False)
+    half = torch.tensor(np.flip(mm).copy(), dtype=torch.float32).view(1, 3, 1, 1, 1)
+    waves = warp_mm * torch.randn(1, 3, 4, 4, 4, generator=g) / half
+    field = F.interpolate(waves.to(device), size=grid, mode='trilinear', align_corners=True)
+    places = places + field.movedim(1, -1)
+    moved = F.grid_sample(labels[None, None].float(), places, 'nearest', align_corners=False)
+    return moved[0, 0].to(labels.dtype)
+
+def redraw(batch, modalities, share, seed, box, deform=0.0, voxel_mm=(1.0, 1.0, 1.0)):
     """x of a training batch, each volume with probability `share` an image drawn anew of its label map.
 
     What is drawn depends on the sample's index and the seed alone; the modality stays. box: how the data set
     was made, see data.Sessions. The whole map is drawn and scaled, then cut: a patch has other percentiles.
+    deform: share of the sessions (in a batch of scans: of the scans) whose volumes are all drawn anew, of one
+    and the same deformed() map.
     """
-    seeds = [(seed << 44) + (1 << 43) + k for k in batch['sample_index'].tolist()]
-    draws = [torch.Generator().manual_seed(s) for s in seeds]
-    rows = [b for b, g in enumerate(draws) if torch.rand((), generator=g).item() < share]
+    index = batch['sample_index'].tolist()
+    owners = [k // len(modalities) for k in index] if 'pairs' in batch else index
+    maps = {}  # those deformed, by owner
+    for owner, labels in zip(owners, batch['labels']):
+        g = generator(seed, 34, owner)
+        if owner not in maps and torch.rand((), generator=g).item() < deform:
+            maps[owner] = deformed(labels[0], g, voxel_mm)
+    draws = [generator(seed, 33, k) for k in index]
+    chosen = [torch.rand((), generator=g).item() < share for g in draws]
+    rows = [b for b, owner in enumerate(owners) if chosen[b] or owner in maps]
     if not rows: return batch['x']
     names = [modalities[m] for m in batch['modality'].tolist()]
     x = batch['x'].clone()
     how = {key: box[key] for key in ('percentiles', 'percentiles_of', 'clip') if key in box}
-    drawn = render(batch['labels'][rows].long(), [names[b] for b in rows], [draws[b] for b in rows],
+    labels = torch.stack([maps.get(owners[b], batch['labels'][b, 0]) for b in rows])[:, None]
+    drawn = render(labels.long(), [names[b] for b in rows], [draws[b] for b in rows],
                    scale=partial(scale_like_prepared, **how))
     D, H, W = x.shape[2:]
     for b, image in zip(rows, drawn):

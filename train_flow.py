@@ -20,7 +20,7 @@ import torch.distributed as dist
 from common import (StepLog, autocast, catch_signals, compile_whole, configure, end_by_signal,
                     explain_failures, make_out_dir, print0, refuse_below_one, refuse_overwriting,
                     save_checkpoint, start_processes, stop_processes)
-from data import has_split, prefetch
+from data import has_split, prefetch, torch_seed
 from flow import draw_times, flow_matching_loss, sample
 from judge.cost import say_memory, unet_flops
 from judge.figures import curves, views
@@ -110,7 +110,7 @@ def draw_noise(sample_index):
     """
     eps, x0, t = [], [], []
     for k in sample_index.tolist():
-        g = torch.Generator(device).manual_seed((seed << 44) + k)
+        g = torch.Generator(device).manual_seed(torch_seed(seed, 30, k))
         eps.append(torch.randn(train_set.shape, generator=g, device=device))
         x0.append(torch.randn(train_set.shape, generator=g, device=device))
         t.append(draw_times(1, times, shift, device, g))

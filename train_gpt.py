@@ -18,7 +18,7 @@ import torch.distributed as dist
 from common import (StepLog, autocast, catch_signals, compile_whole, configure, end_by_signal,
                     explain_failures, make_out_dir, print0, refuse_below_one, refuse_overwriting,
                     save_checkpoint, start_processes, stop_processes)
-from data import has_split, prefetch
+from data import has_split, prefetch, torch_seed
 from judge.cost import gpt_flops, say_memory
 from judge.figures import curves
 from latents import encode_all, go_on, run_state
@@ -161,7 +161,7 @@ if __name__ == '__main__':
     batches = prefetch(make_batch, range(it, stop), device)
     while it < stop:
         batch = log.next_batch(batches)
-        torch.manual_seed((seed << 44) + it * world + rank)  # dropout is a function of the step
+        torch.manual_seed(torch_seed(seed, 31, it * world + rank))  # dropout is a function of the step
         loss = mean_nats(raw_model, batch['tokens'], batch['cond'], device, dtype)
         gradients.expect()
         loss.backward()

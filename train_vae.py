@@ -22,10 +22,10 @@ from common import (StepLog, autocast, catch_signals, compile_for, compile_whole
                     refuse_changes, refuse_overwriting, save_checkpoint, start_processes, stop_processes,
                     wait_for_all)
 from data import (Sessions, fingerprint, generators, has_split, prefetch, prepare_absent, refuse_other_data,
-                  say_sessions)
+                  say_sessions, torch_seed)
 from judge import figures
 from judge.cost import blank_batch, say_cost, say_memory, step_flops
-from judge.validate import say_probes, validate
+from judge.validate import brief, say_probes, validate
 from losses import (ModalityClassifier, PatchDiscriminator, adversary_loss, alignment_loss, cov_loss,
                     discriminator_term, generator_term, kl_loss, perceptual_loss, reconstruction_loss,
                     refuse_small, sid_loss, ssim, var_loss)
@@ -56,6 +56,7 @@ brain_patches = 0.0      # share of the patches whose centre is brain
 batch_size_2d = 128      # slices per process of neuroquant's 2D steps
 temperature = 1.0        # above 1, small data sets of several and rare modalities are drawn more often
 synthesise = 0.0         # share of the volumes drawn anew at every step from their label maps
+deform = 0.0             # share of the sessions whose label maps are deformed and drawn anew
 augment = False          # convvae: flips, bias field, gamma, small rotation and zoom
 # model: fields of NeuroQuantConfig (kind='neuroquant') or ConvVAEConfig (kind='convvae'), explained there
 kind = 'neuroquant'
@@ -91,7 +92,7 @@ w_commit_2d = 0.0        # the same of slices, whose reconstruction alone counts
 w_cross = 0.5            # eq. 14, over every ordered pair of a session's modalities
 cross_start = 2000       # steps before w_cross sets in
 cross_ramp = 2000        # steps of its linear rise
-w_align = 0.0            # of the distance between one session's anatomy latents; our own, not the paper's
+w_align = 0.0            # of the distance between a session's anatomy latents; not the paper's
 w_adv = 0.001            # scale of the reversed gradient, eq. 15; the classifier learns at full weight
 adv_start = 5000         # steps before both begin; the scale rises over the rest of the 3D phase
 # objective of convvae: L1 + the following, DeCo eq. 1 and 7; 0 leaves a term out
@@ -136,7 +137,7 @@ ema_decay = 0.999        # average of the weights, what is validated and used; 0
 # system
 device = ''              # '' picks cuda when there is one
 dtype = 'bfloat16'       # bfloat16 autocast, or float32; on a CPU float32 is used
-compile = True           # torch.compile of encoder and decoder; on a CPU never
+compile = True           # torch.compile of the networks; on a CPU never
 checkpointing = False    # recompute the large stages in the backward pass: less memory, more time
 seed = 0
 
@@ -175,16 +176,13 @@ def check_settings():
             slices_alone and (patch or augment),
         "w_kl, w_sid, w_cov and w_var need bottleneck='kl'":
             not neuroquant and bottleneck == 'vq' and latent_terms,
-        f"--synthesise={synthesise}: for volumes of {', '.join(TISSUE)}, random1, random2, ..., not with "
-        'dims=2 or augment': synthesise > 0 and not drawable,
+        f"--synthesise={synthesise} --deform={deform}: for volumes of {', '.join(TISSUE)}, random1, "
+        'random2, ..., not with dims=2 or augment': max(synthesise, deform) > 0 and not drawable,
     }
     for message, is_so in wrong.items():
         if is_so: raise SystemExit(message)
 
 # ---------------------------------------------------------------- schedules
-
-def get_lr(it):
-    return cosine(it, lr, min_lr, warmup_iters, lr_decay_iters)
 
 def get_w_cross(it):
     return w_cross * min(1.0, max(0.0, (it - cross_start) / max(1, cross_ramp)))
@@ -219,10 +217,11 @@ def micro_steps(it):
 # ---------------------------------------------------------------- batches
 
 def make_batch(step):
+    draws = max(synthesise, deform) > 0
     if step.what == 'scans':
-        return train_set.scan_batch(step.number, batch_size, patch, augment, synthesise > 0)
+        return train_set.scan_batch(step.number, batch_size, patch, augment, draws)
     if step.what == 'sessions':
-        return train_set.session_batch(step.number, batch_size, patch, synthesise > 0, grad_accum)
+        return train_set.session_batch(step.number, batch_size, patch, draws, grad_accum)
     if kind == 'convvae':
         return train_set.slice_batch(step.number, batch_size, slice_axis)
     return train_set.slice_batch(step.number, batch_size_2d)
@@ -434,7 +433,7 @@ if __name__ == '__main__':
     ema = copy.deepcopy(raw_model).requires_grad_(False).eval() if ema_decay > 0 else None
     raw_model.encoder.checkpointing = raw_model.decoder.checkpointing = checkpointing
 
-    # ---- optimisers, and the state of a resumed run
+    # ---- optimisers
     model_parameters = [p for p in raw_model.parameters() if p.requires_grad]
     classifying = list(classifier.parameters()) if classifier else []
     trained = model_parameters + classifying
@@ -458,7 +457,7 @@ if __name__ == '__main__':
     hold_statistics(raw_model)
     networks = ('model', 'classifier', 'lpips', 'discriminators')
     say_memory(globals(), networks, [*trained, *judging], [ema], rehearse, savers)
-    if compile:  # part by part: the quantiser between them stays eager, so no graph breaks
+    if compile:  # part by part: the quantiser between them stays eager
         volumes = batch_size * (len(modalities) if kind == 'neuroquant' else 1)
         swaps = volumes * (len(modalities) - 1)
         for part in (model.encoder, model.decoder):
@@ -481,13 +480,14 @@ if __name__ == '__main__':
     train_mode()
     batches = prefetch(make_batch, (step for i in range(it, stop) for step in micro_steps(i)), device)
     while it < stop:
-        torch.manual_seed((seed << 40) + it)  # the quantiser's draws: the same on every process
-        adversary = discriminators and it >= discriminator_start
+        torch.manual_seed(torch_seed(seed, 32, it))  # the quantiser's draws: the same on every process
+        rate = cosine(it, lr, min_lr, warmup_iters, lr_decay_iters)
         steps, terms, files = micro_steps(it), {}, []
         for step in steps:
             batch = log.next_batch(batches)
             if 'labels' in batch:
-                batch['x'] = redraw(batch, modalities, synthesise, seed, train_set.box)
+                batch['x'] = redraw(batch, modalities, synthesise, seed, train_set.box, deform,
+                                    train_set.voxel_mm)
             if step is steps[-1]:
                 gradients.expect()
             new_terms = learn(batch, step, it)
@@ -497,9 +497,9 @@ if __name__ == '__main__':
             counted = 'slices' if step.what == 'slices' else 'volumes'
             log.count(counted, len(batch['x']), step_cost(step, batch, new_terms))
         gradients.finish()
-        gradient = take_step(optimizers, model_parameters, get_lr(it), grad_clip)
-        if adversary:
-            take_step([discriminator_optimizer], judging, get_lr(it), grad_clip)
+        gradient = take_step(optimizers, model_parameters, rate, grad_clip)
+        if discriminators and it >= discriminator_start:
+            take_step([discriminator_optimizer], judging, rate, grad_clip)
         codes_moved = move_statistics(raw_model)
         if ema:  # a short average while weights move fast
             update_average(ema, raw_model, min(ema_decay, (1 + it) / (10 + it)))
@@ -513,7 +513,7 @@ if __name__ == '__main__':
         if log.due(it):
             if codes_moved:  # of the step's tokens: the codebook's own average counts revived codes as used
                 terms['perplexity'] = perplexity(raw_model.quantizer.step_counts)
-            log.step(it, terms, gradient, get_lr(it - 1))
+            log.step(it, terms, gradient, rate)
         if validates:
             if val_set and not stopped_by:
                 averaged = ema or raw_model
@@ -521,8 +521,7 @@ if __name__ == '__main__':
                 record, shown = validate(averaged, val_set, eval_sessions, device, dtype)
                 train_mode()
                 log.write({'iter': it} | record)
-                line = [f'{k} {v:.2f}' for k, v in record.items() if 'psnr' in k or 'brain' in k]
-                print0(f'iter {it:,}/{stop:,}: ' + ' | '.join(line))
+                print0(f'iter {it:,}/{stop:,}: {brief(record)}')
                 if rank == 0:
                     figures.run_so_far(out_dir, log.tabulate(), shown, it)
                 if record['val/psnr_db'] > best_val:

@@ -56,6 +56,11 @@ def validate(model, sessions, count, device, dtype):
             print0(warning)
     return record, shown
 
+def brief(record):
+    """What validate() found, in a line: PSNR, and codes in use for brain."""
+    shown = [key for key in record if 'psnr' in key or 'brain' in key]
+    return ' | '.join(f'{key} {record[key]:.2f}' for key in shown)
+
 @torch.no_grad()
 def modality_probes(model, sessions, count, device):
     """How well a fresh linear probe tells two modalities apart by NeuroQuant's z_anat of held-out scans.

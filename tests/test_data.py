@@ -10,10 +10,10 @@ import torch
 
 import data
 from conftest import TINY, play, refuses
-from data import Sessions, augmented, open_npy, prefetch, read_index
+from data import Sessions, augmented, generators, open_npy, prefetch, read_index, torch_seed
 from prepare import stored
 from scans.nifti import scale_intensity
-from synth import GROUPS, redraw, scale_like_prepared
+from synth import GROUPS, deformed, redraw, scale_like_prepared
 
 MODALITIES = ('T1w', 'T2w')
 PATCH = (16, 48, 16)
@@ -213,6 +213,65 @@ def test_a_patch_drawn_anew_is_that_part_of_the_volume(drawn):
     patches = redraw(patch, MODALITIES, 1.0, 0, drawn.box)
     for volume, image, (d, h, w) in zip(volumes, patches, patch['starts']):
         assert torch.equal(image, volume[:, d:d + 16, h:h + 16, w:w + 16])
+
+def test_volumes_of_a_session_are_drawn_of_one_deformed_map(drawn):
+    """Where there is brain is the same in T1w and T2w, and no longer that of the stored map."""
+    batch = drawn.session_batch(0, 3, labels=True)
+    x = redraw(batch, MODALITIES, 0.0, 0, drawn.box, deform=1.0)
+    brain, before = x > 0, batch['x'] > 0
+    for source, target in batch['pairs'].tolist():
+        assert torch.equal(brain[source], brain[target])
+    changed = (brain != before).flatten(1).float().mean(1)
+    assert changed.min() > 0.01 and changed.max() < 0.3
+
+def test_half_of_the_sessions_are_deformed_and_the_rest_untouched(drawn):
+    batch = drawn.session_batch(0, 40, labels=True)
+    x = redraw(batch, MODALITIES, 0.0, 0, drawn.box, deform=0.5)
+    new = (x != batch['x']).flatten(1).any(1)
+    assert 0.25 < new.float().mean() < 0.75
+    for source, target in batch['pairs'].tolist():
+        assert new[source] == new[target]
+
+def test_a_deformation_is_near_the_identity_and_keeps_the_labels(drawn):
+    labels = torch.from_numpy(drawn.labels(0).astype(np.int64))
+    g = torch.Generator().manual_seed(0)
+    moved = deformed(labels, g, (5.25, 4.54, 5.25))
+    assert set(moved.unique().tolist()) <= set(labels.unique().tolist())
+    assert 0.75 < ((moved > 0) == (labels > 0)).float().mean() < 0.995
+    volumes = (moved > 0).sum() / (labels > 0).sum()
+    assert 0.7 < volumes < 1.4
+
+@pytest.mark.parametrize('voxel_mm', [(1.0, 1.0, 1.0), (1.0, 0.8, 1.25)])
+def test_a_turned_ball_is_a_ball_in_a_box_of_any_shape(voxel_mm):
+    lines = [mm * (np.arange(n) - (n - 1) / 2) for n, mm in zip((40, 60, 50), voxel_mm)]
+    grid = np.stack(np.meshgrid(*lines, indexing='ij'))
+    ball = torch.from_numpy((np.square(grid).sum(0) < 15 ** 2).astype(np.int64))
+    for seed in range(10):
+        g = torch.Generator().manual_seed(seed)
+        turned = deformed(ball, g, voxel_mm, degrees=30.0, scale=0.0, warp_mm=0.0)
+        assert (turned != ball).sum() < 0.08 * ball.sum()  # all at its surface
+
+def test_a_scaled_ball_grows_as_its_scales_say():
+    lines = [np.arange(n) - (n - 1) / 2 for n in (60, 70, 50)]
+    grid = np.stack(np.meshgrid(*lines, indexing='ij'))
+    ball = torch.from_numpy((np.square(grid).sum(0) < 15 ** 2).astype(np.int64))
+    for seed in range(5):
+        normal = torch.randn(2, 3, generator=torch.Generator().manual_seed(seed)).clamp(-2, 2)[1]
+        g = torch.Generator().manual_seed(seed)
+        scaled = deformed(ball, g, (1.0, 1.0, 1.0), degrees=0.0, scale=0.1, warp_mm=0.0)
+        for axis in range(3):
+            others = [k for k in range(3) if k != axis]
+            width = scaled.amax(others).sum().item()
+            assert width == pytest.approx(30 * np.exp(-0.1 * normal[axis].item()), abs=1.5)
+
+def test_draws_depend_on_the_seed_of_the_run(drawn):
+    """A CPU's generator reads 32 bits of a seed: shifted beyond them, the run's own was lost."""
+    batch = drawn.session_batch(0, 2, labels=True)
+    one, other = (redraw(batch, MODALITIES, 1.0, seed, drawn.box) for seed in (0, 1))
+    assert not torch.equal(one, other)
+    noise = [torch.randn(3, generator=generators(batch, seed, 0)[0]) for seed in (0, 1)]
+    assert not torch.equal(*noise)
+    assert len({torch_seed(seed, 20, k) for seed in range(10) for k in range(100)}) == 1000
 
 # ---------------------------------------------------------------- reading
 

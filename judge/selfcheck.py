@@ -17,6 +17,8 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,7 +30,7 @@ from losses import (ModalityClassifier, PatchDiscriminator, adversary_loss, gene
                     perceptual_loss, reconstruction_loss, ssim)
 from model import (GPT, ConvVAE, ConvVAEConfig, FlowUNet, FlowUNetConfig, GPTConfig, NeuroQuant,
                    NeuroQuantConfig)
-from optim import Muon, adamw, update_average
+from optim import Muon, MeanGradients, adamw, update_average
 from pretrained import LPIPS
 from quantize import VectorQuantizer
 
@@ -262,6 +264,41 @@ def check_graphs(device):
     # encoder: volumes, three planes; decoder: volumes without and with swaps, three planes
     yield 'graphs beyond one per phase and plane', graphs - (4 + 5), 0
 
+# ---------------------------------------------------------------- processes
+
+def gradients_of_part(rank, world, device):
+    """A network with the gradients of a process's part of a batch; none of those of the variances."""
+    torch.manual_seed(0)
+    net = randomised(ConvVAE(ConvVAEConfig(widths=(8, 16), res_blocks=1, norm='none'))).to(device)
+    x = torch.rand(4, 1, 16, 16, 16)[rank::world].to(device)
+    mean = MeanGradients(list(net.parameters()), mib=0.01)
+    mean.expect()
+    net.decode(net.encode(x)[0]).square().mean().backward()
+    mean.finish()
+    return [p.grad.cpu() for p in net.parameters() if p.grad is not None]
+
+def train_half(rank, folder, kind):
+    """One of two processes with half of a batch each; the first saves the gradients."""
+    dist.init_process_group('cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo', rank=rank, world_size=2,
+                            init_method=f'file://{folder}/meet')
+    where = f'cuda:{rank}' if kind == 'cuda' else 'cpu'
+    if kind == 'cuda':
+        torch.cuda.set_device(rank)
+    gradients = gradients_of_part(rank, 2, where)
+    if rank == 0:
+        torch.save(gradients, f'{folder}/gradients.pt')
+    dist.destroy_process_group()
+
+def check_processes(device):
+    """Gradients of two processes against those of one; on a GPU only where there are two."""
+    kind = device.split(':')[0]
+    if kind == 'cuda' and torch.cuda.device_count() < 2: return
+    alone = gradients_of_part(0, 1, device)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(train_half, (folder, kind), nprocs=2)
+        two = torch.load(f'{folder}/gradients.pt', weights_only=True)
+    yield 'gradients of two processes and one', max(map(distance, two, alone)), 1e-4
+
 # ---------------------------------------------------------------- scripts: start, signal, resume
 
 def check_scripts(device):
@@ -293,7 +330,7 @@ def stopped(args, device):
 # ---------------------------------------------------------------- all of them
 
 CASES = (check_numbers, check_codes, check_optimisers, check_networks, check_attention, check_steps,
-         check_graphs, check_scripts)
+         check_graphs, check_processes, check_scripts)
 
 def timings(call, device, repeats):
     """Seconds of each of `repeats` calls after one that warms up."""
@@ -318,12 +355,20 @@ def rates(device, dtype):
     target = torch.empty_like(source)
     return product, 2 * 4 * source.numel() / seconds_of(lambda: target.copy_(source), device)
 
+def driver():
+    """The version of NVIDIA's driver, '' where nvidia-smi does not say."""
+    command = ['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader']
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split('\n')[0]
+    except (OSError, subprocess.TimeoutExpired):
+        return ''
+
 def machine(device):
     """What was checked, for the report."""
     about = {'torch': torch.__version__, 'python': platform.python_version(), 'device': device,
              'tf32': torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32}
     if device != 'cpu':
-        about |= {'card': torch.cuda.get_device_name(), 'cuda': torch.version.cuda,
+        about |= {'card': torch.cuda.get_device_name(), 'driver': driver(), 'cuda': torch.version.cuda,
                   'cudnn': torch.backends.cudnn.version()}
     product, copy = rates(device, torch.bfloat16 if device != 'cpu' else torch.float32)
     return about | {'product TFLOP/s': round(product / 1e12, 2), 'copy GB/s': round(copy / 1e9, 1)}

@@ -45,7 +45,7 @@ cases = ('memory', 'neuroquant', 'slices', 'vae', 'whole', 'unet', 'discriminato
          'loader', 'checkpoint')
 check = False            # properties instead of cases, see judge/selfcheck.py
 samplers = ''            # checkpoint of a flow, instead of cases
-pairs = ()               # sessions per batch of memory and neuroquant; () picks 1,2,4, or 1 on a CPU
+pairs = ()               # sessions per batch of memory and neuroquant; () picks 1,2,4, or what a CPU can
 repeats = 5
 device = ''
 dtype = 'bfloat16'       # on a CPU always float32

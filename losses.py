@@ -1,4 +1,4 @@
-"""Training objectives as unweighted scalars, in float32; the scripts weigh and add them.
+"""Training objectives as scalars, in float32; the scripts weigh and add them.
 
 Images are float in [0, 1]. A batch of slices may be 4-D (B, C, H, W) or 5-D with one axis of length 1.
 """

@@ -3,10 +3,10 @@
     python train_vae.py config/demo.py                              # phantoms, minutes on a laptop
     python train_vae.py config/neuroquant.py --data_dir=data/mine   # the paper's run on one GPU
     torchrun --nproc_per_node=8 train_vae.py config/neuroquant.py --data_dir=data/mine
-    python train_vae.py config/neuroquant.py --init_from=resume     # go on where it stopped
+    python train_vae.py config/neuroquant.py --data_dir=data/mine --init_from=resume  # go on
 
 Writes out_dir/ckpt.pt (resume), best.pt (best validation PSNR), log.jsonl, log.csv and config.py; with
-matplotlib curves.png and progress.png; NeuroQuant also ckpt_3d.pt, the end of its 3D phase.
+matplotlib curves.png and progress.png; before a phase of slices ckpt_3d.pt.
 """
 import copy
 import dataclasses
@@ -58,7 +58,7 @@ temperature = 1.0        # above 1, small data sets of several and rare modaliti
 synthesise = 0.0         # share of the volumes drawn anew at every step from their label maps
 deform = 0.0             # share of the sessions whose label maps are deformed and drawn anew
 augment = False          # convvae: flips, bias field, gamma, small rotation and zoom
-# model: fields of NeuroQuantConfig (kind='neuroquant') or ConvVAEConfig (kind='convvae'), explained there
+# model: fields of NeuroQuantConfig (kind='neuroquant') or ConvVAEConfig (kind='convvae') of model.py
 kind = 'neuroquant'
 modalities = ('T1w', 'T2w')
 widths = (32, 64, 128, 256)

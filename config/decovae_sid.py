@@ -1,4 +1,5 @@
-# DeCo-VAE with the scale-invariant regulariser: row "SID" of its tables 1 to 4.
+# DeCo-VAE with the scale-invariant regulariser: rows "SID" of its table 1, "L_SID" of table 4.
+# Tables 2 and 3 print it after fine-tuning: config/decovae_sid_dft.py.
 # Data: prepare.py --shape=128,256,128 --resize=True --percentiles=0,99.5 --percentiles_of=volume.
 # Only out_dir and the last line differ from config/maisi.py.
 kind = 'convvae'

@@ -1,4 +1,5 @@
-# DeCo-VAE with the variance-anchored regulariser: row "VAD" of its tables 1 to 5.
+# DeCo-VAE with the variance-anchored regulariser: rows "VAD" of its table 1, "L_VAD" of table 4.
+# Tables 2, 3 and 5 print it after fine-tuning: config/decovae_vad_dft.py.
 # Data: prepare.py --shape=128,256,128 --resize=True --percentiles=0,99.5 --percentiles_of=volume.
 # Only out_dir and the last line differ from config/maisi.py.
 kind = 'convvae'

@@ -1,6 +1,6 @@
 # NeuroQuant, the full model: row "NeuroQuant (ours)" of its table 1, "+ L_adv (full)" of its table 2.
 # The widths are a narrow reading of the paper, which states C4 = 256 alone. It trains 100k steps on volumes,
-# then 25k on slices. Between the two it saves out_dir/ckpt_3d.pt: row "w/o joint training".
+# then 25k on slices. Between the two it saves out_dir/ckpt_3d.pt.
 out_dir = 'out/neuroquant'
 modalities = ('T1w', 'T2w')
 widths = (32, 64, 128, 256)

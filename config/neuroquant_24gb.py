@@ -2,5 +2,5 @@
 out_dir = 'out/neuroquant'
 batch_size = 2
 grad_accum = 2           # 2 sessions x 2 = 4 per step
-checkpointing = True     # the backward pass recomputes the decoder's half- and full-size stages
+checkpointing = True     # the backward pass computes the half- and full-size stages again
 batch_size_2d = 128

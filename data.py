@@ -61,13 +61,18 @@ def read_folder(folder):
                              f"({first} and {row['split']}); fix subjects.tsv")
     return rows, dataset
 
+def box_of(dataset):
+    """Of dataset.json: how scans got into their box, as arguments of nifti.conform; and its voxels in mm."""
+    box = {key: dataset[key] for key in BOX if key in dataset}
+    return box, dataset.get('voxel_mm', [dataset['spacing_mm']] * 3)
+
 def read_index(data_dir, modalities, split=None):
     """Rows of subjects.tsv of one split (None: all) with at least one of the modalities; and dataset.json.
 
     data_dir: a folder, or several with commas between, made with the same settings. A row is a session: a
-    dict of the columns, with file names under the modalities ('' where missing), and 'folder'. SystemExit
-    with one line if a folder is not prepared data, a modality is missing everywhere, a subject is in two
-    splits, or no session is left.
+    dict of the columns, with file names under the modalities ('' where missing), and 'folder'. A subject that
+    several folders have is called 'folder/subject'. SystemExit with one line if a folder is not prepared
+    data, a modality is missing everywhere, a subject is in two splits, or no session is left.
     """
     data_dir = str(data_dir)
     folders = data_dir.split(',')
@@ -80,6 +85,7 @@ def read_index(data_dir, modalities, split=None):
             if dataset.get(key) != first_dataset.get(key):
                 raise SystemExit(f'{folder}: made with {key} {dataset.get(key)}, '
                                  f'{folders[0]} with {first_dataset.get(key)}')
+    tell_subjects_apart(rows)
     for modality in modalities:
         if not any(row.get(modality) for row in rows):
             filled = {m for row in rows for m in row if row[m]}
@@ -91,6 +97,18 @@ def read_index(data_dir, modalities, split=None):
         hint = '; --split=val has some' if split == 'test' and 'val' in splits else ''
         raise SystemExit(f"{data_dir}: no session of {', '.join(modalities)} in split '{split}'{hint}")
     return rows, first_dataset
+
+def tell_subjects_apart(rows):
+    """Put the folder's name before the subjects that several folders have: they are different people."""
+    folders_of = {}
+    for row in rows:
+        folders_of.setdefault(row['subject'], set()).add(row['folder'])
+    name_of = {row['folder']: os.path.basename(os.path.normpath(row['folder'])) for row in rows}
+    if len(set(name_of.values())) < len(name_of):  # a/mine and b/mine
+        name_of = {folder: folder for folder in name_of}
+    for row in rows:
+        if len(folders_of[row['subject']]) > 1:
+            row['subject'] = f"{name_of[row['folder']]}/{row['subject']}"
 
 def has_split(data_dir, modalities, split):
     """Whether any session with one of the modalities is in that split."""
@@ -179,12 +197,12 @@ def box_at(start, size):
     """Slices of the box of `size` that starts at `start`."""
     return tuple(slice(s, s + n) for s, n in zip(start, size))
 
-def augmented(volume, start, size, rng):
+def augmented(volume, start, size, rng, most=1.0):
     """A random variant of the patch of `size` at `start` of a stored (D,H,W) volume, float32 in [0, 1].
 
     A left-right flip has probability 0.5, everything else 0.3. Rotation within 6 degrees about each axis and
     zoom 0.9 to 1.1 go about the volume's centre, in one linear interpolation. The bias field is exp of a
-    random cosine field within +-0.3. Gamma is 0.7 to 1.5.
+    random cosine field within +-0.3. Gamma is 0.7 to 1.5. most: values are clipped there, None not at all.
     """
     if rng.random() < 0.5:
         volume = volume[::-1]
@@ -205,8 +223,8 @@ def augmented(volume, start, size, rng):
         x = x * np.exp(rng.uniform(-0.3, 0.3) * field).astype(np.float32)
     if rng.random() < 0.3:
         gamma = np.exp(rng.uniform(np.log(0.7), np.log(1.5)))
-        x = np.clip(x, 0, 1) ** np.float32(gamma)
-    return np.clip(x, 0, 1)
+        x = np.clip(x, 0, most) ** np.float32(gamma)
+    return np.clip(x, 0, most)
 
 # ---------------------------------------------------------------- sessions and their batches
 
@@ -231,8 +249,7 @@ class Sessions:
         self.seed, self.rank, self.world, self.brain_patches = seed, rank, world, brain_patches
         self.rows, dataset = read_index(data_dir, modalities, split)
         self.shape = tuple(dataset['shape'])
-        self.box = {k: dataset[k] for k in BOX if k in dataset}
-        self.voxel_mm = dataset.get('voxel_mm', [dataset['spacing_mm']] * 3)
+        self.box, self.voxel_mm = box_of(dataset)
         self.n = len(self.rows)
         self.unused = [m for m in dataset.get('modalities', ()) if m not in modalities]
         self.scans = [(i, m) for i in range(self.n) for m in self.present(i)]
@@ -277,21 +294,28 @@ class Sessions:
         except (OSError, EOFError, ValueError) as e:
             raise SystemExit(f"{path}: no label map of {row['subject']} to draw images from ({e})")
 
+    def checksums(self):
+        """{folder: what prepare.py wrote in its checksums.json, {file: CRC-32}; {} without one}."""
+        known = {}
+        for folder in {row['folder'] for row in self.rows}:
+            path = os.path.join(folder, 'checksums.json')
+            known[folder] = {}
+            if os.path.exists(path):
+                with open(path) as f:
+                    known[folder] = json.load(f)
+        return known
+
     def verify(self, count=8):
         """SystemExit if a volume is missing, or one of `count` random ones is spoilt (checksums.json)."""
-        names, checksums = {}, {}
-        for folder in {row['folder'] for row in self.rows}:
-            names[folder] = set(os.listdir(folder))
-            if 'checksums.json' in names[folder]:
-                with open(os.path.join(folder, 'checksums.json')) as f:
-                    checksums[folder] = json.load(f)
+        checksums = self.checksums()
+        names = {folder: set(os.listdir(folder)) for folder in checksums}
         for i, m in self.scans:
             if self.file(i, m) not in names[self.rows[i]['folder']]:
                 raise SystemExit(f'{self.path(i, m)}: missing; run prepare.py again')
         for k in random(0, 12).permutation(len(self.scans))[:count]:
             i, m = self.scans[k]
             volume = np.ascontiguousarray(self.stored(i, m))
-            known = checksums.get(self.rows[i]['folder'])
+            known = checksums[self.rows[i]['folder']]
             if known and zlib.crc32(volume) != known.get(self.file(i, m)):
                 raise SystemExit(f'{self.path(i, m)}: not the volume that prepare.py wrote (checksum); '
                                  'delete it and run prepare.py again')
@@ -378,7 +402,8 @@ class Sessions:
             rng, volume = random(self.seed, 4, position), self.stored(i, m)
             start = self.patch_start(volume, size, rng)
             box = box_at(start, size)
-            x.append(augmented(volume, start, size, rng) if augment else as_float(volume[box]))
+            most = 1.0 if self.box.get('clip', True) else None
+            x.append(augmented(volume, start, size, rng, most) if augment else as_float(volume[box]))
             modality.append(m)
             files.append(self.file(i, m))
             if labels:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from common import (git_commit, load_checkpoint, load_like, make_out_dir, print0, refuse_changes,
                     wait_for_all, write_text)
-from data import Sessions, draw, fingerprint, open_npy, random, read_index, refuse_other_data
+from data import Sessions, box_of, draw, fingerprint, open_npy, random, read_index, refuse_other_data
 from model import Autoencoder, encoder_hash, from_checkpoint, model_args
 from scans import people
 
@@ -45,12 +45,12 @@ NOT_RESULTS = ('vae', 'data_dir', 'latents_dir', 'out_dir', 'init_from', 'resume
                'log_interval', 'eval_interval', 'eval_scans', 'sample_interval', 'wandb_project',
                'tensorboard', 'max_iters', 'device', 'compile')
 
-def run_state(model, average, optimizer, config, world, vae_checkpoint, latents):
+def run_state(model, average, optimizer, config, world, latents):
     """What a resumed run on latents and sample.py need, but for its iteration and best validation."""
     return {
         'model': model.state_dict(), 'ema': average.state_dict() if average else None,
         'optimizer': optimizer.state_dict(), 'model_args': model_args(model), 'config': config,
-        'world': world, 'data': vae_checkpoint['data'], 'voxel_mm': vae_checkpoint['voxel_mm'],
+        'world': world, 'data': latents.box, 'voxel_mm': latents.voxel_mm,
         'fingerprint': fingerprint(config['data_dir']), 'encoder_hash': latents.encoder_hash,
         'latent_shape': latents.shape, 'conditions': latents.conditions, 'git_commit': git_commit()}
 
@@ -81,17 +81,19 @@ def encode_sessions(autoencoder, name, data_dir, modalities, latents_dir, rank, 
 
     A file is (2,C,d,h,w) float16, mean and log-variance, or (1,C,d,h,w) for an autoencoder without a
     posterior. name: encoder_hash of the autoencoder; a folder that holds latents of another is refused. A
-    file already there is kept, so an interrupted run goes on. The processes share the scans.
+    file already there is kept, so an interrupted run goes on; not that of a scan that is another now. The
+    processes share the scans.
     """
     sessions = Sessions(data_dir, modalities, None)
-    facts = {'encoder_hash': name, 'shape': list(autoencoder.latent_shape(sessions.shape))}
+    facts = {'encoder_hash': name, 'shape': list(autoencoder.latent_shape(sessions.shape)),
+             'scans': identities(sessions)}
     path = os.path.join(latents_dir, 'latents.json')
     if rank == 0:
         make_out_dir(latents_dir)
-    if os.path.exists(path):
-        check_latents(latents_dir, name)
-    elif rank == 0:
+        if os.path.exists(path):
+            remove_stale(latents_dir, check_latents(latents_dir, name), facts)
         write_text(path, json.dumps(facts))
+    wait_for_all()
     missing = []
     for i, m in sessions.scans[rank::world]:
         target = os.path.join(latents_dir, sessions.file(i, m))
@@ -118,6 +120,25 @@ def check_latents(latents_dir, name):
                          f'not {name}); delete the folder or choose another --latents_dir')
     return facts
 
+def identities(sessions):
+    """{file: what tells one scan from another of that name}: its checksum, or else when it was written."""
+    known = sessions.checksums()
+    written = {}
+    for i, m in sessions.scans:
+        name, folder = sessions.file(i, m), sessions.rows[i]['folder']
+        written[name] = known[folder].get(name) or os.stat(sessions.path(i, m)).st_mtime_ns
+    return written
+
+def remove_stale(latents_dir, before, now):
+    """Delete the latents of scans that are others than when latents.json was written."""
+    earlier = before.get('scans', {})
+    stale = [name for name, scan in now['scans'].items() if earlier.get(name, scan) != scan]
+    for name in stale:
+        if os.path.exists(os.path.join(latents_dir, name)):
+            os.remove(os.path.join(latents_dir, name))
+    if stale:
+        print(f'{latents_dir}: {len(stale)} latents were of other scans, such as {stale[0]}; encoded anew')
+
 def is_whole(path, shape):
     try:
         return open_npy(path).shape[1:] == tuple(shape)
@@ -139,7 +160,8 @@ class Latents:
         with open(os.path.join(latents_dir, 'latents.json')) as f:
             facts = json.load(f)
         self.shape, self.encoder_hash = tuple(facts['shape']), facts['encoder_hash']
-        self.rows, _ = read_index(data_dir, modalities, split)
+        self.rows, dataset = read_index(data_dir, modalities, split)
+        self.box, self.voxel_mm = box_of(dataset)
         modality_indices = range(len(self.modalities))
         self.scans = [(row, m) for row in self.rows for m in modality_indices if row.get(self.modalities[m])]
         self.n = len(self.scans)

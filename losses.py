@@ -195,11 +195,17 @@ class ModalityClassifier(nn.Module):
 def alignment_loss(z_anat, pairs):
     """Mean squared distance between z_anat (B, C, d, h, w) of scans that are one session's, in its variances.
 
-    pairs (P, 2): their rows; 0 without any. 2 for latents that have nothing to do with one another.
+    pairs (P, 2): their rows; 0 without any. 2 for latents that have nothing to do with one another. The
+    variances are those of the batch of all processes.
     """
+    z = z_anat.detach().transpose(0, 1).flatten(1).double()                                # (C, N)
+    moments = torch.stack([torch.ones_like(z[:, 0]) * z.shape[1], z.sum(1), z.square().sum(1)])
+    if dist.is_initialized():
+        dist.all_reduce(moments)
+    n, first, second = moments
+    variance = (second / n - (first / n) ** 2).mean().clamp(min=1e-8).float()
     if not len(pairs): return z_anat.new_zeros(())
-    distance = (z_anat[pairs[:, 0]] - z_anat[pairs[:, 1]]).square().mean()
-    return distance / z_anat.detach().var((0, 2, 3, 4)).mean().clamp(min=1e-8)
+    return (z_anat[pairs[:, 0]] - z_anat[pairs[:, 1]]).square().mean() / variance
 
 def adversary_loss(classifier, z, modality, alpha):
     """Mean cross entropy of what the classifier says of z (B, C, d, h, w); NeuroQuant eq. 15.

@@ -248,8 +248,8 @@ class FiniteScalarQuantizer(nn.Module):
             rounded = bounded + (bounded.round() - bounded).detach()
             indices = self.index(rounded.detach())
             if self.training and update:
-                counts = torch.bincount(indices.flatten(), minlength=self.num_codes)
-                move_or_hold(self, counts.float())
+                one = self.cluster_size.new_ones(indices.numel())  # bincount would wait for the device
+                move_or_hold(self, torch.zeros_like(self.cluster_size).index_add_(0, indices.flatten(), one))
             z_q = self.up(2 * rounded / self.levels).movedim(-1, 1)
             return z_q, indices, torch.zeros((), device=z.device)
 

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from common import (autocast, configure, load_checkpoint, make_out_dir, print0, save_weights,
                     start_processes, stop_processes, write_text)
-from data import as_float, open_npy, random, read_folder
+from data import random, read_folder
 from flow import sample
 from judge.figures import views
 from judge.novelty import COMPARED, compare_with_training
@@ -41,6 +41,7 @@ from latents import encode_conditions, value_of
 from losses import psnr
 from model import GPT, Autoencoder, FlowUNet, NeuroQuant, encoder_hash, from_checkpoint
 from scans import nifti
+from scans.boxed import Scan, Stored, box_grid, is_prepared, is_stored, named_modality
 from scans.files import every_scan, stem
 from slabs import slabwise
 from tokens import draw_brains
@@ -50,7 +51,7 @@ mode = 'reconstruct'      # translate, tokens, latents (of the encoder, float16)
 ckpt = 'out/neuroquant/best.pt'
 input = ''                # .nii or .nii.gz, a folder of them or of prepared data; for tokens also .npy
 output = ''
-source = 'T1w'            # modality of the input
+source = ''               # modality of the input; '': what its name ends with, else the model's first
 target = ''               # modality that comes out; '': of tokens their scan's, of translate another one
 mask = True               # the input's background is 0 in the output too; False: what the decoder made of it
 like = ''                 # scan whose grid a volume from tokens gets; '' for the box itself, centred at 0 mm
@@ -136,70 +137,19 @@ def placed(x):
 
 # ---------------------------------------------------------------- one scan
 
-class Scan:
-    """A NIfTI file, its box (1,1,D,H,W) in [0,1] for the model, and what it takes to go back."""
-    def __init__(self, path, data):
-        self.modality = source
-        self.volume, self.affine, self.native = nifti.read(path)
-        try:
-            boxes, self.placement = nifti.conform([self.volume], [self.affine], **data)
-        except ValueError as e:
-            raise ValueError(f'{path}: {e.args[0]}')
-        nifti.check_inside(path, self.placement)
-        for doubt in (*self.native.doubts, *self.placement.doubts[0]):
-            print(f'{path}: {doubt}')
-        self.box = torch.from_numpy(boxes[0])[None, None]
-        lost = self.placement.lost
-        if lost > 5e-4:
-            print(f'{path}: {lost:.1%} of the brain lies outside the box of {data["shape"]} voxels')
-        if self.placement.estimated[0]:
-            print(f'{path}: no zero background, taken as a raw head scan')
-
-    def write(self, path, box, own_scale):
-        """box (1,1,D,H,W) onto the scan's grid; in the scan's intensities, or in [0,1]."""
-        low, high = (self.placement.low[0], self.placement.high[0]) if own_scale else (0.0, 1.0)
-        box = box.float().cpu().clamp(1e-4 if mask else 0, 1)
-        if mask:
-            box = box * (self.box > 0)
-        volume = nifti.restore(box[0, 0].numpy(), self.placement, self.affine, self.volume.shape, low, high)
-        nifti.write(path, volume, self.native)
-
-class Stored:
-    """A volume that prepare.py wrote, in its box; the same interface as Scan's."""
-    def __init__(self, path, checkpoint):
-        self.modality = path.removesuffix('.npy').rpartition('_')[2]
-        self.grid = box_grid(checkpoint)
-        try:
-            volume = as_float(open_npy(path))
-        except (OSError, EOFError, ValueError) as e:
-            raise ValueError(f'{path}: unreadable ({e})')
-        if volume.shape != tuple(checkpoint['data']['shape']):
-            box = checkpoint['data']['shape']
-            raise ValueError(f"{path}: shape {volume.shape}, the model's box is {box}")
-        self.box = torch.tensor(volume)[None, None]
-
-    def write(self, path, box, own_scale):
-        """box (1,1,D,H,W) in [0,1], which is the volume's own scale too."""
-        box = box.float().cpu().clamp(0, 1)
-        if mask:
-            box = box * (self.box > 0)
-        nifti.write(path, box[0, 0].numpy(), self.grid)
-
 def open_scan(path, checkpoint):
-    return Stored(path, checkpoint) if is_stored(path) else Scan(path, checkpoint['data'])
-
-def is_prepared(folder):
-    names = 'subjects.tsv', 'dataset.json'
-    return all(os.path.exists(os.path.join(folder, name)) for name in names)
-
-def is_stored(path):
-    """Whether a file is a volume of a prepared data set."""
-    return path.endswith('.npy') and is_prepared(os.path.dirname(path))
+    """A scan with its modality; a stored one's name tells that, whatever --source is."""
+    box = checkpoint['data']
+    if is_stored(path): return Stored(path, box['shape'], checkpoint['voxel_mm'])
+    scan = Scan(path, box)
+    modalities = checkpoint['config']['modalities']
+    scan.modality = source or named_modality(path, modalities) or modalities[0]
+    return scan
 
 def stored_volumes(checkpoint):
-    """Paths of the volumes of the prepared --input that the model knows; to translate those of --source."""
+    """Paths of the volumes of the prepared --input that the model knows."""
     rows, _ = read_folder(input)
-    names = (source,) if mode == 'translate' else checkpoint['config']['modalities']
+    names = checkpoint['config']['modalities']
     paths = [os.path.join(input, row[name]) for row in rows for name in names if row.get(name)]
     if not paths: raise SystemExit(f'{input}: no volume of {", ".join(names)}')
     return paths
@@ -208,7 +158,7 @@ def reconstruct(model, checkpoint, input, output):
     scan = open_scan(input, checkpoint)
     x = placed(scan.box)
     x_hat = model.reconstruct(x, scan.modality).float().clamp(0, 1)
-    scan.write(output, x_hat, own_scale=True)
+    scan.write(output, x_hat, True, mask)
     whole, brain = psnr(x_hat, x).item(), psnr(x_hat, x, mask=x > 0).item()
     score, background = f'PSNR {whole:.2f} dB whole, {brain:.2f} dB brain', ''
     if mask:
@@ -217,10 +167,10 @@ def reconstruct(model, checkpoint, input, output):
 
 def translate(model, checkpoint, input, output):
     scan = open_scan(input, checkpoint)
-    others = [modality for modality in model.config.modalities if modality != source]
-    wanted = target or (others or [source])[0]
-    scan.write(output, model.translate(placed(scan.box), source, wanted), own_scale=False)
-    return f'{source} as {wanted}, intensities in [0,1]: {output}'
+    others = [modality for modality in model.config.modalities if modality != scan.modality]
+    wanted = target or (others or [scan.modality])[0]
+    scan.write(output, model.translate(placed(scan.box), scan.modality, wanted), False, mask)
+    return f'{scan.modality} as {wanted}, intensities in [0,1]: {output}'
 
 def tokens(model, checkpoint, input, output):
     """Tokens of a scan; back to a volume if the input holds tokens."""
@@ -278,9 +228,9 @@ def from_tokens(model, checkpoint, input, output):
     volume = model.from_tokens(placed(indices), modality).float().clamp(0, 1)
     volume = volume[:, :, :shape[0], :shape[1], :shape[2]]
     if like:
-        Scan(like, checkpoint['data']).write(output, volume, own_scale=False)
+        Scan(like, checkpoint['data']).write(output, volume, False, mask)
     else:
-        nifti.write(output, volume[0, 0].cpu().numpy(), box_grid(checkpoint))
+        nifti.write(output, volume[0, 0].cpu().numpy(), box_grid(shape, checkpoint['voxel_mm']))
     return f'{indices.numel()} tokens{" as" * bool(modality)} {modality}: {output}'
 
 def read_tokens(model, shape, input):
@@ -298,23 +248,33 @@ def read_tokens(model, shape, input):
         raise ValueError(f'{input}: tokens {low}..{high}, the model has 0..{c.num_codes - 1}')
     return torch.from_numpy(indices.astype(np.int64))[None]
 
-def box_grid(checkpoint):
-    """The grid of a box of no scan: axes of the scanner, 0 mm in its middle."""
-    size, shape = np.array(checkpoint['voxel_mm'], float), checkpoint['data']['shape']
-    affine = np.diag([*size, 1.0])
-    affine[:3, 3] = -(np.array(shape) - 1) / 2 * size
-    return nifti.Native(affine, tuple(shape), 'RAS', tuple(size))
+def those_to_translate(paths, modalities, notes):
+    """The scans of one modality, --source or the model's first, and those whose name tells none."""
+    wanted = source or modalities[0]
+    kept = [path for path in paths if named_modality(path, modalities) in (wanted, '')]
+    if len(kept) < len(paths):
+        notes.append(f'{len(paths) - len(kept)} scans of another modality than {wanted} are left out; '
+                     '--source names another')
+    return kept
 
 def each_below(model, checkpoint):
     """Every scan of the folder --input, this process's share of them; one that fails is left out."""
     notes = []
     paths = stored_volumes(checkpoint) if is_prepared(input) else every_scan(input, notes)
+    if mode == 'translate':
+        paths = those_to_translate(paths, checkpoint['config']['modalities'], notes)
+    ending = '.npy' if mode in ('tokens', 'latents') else '.nii.gz'
+    targets = {}  # each with its scan
+    for path in paths:
+        target_path = os.path.join(output, stem(os.path.relpath(path, input).removesuffix('.npy')) + ending)
+        first = targets.setdefault(target_path, path)
+        if first != path:
+            notes.append(f'{path}: has the name of {first}; left out')
     for note in notes:
         print0(note)
-    ending = '.npy' if mode in ('tokens', 'latents') else '.nii.gz'
     begun, done, failed = time.perf_counter(), 0, 0
-    for path in tqdm(paths[rank::world], desc=mode, leave=False, disable=rank > 0):
-        target_path = os.path.join(output, stem(os.path.relpath(path, input).removesuffix('.npy')) + ending)
+    mine = list(targets.items())[rank::world]
+    for target_path, path in tqdm(mine, desc=mode, leave=False, disable=rank > 0):
         if os.path.exists(target_path): continue
         try:
             make_out_dir(os.path.dirname(target_path))
@@ -328,7 +288,7 @@ def each_below(model, checkpoint):
         dist.all_reduce(counts)  # waits for the slowest
     done, failed = counts.tolist()
     seconds = time.perf_counter() - begun
-    print0(f'{done} of {len(paths)} scans now, {failed} left out, {done / seconds:.2f} scans/s: {output}')
+    print0(f'{done} of {len(targets)} scans now, {failed} left out, {done / seconds:.2f} scans/s: {output}')
 
 # settings that name places of one machine
 PLACES = ('data_dir', 'out_dir', 'init_from', 'prepare', 'perc_trunk', 'perc_lin', 'vae', 'latents_dir')
@@ -392,6 +352,10 @@ def generate(network, checkpoint):
     make_out_dir(output)
     refuse_earlier_volumes()
     shown = modalities if isinstance(autoencoder, NeuroQuant) else ('',)
+    if shown == ('',) and 'modality' in checkpoint['conditions']:
+        shown = (target or modalities[0],)
+    if target and shown != (target,) and mode == 'generate':
+        raise SystemExit(f'--target={target}: {ckpt} was trained without the condition modality')
     first = {name: [] for name in shown}  # volumes of the first brains
     latents_part = os.path.join(output, 'latents.npy.part')
     shape = (n, *checkpoint['latent_shape'])
@@ -400,12 +364,14 @@ def generate(network, checkpoint):
         brains = draw_codes(network, autoencoder, checkpoint, cond)
     else:
         brains = draw_latents(network, checkpoint, cond)
+    box = checkpoint['data']['shape']
+    grid = box_grid(box, checkpoint['voxel_mm'])
     for i, brain in enumerate(tqdm(brains, desc='new brains', total=n, leave=False)):
         latents[i] = latent_of(autoencoder, brain)[0].cpu().numpy()
         for name in shown:
-            volume = decode(autoencoder, brain, name, checkpoint['data']['shape'])
+            volume = decode(autoencoder, brain, name, box)
             path = os.path.join(output, f'sample_{i:03d}{"_" * bool(name)}{name}.nii.gz')
-            nifti.write(path, volume, box_grid(checkpoint))
+            nifti.write(path, volume, grid)
             if i < (COMPARED if name == shown[0] else PICTURED):
                 first[name].append(volume)
     latents.flush()

@@ -35,7 +35,7 @@ class Structure:
     stretch: tuple
     nodes: list
 
-STRUCTURES = {  # later ones are painted over earlier ones
+STRUCTURES = {  # later ones lie over earlier ones
     'lateral ventricle': Structure((4, 43), (0.8, 1.0, 1.15), [
         (13, 31, 2, 2.5), (10, 22, 9, 5), (9, 2, 19, 5.5), (13, -18, 20, 5.5), (22, -38, 14, 7.5),
         (25, -58, 8, 4.5), (24, -74, 5, 1.5)]),
@@ -337,11 +337,17 @@ def scale_like_prepared(image, mask, percentiles=(0.5, 99.5), percentiles_of='br
     scaled = ((image - low) / (high - low)).clamp(1e-4, 1 if clip else None)
     return torch.where(mask, scaled, 0.0)
 
+def smooth_fields(n, grid, g, device):
+    """(n, *grid), standard deviation 1: random numbers on 4x4x4 nodes, linear in between."""
+    nodes = torch.randn(1, n, 4, 4, 4, generator=g).to(device)
+    fields = F.interpolate(nodes, size=grid, mode='trilinear', align_corners=True)
+    return fields[0] / (2 / 3) ** 1.5  # between nodes the variance is 2/3 on average
+
 def render(labels, modalities, generators, noise=0.02, bias=0.08, scale=scale_like_prepared):
     """images_from_labels in torch, on the device of the label maps: an augmentation.
 
-    labels: (B, 1, D, H, W) int64, whole maps of brain_labels. modalities: B names. generators: B of a CPU.
-    scale: a function of an image and its mask. returns (B, 1, D, H, W) float32, background exactly 0
+    labels: (B, 1, D, H, W) int64, whole maps. modalities, generators of a CPU: B each. scale: a function of
+    an image and its mask. returns (B, 1, D, H, W) float32, background 0
     """
     device, grid = labels.device, labels.shape[2:]
     images = []
@@ -352,24 +358,23 @@ def render(labels, modalities, generators, noise=0.02, bias=0.08, scale=scale_li
         intensity = torch.zeros(256)
         for group, mean in zip(GROUPS.values(), means):
             intensity[list(group)] = mean + 0.02 * torch.randn(1, generator=g)
-        waves = torch.randn(1, 1, 4, 4, 4, generator=g).to(device)
-        field = F.interpolate(waves, size=grid, mode='trilinear', align_corners=True)
+        field = smooth_fields(1, grid, g, device)
         sharp = intensity.to(device)[one][None, None]
         clean = (sharp + F.avg_pool3d(sharp, 3, 1, 1)) / 2  # partial volume
         g = torch.Generator(device).manual_seed(int(torch.randint(2 ** 31, (1,), generator=g)))
         real, imaginary = noise * torch.randn(2, *grid, generator=g, device=device)
-        image = torch.hypot(clean[0, 0] * torch.exp(bias * field[0, 0]) + real, imaginary)
+        image = torch.hypot(clean[0, 0] * torch.exp(bias * field[0]) + real, imaginary)
         images.append(scale(image, one > 0))
     return torch.stack(images)[:, None]
 
 def generator(*key):
-    """A torch generator of a CPU that is a function of a few integers."""
+    """A CPU's torch generator, a function of a few integers."""
     return torch.Generator().manual_seed(int(np.random.default_rng(key).integers(2 ** 32)))
 
-def deformed(labels, g, voxel_mm, degrees=5.0, scale=0.06, warp_mm=3.0):
-    """A label map (D, H, W), turned, scaled along each axis and warped: nearest neighbours, 0 from outside.
+def deformed(labels, g, voxel_mm, degrees=5.0, scale=0.06, warp_mm=2.0):
+    """A label map (D, H, W), turned, scaled along each axis and warped; nearest neighbours.
 
-    g: a generator of a CPU. degrees, scale (of its logarithm), warp_mm: standard deviations.
+    degrees, scale (of its logarithm), warp_mm: standard deviations. g: a CPU's generator.
     """
     grid, device = labels.shape, labels.device
     normal = torch.randn(2, 3, generator=g).clamp(-2, 2).numpy()
@@ -379,20 +384,17 @@ def deformed(labels, g, voxel_mm, degrees=5.0, scale=0.06, warp_mm=3.0):
     affine = np.flip(turn * mm / mm[:, None])
     still = torch.tensor(np.column_stack([affine, np.zeros(3)]), dtype=torch.float32, device=device)
     places = F.affine_grid(still[None], (1, 1, *grid), align_corners=False)
-    half = torch.tensor(np.flip(mm).copy(), dtype=torch.float32).view(1, 3, 1, 1, 1)
-    waves = warp_mm * torch.randn(1, 3, 4, 4, 4, generator=g) / half
-    field = F.interpolate(waves.to(device), size=grid, mode='trilinear', align_corners=True)
-    places = places + field.movedim(1, -1)
+    half = torch.tensor(np.flip(mm).copy(), dtype=torch.float32, device=device)
+    places = places + warp_mm * smooth_fields(3, grid, g, device).movedim(0, -1) / half
     moved = F.grid_sample(labels[None, None].float(), places, 'nearest', align_corners=False)
     return moved[0, 0].to(labels.dtype)
 
 def redraw(batch, modalities, share, seed, box, deform=0.0, voxel_mm=(1.0, 1.0, 1.0)):
     """x of a training batch, each volume with probability `share` an image drawn anew of its label map.
 
-    What is drawn depends on the sample's index and the seed alone; the modality stays. box: how the data set
-    was made, see data.Sessions. The whole map is drawn and scaled, then cut: a patch has other percentiles.
-    deform: share of the sessions (in a batch of scans: of the scans) whose volumes are all drawn anew, of one
-    and the same deformed() map.
+    What is drawn depends on the sample's index and the seed alone; the modality stays. box: see
+    data.Sessions. The whole map is drawn and scaled, then cut: a patch has other percentiles. deform: share of
+    the sessions (or scans) all of whose volumes are drawn of one deformed() map.
     """
     index = batch['sample_index'].tolist()
     owners = [k // len(modalities) for k in index] if 'pairs' in batch else index

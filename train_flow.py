@@ -59,7 +59,7 @@ times = 'uniform'        # or 'logit_normal'
 shift = 1.0              # of the times, in training and sampling alike; MAISI: (d h w / 32^3)^(1/3)
 # schedule and optimiser
 iters = 100_000
-max_iters = 100_000      # only stops the run
+max_iters = 0            # above 0 it stops the run, and changes nothing else
 lr = 1e-4
 lr_power = 2.0           # lr (1 - step/iters)^lr_power; 0 for constant
 warmup_iters = 0
@@ -161,7 +161,7 @@ def draw_samples():
 def save(name):
     """Write everything that a resumed run and sample.py need."""
     if rank: return
-    state = run_state(raw_model, ema, optimizer, config, world, vae_checkpoint, train_set)
+    state = run_state(raw_model, ema, optimizer, config, world, train_set)
     save_checkpoint(os.path.join(out_dir, name), state | {'iter_num': it, 'best_val': best_val})
 
 def make_model():
@@ -190,7 +190,7 @@ if __name__ == '__main__':
         dtype, compile = 'float32', False
     savers = f'batch_size={batch_size}'
     explain_failures(savers)
-    stop = min(max_iters, iters)
+    stop = min(max_iters or iters, iters)
 
     # ---- autoencoder and its latents
     if rank == 0:
@@ -253,13 +253,15 @@ if __name__ == '__main__':
         log.count('latents', batch_size, 3 * flops * batch_size)  # a backward pass costs two forward ones
         log.note(it, terms | {'gradient': gradient}, batch['files'])
         stopped_by = stop_signal()
-        validates = it % eval_interval == 0 or it == stop or stopped_by
-        if log.due(it) or validates:
+        validates = it % eval_interval == 0 or it == stop
+        if log.due(it) or validates or stopped_by:
             log.check()
         if log.due(it):
             log.step(it, terms, gradient, get_lr(it - 1))
+        if stopped_by:
+            save('ckpt.pt')  # a validation may be cut short
         if validates:
-            if val_set and not stopped_by:
+            if val_set:
                 record = {'iter': it} | validate()
                 log.write(record)
                 print0(f'iter {it:,}/{stop:,}: val/loss {record["val/loss"]:.4f}')

@@ -51,7 +51,7 @@ dropout = 0.1
 tied = True              # False for several codebooks
 # schedule and optimiser
 iters = 20_000
-max_iters = 20_000       # only stops the run
+max_iters = 0            # above 0 it stops the run, and changes nothing else
 lr = 6e-4
 min_lr = 6e-5
 warmup_iters = 200
@@ -94,7 +94,7 @@ def rehearse():
 def save(name):
     """Write everything that a resumed run and sample.py need."""
     if rank: return
-    state = run_state(raw_model, ema, optimizer, config, world, vae_checkpoint, train_set)
+    state = run_state(raw_model, ema, optimizer, config, world, train_set)
     save_checkpoint(os.path.join(out_dir, name), state | {'iter_num': it, 'best_val': best_val})
 
 # ---------------------------------------------------------------- the run
@@ -107,7 +107,7 @@ if __name__ == '__main__':
         dtype, compile = 'float32', False
     savers = f'batch_size={batch_size}'
     explain_failures(savers)
-    stop = min(max_iters, iters)
+    stop = min(max_iters or iters, iters)
 
     # ---- autoencoder and its tokens
     if rank == 0:
@@ -175,13 +175,15 @@ if __name__ == '__main__':
         log.count('scans', batch_size, flops * batch_size)
         log.note(it, terms | {'gradient': gradient}, batch['files'])
         stopped_by = stop_signal()
-        validates = it % eval_interval == 0 or it == stop or stopped_by
-        if log.due(it) or validates:
+        validates = it % eval_interval == 0 or it == stop
+        if log.due(it) or validates or stopped_by:
             log.check()
         if log.due(it):
             log.step(it, terms, gradient, optimizer.param_groups[0]['lr'])
+        if stopped_by:
+            save('ckpt.pt')  # a validation may be cut short
         if validates:
-            if val_set and not stopped_by:
+            if val_set:
                 record = {'iter': it} | validate()
                 log.write(record)
                 print0(f'iter {it:,}/{stop:,}: held-out bits per token {record["val/bits"]:.3f} ({beside})')

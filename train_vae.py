@@ -55,8 +55,8 @@ patch = ()               # (D,H,W) cut at random; () for whole volumes
 brain_patches = 0.0      # share of the patches whose centre is brain
 batch_size_2d = 128      # slices per process of neuroquant's 2D steps
 temperature = 1.0        # above 1, small data sets of several and rare modalities are drawn more often
-synthesise = 0.0         # share of the volumes drawn anew at every step from their label maps
-deform = 0.0             # share of the sessions whose label maps are deformed and drawn anew
+synthesise = 0.0         # share of volumes drawn anew at every step from their label maps
+deform = 0.0             # share of sessions whose label maps are deformed and drawn anew
 augment = False          # convvae: flips, bias field, gamma, small rotation and zoom
 # model: fields of NeuroQuantConfig (kind='neuroquant') or ConvVAEConfig (kind='convvae') of model.py
 kind = 'neuroquant'
@@ -121,7 +121,7 @@ iters_3d = 100_000       # of neuroquant
 iters_2d = 25_000        # of joint='sequential'
 p_2d = 0.3               # of joint='interleaved': probability of a batch of slices in a step
 w_2d = 0.5               # of joint='interleaved': its weight
-max_iters = 125_000      # only stops the run; phases and schedules do not depend on it
+max_iters = 0            # above 0 it stops the run, and changes nothing else
 # optimiser
 muon = False             # weights of 16 outputs and more move by orthogonal steps, the rest by AdamW
 lr = 1e-4
@@ -249,7 +249,7 @@ def loss_weights(it):
     }
 
 def neuroquant_terms(batch, what, it):
-    """Unweighted terms of a micro-batch, each a mean over the joined batch, and x_hat."""
+    """Unweighted terms of a micro-batch, means over the joined batch, and x_hat."""
     x, modality, share = batch['x'], batch['modality'], batch['share']
     pairs = batch.get('pairs', ())
     crosses = get_w_cross(it) > 0  # by schedule alone: the same terms everywhere
@@ -391,7 +391,7 @@ if __name__ == '__main__':
     explain_failures(savers)
     if kind == 'neuroquant':
         iters = iters_3d + (iters_2d if joint == 'sequential' else 0)
-    stop = min(max_iters, iters)
+    stop = min(max_iters or iters, iters)
 
     # ---- data
     if rank == 0:
@@ -456,7 +456,7 @@ if __name__ == '__main__':
     compute_terms = neuroquant_terms if kind == 'neuroquant' else convvae_terms
     hold_statistics(raw_model)
     networks = ('model', 'classifier', 'lpips', 'discriminators')
-    say_memory(globals(), networks, [*trained, *judging], [ema], rehearse, savers)
+    say_memory(globals(), networks, trained + judging, [ema], rehearse, savers)
     if compile:  # part by part: the quantiser between them stays eager
         volumes = batch_size * (len(modalities) if kind == 'neuroquant' else 1)
         swaps = volumes * (len(modalities) - 1)
@@ -466,7 +466,6 @@ if __name__ == '__main__':
             compile_whole(judge)
         reconstruction_loss = torch.compile(reconstruction_loss)
 
-    # ---- what it costs
     flops = step_flops(raw_model, sample_shape)
     forward_flops = {'scans': flops, 'sessions': flops, 'slices': flops}  # each (encode, decode) of one
     if kind == 'neuroquant':
@@ -480,7 +479,7 @@ if __name__ == '__main__':
     train_mode()
     batches = prefetch(make_batch, (step for i in range(it, stop) for step in micro_steps(i)), device)
     while it < stop:
-        torch.manual_seed(torch_seed(seed, 32, it))  # the quantiser's draws: the same on every process
+        torch.manual_seed(torch_seed(seed, 32, it))  # the quantiser draws alike on every process
         rate = cosine(it, lr, min_lr, warmup_iters, lr_decay_iters)
         steps, terms, files = micro_steps(it), {}, []
         for step in steps:
@@ -501,21 +500,23 @@ if __name__ == '__main__':
         if discriminators and it >= discriminator_start:
             take_step([discriminator_optimizer], judging, rate, grad_clip)
         codes_moved = move_statistics(raw_model)
-        if ema:  # a short average while weights move fast
+        if ema:  # a short one while weights move fast
             update_average(ema, raw_model, min(ema_decay, (1 + it) / (10 + it)))
         it += 1
 
         log.note(it, terms | {'gradient': gradient}, files)
         stopped_by = stop_signal()
-        validates = it % eval_interval == 0 or it in (iters_3d, stop) or stopped_by
-        if log.due(it) or validates:
+        validates = it % eval_interval == 0 or it in (iters_3d, stop)
+        if log.due(it) or validates or stopped_by:
             log.check()
         if log.due(it):
             if codes_moved:  # of the step's tokens: the codebook's own average counts revived codes as used
                 terms['perplexity'] = perplexity(raw_model.quantizer.step_counts)
             log.step(it, terms, gradient, rate)
+        if stopped_by:
+            save('ckpt.pt')  # a validation may be cut short
         if validates:
-            if val_set and not stopped_by:
+            if val_set:
                 averaged = ema or raw_model
                 averaged.eval()
                 record, shown = validate(averaged, val_set, eval_sessions, device, dtype)

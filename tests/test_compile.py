@@ -1,4 +1,5 @@
 """What speed rests on: networks compile whole and once, and no step asks the device for a number."""
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 from common import compile_for, compile_whole
 from flow import flow_matching_loss
 from losses import (
-    ModalityClassifier, PatchDiscriminator, adversarial_loss, adversary_loss, kl_loss, reconstruction_loss,
-    sid_loss, ssim, vad_loss)
+    ModalityClassifier, PatchDiscriminator, adversarial_loss, adversary_loss, alignment_loss, kl_loss,
+    reconstruction_loss, sid_loss, ssim, vad_loss)
 from model import (GPT, ConvVAE, ConvVAEConfig, FlowUNet, FlowUNetConfig, GPTConfig, NeuroQuant,
                    NeuroQuantConfig)
 
@@ -133,7 +134,8 @@ def test_no_backward_pass_scatters(name):
 
 # ---------------------------------------------------------------- no waiting
 
-READS = ('_local_scalar_dense', 'nonzero', 'unique', '_unique2', 'masked_select', 'equal', 'is_nonzero')
+READS = ('_local_scalar_dense', 'nonzero', 'unique', '_unique2', 'masked_select', 'equal', 'is_nonzero',
+         'bincount')
 
 class NoQuestions(TorchDispatchMode):
     """Raises where a device would have to be waited for: a number is read, or a shape depends on values."""
@@ -153,8 +155,8 @@ def test_the_detector_detects_a_mask():
     with pytest.raises(AssertionError), NoQuestions():
         torch.arange(3)[torch.tensor([True, False, True])]
 
-def neuroquant_loss():
-    net, classifier = NeuroQuant(NEUROQUANT), ModalityClassifier(8, 2)
+def neuroquant_loss(quantizer='ema'):
+    net, classifier = NeuroQuant(replace(NEUROQUANT, quantizer=quantizer)), ModalityClassifier(8, 2)
     x, modality = torch.rand(2, 1, 32, 48, 32), torch.tensor([0, 1])
     pairs = torch.tensor([[0, 1], [1, 0]])
     net(torch.rand(2, 1, 32, 48, 32), modality)  # the codebook begins with the first batch, once
@@ -163,8 +165,12 @@ def neuroquant_loss():
         recon = reconstruction_loss(out['x_hat'], x, 0.5)
         cross = reconstruction_loss(out['x_cross'], x[pairs[:, 1]], 0.0)
         adversarial = adversary_loss(classifier, out['z_anat'], modality, 0.1)
-        return recon + out['commit'] + cross + adversarial
+        aligned = alignment_loss(out['z_anat'], pairs)
+        return recon + out['commit'] + cross + adversarial + aligned
     return net, loss
+
+def scalars_loss():
+    return neuroquant_loss('fsq')
 
 def convvae_loss():
     net, x = ConvVAE(ConvVAEConfig(widths=(8, 8), latent_dim=3)), torch.rand(1, 1, 24, 24, 24)
@@ -191,7 +197,7 @@ def gpt_loss():
         return F.cross_entropy(net(tokens[:, :-1]).flatten(0, 1), tokens.flatten())
     return net, loss
 
-@pytest.mark.parametrize('make', [neuroquant_loss, convvae_loss, flow_loss, gpt_loss])
+@pytest.mark.parametrize('make', [neuroquant_loss, scalars_loss, convvae_loss, flow_loss, gpt_loss])
 def test_a_training_step_never_waits_for_the_device(make):
     net, loss = make()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, foreach=True)

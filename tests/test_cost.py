@@ -97,7 +97,8 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch):
 # ---------------------------------------------------------------- the trainers
 
 @pytest.mark.parametrize('flags', [
-    ['--muon=True', '--cross_start=0', '--adv_start=0', '--joint=none'],
+    ['--muon=True', '--cross_start=0', '--adv_start=0', '--joint=none', '--w_align=0.001'],
+    ['--quantizer=fsq', '--joint=none'],
     ['--kind=convvae', '--w_perc=1', '--perceptual=random', '--w_discriminator=1', '--modalities=T1w',
      '--w_ssim=0', '--w_cross=0', '--widths=8,8', '--attn_levels=', '--w_kl=1']])
 def test_training_says_what_a_step_holds(monkeypatch, tiny_data, tmp_path, flags):

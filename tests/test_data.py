@@ -10,10 +10,11 @@ import torch
 
 import data
 from conftest import TINY, play, refuses
-from data import Sessions, augmented, generators, open_npy, prefetch, read_index, torch_seed
+from data import (
+    Sessions, augmented, fingerprint, generators, open_npy, prefetch, random, read_index, torch_seed)
 from prepare import stored
 from scans.nifti import scale_intensity
-from synth import GROUPS, deformed, redraw, scale_like_prepared
+from synth import GROUPS, deformed, redraw, scale_like_prepared, smooth_fields
 
 MODALITIES = ('T1w', 'T2w')
 PATCH = (16, 48, 16)
@@ -174,6 +175,12 @@ def test_an_augmented_patch_is_that_part_of_the_augmented_whole(tiny_data):
 
 # ---------------------------------------------------------------- images drawn anew
 
+def test_what_was_prepared_without_clipping_is_not_clipped():
+    volume = np.full((8, 8, 8), 1.3, np.float32)
+    highest = [augmented(volume, [0, 0, 0], volume.shape, random(k), None).max() for k in range(50)]
+    assert max(highest) > 1.2
+    assert max(variant(volume, seed).max() for seed in range(50)) == 1
+
 @pytest.fixture(scope='module')
 def drawn(tmp_path_factory):
     """Prepared phantoms with their label maps."""
@@ -263,6 +270,11 @@ def test_a_scaled_ball_grows_as_its_scales_say():
             others = [k for k in range(3) if k != axis]
             width = scaled.amax(others).sum().item()
             assert width == pytest.approx(30 * np.exp(-0.1 * normal[axis].item()), abs=1.5)
+
+def test_smooth_fields_have_the_standard_deviation_1():
+    g = torch.Generator().manual_seed(0)
+    fields = torch.stack([smooth_fields(3, (30, 40, 20), g, 'cpu') for _ in range(20)])
+    assert fields.square().mean().sqrt().item() == pytest.approx(1, abs=0.05)
 
 def test_draws_depend_on_the_seed_of_the_run(drawn):
     """A CPU's generator reads 32 bits of a seed: shifted beyond them, the run's own was lost."""
@@ -377,6 +389,27 @@ def test_data_sets_of_different_boxes_are_refused(tiny_data, tmp_path):
     (other / 'dataset.json').write_text(json.dumps(facts | {'spacing_mm': 2.0}))
     with pytest.raises(SystemExit, match='other: made with spacing_mm 2.0, .* with 1.0'):
         Sessions(f'{tiny_data},{other}', MODALITIES, 'train')
+
+@pytest.mark.parametrize('second, names', [
+    ('other', {'data/sub-00', 'other/sub-00', 'sub-01'}),
+    ('again/data', {'{first}/sub-00', '{second}/sub-00', 'sub-01'})])
+def test_equal_subjects_of_two_folders_are_two_people(tiny_data, tmp_path, second, names):
+    """Volumes keep their names, and a resumed run still knows the data."""
+    before = fingerprint(f'{tiny_data}')
+    (tmp_path / second).parent.mkdir(exist_ok=True)
+    other = copy_of(tiny_data, tmp_path / second, 1)
+    index = other / 'subjects.tsv'
+    index.write_text('\n'.join(index.read_text().splitlines()[:2]) + '\n')
+    both = f'{tiny_data},{other}'
+    rows, _ = read_index(both, MODALITIES, 'train')
+    wanted = {name.format(first=tiny_data, second=other) for name in names}
+    assert wanted <= {row['subject'] for row in rows} and len({row['subject'] for row in rows}) == 9
+    assert [row['T1w'] for row in rows if row['subject'].endswith('sub-00')] == 2 * ['sub-00_ses-01_T1w.npy']
+    checksums = fingerprint(both)
+    assert {name: checksums[f'data set 1: {name}'] for name in before} == before
+
+def test_subjects_of_one_folder_keep_their_names(tiny_data):
+    assert read_index(tiny_data, MODALITIES)[0][0]['subject'] == 'sub-00'
 
 # ---------------------------------------------------------------- patches inside the brain
 

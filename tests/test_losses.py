@@ -259,12 +259,15 @@ def test_perceptual_loss_sums_the_planes():
 
 # ---------------------------------------------------------------- statistics of several processes
 
+PAIRS = torch.tensor([[0, 1], [1, 0]])  # of a process's two rows
+
 def one_of_two(rank, folder, z):
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT='29533')
     dist.init_process_group('gloo', rank=rank, world_size=2)
     torch.set_num_threads(1)
     own = z.chunk(2)[rank].clone().requires_grad_()
     loss = sid_loss(own, gather=True) + vad_loss(own, gather=True)
+    loss = loss + alignment_loss(own, PAIRS)
     loss.backward()
     torch.save((loss.detach(), own.grad), os.path.join(folder, f'rank{rank}.pt'))
     dist.destroy_process_group()
@@ -275,9 +278,10 @@ def test_gathered_statistics_are_those_of_the_joined_batch_and_so_are_the_gradie
     parts = [torch.load(tmp_path / f'rank{r}.pt', weights_only=True) for r in (0, 1)]
     whole = z.clone().requires_grad_()
     loss = sid_loss(whole) + vad_loss(whole)
+    loss = loss + alignment_loss(whole, torch.cat([PAIRS, PAIRS + 2]))
     loss.backward()
-    for value, _ in parts:
-        torch.testing.assert_close(value, loss.detach())
+    values = torch.stack([value for value, _ in parts])
+    torch.testing.assert_close(values.mean(), loss.detach())  # each has the distances of its own pairs
     # parameters get the sum over rows; averaged over two processes that is half the sum of these
     torch.testing.assert_close(torch.cat([g for _, g in parts]) / 2, whole.grad)
 

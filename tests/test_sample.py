@@ -116,6 +116,36 @@ def test_tokens_decode_as_their_own_modality(neuroquant, scan, tmp_path):
     assert 'as T2w' in said
     np.testing.assert_array_equal(values(tmp_path / 'own.nii'), values(tmp_path / 'named.nii'))
 
+def test_scans_are_of_the_modality_that_their_names_end_with(neuroquant, tmp_path):
+    """Of T1w and T2w in one folder, T2w was reconstructed as T1w."""
+    folder = tmp_path / 'in'
+    folder.mkdir()
+    for name in ('a_T1w', 'a_t2W', 'plain'):
+        store(str(folder / f'{name}.nii.gz'), head((26, 40, 28)))
+    play(*sampling(neuroquant, 'reconstruct', folder, tmp_path / 'out'))
+    for name, modality in (('a_T1w', 'T1w'), ('a_t2W', 'T2w'), ('plain', 'T1w')):
+        alone = tmp_path / f'{name}.nii.gz'
+        play(*sampling(neuroquant, 'reconstruct', folder / 'plain.nii.gz', alone, f'--source={modality}'))
+        np.testing.assert_array_equal(values(tmp_path / 'out' / f'{name}.nii.gz'), values(alone))
+    assert (values(tmp_path / 'a_T1w.nii.gz') != values(tmp_path / 'a_t2W.nii.gz')).any()
+
+def test_of_a_folder_the_scans_of_one_modality_are_translated(neuroquant, tmp_path):
+    folder = tmp_path / 'in'
+    folder.mkdir()
+    for name in ('a_T1w', 'a_T2w', 'plain'):
+        store(str(folder / f'{name}.nii.gz'), head((26, 40, 28)))
+    said = play(*sampling(neuroquant, 'translate', folder, tmp_path / 'out', '--source=T2w'))
+    assert sorted(os.listdir(tmp_path / 'out')) == ['a_T2w.nii.gz', 'plain.nii.gz']
+    assert '1 scans of another modality than T2w' in said
+
+def test_scans_that_would_share_an_output_are_named(neuroquant, tmp_path):
+    folder = tmp_path / 'in'
+    folder.mkdir()
+    for ending in ('nii', 'nii.gz'):
+        store(str(folder / f'a_T1w.{ending}'), head((26, 40, 28)))
+    said = play(*sampling(neuroquant, 'reconstruct', folder, tmp_path / 'out'))
+    assert 'has the name of' in said and '1 of 1 scans now' in said
+
 def test_tokens_of_another_encoder_are_refused(neuroquant, tokens, tmp_path):
     about = tokens.with_suffix('.json')
     about.write_text(about.read_text().replace('encoder_hash": "', 'encoder_hash": "0'))

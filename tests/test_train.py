@@ -3,14 +3,16 @@ import csv
 import json
 import os
 import runpy
+import signal
 from glob import glob
 
 import numpy as np
 import pytest
 import torch
 
+import optim
 from common import load_checkpoint, save_checkpoint
-from conftest import ROOT, TINY, curves, play, play_two, progress, read_until, refuses, start
+from conftest import ROOT, TINY, curves, play, play_two, progress, read_until, refuses, run, start
 from data import Sessions
 from judge import figures
 from model import from_checkpoint
@@ -188,6 +190,21 @@ def test_stopping_adds_a_validation_and_changes_no_other(tiny_data, tmp_path):
     stopped = [line for line in log_of(tmp_path / 'b') if 'lr' not in line]
     assert straight and [line for line in stopped if line['iter'] != 2] == straight
 
+def test_a_signal_in_the_step_of_a_validation_does_not_lose_it(tiny_data, tmp_path, monkeypatch):
+    args = [*TINY, *SHORT, f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/out', '--eval_interval=2']
+    taken = []
+    def at_the_second(optimizers, parameters, rate, grad_clip):
+        taken.append(rate)
+        if len(taken) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(optimizers, parameters, rate, grad_clip)
+    step = optim.take_step
+    monkeypatch.setattr(optim, 'take_step', at_the_second)
+    stopped = run('train_vae.py', *args, '--max_iters=4')
+    assert stopped.returncode == 128 + signal.SIGTERM
+    play('train_vae.py', *args, '--max_iters=4', '--init_from=resume')
+    assert [record['iter'] for record in log_of(tmp_path / 'out') if 'val/psnr_db' in record] == [2, 4]
+
 @pytest.mark.parametrize('tuning', [False, True])
 def test_resume_with_discriminators_gives_the_same_bits(tuning, tiny_data, tmp_path):
     """As the whole autoencoder is trained, and as its decoder is fine-tuned."""
@@ -219,7 +236,7 @@ def test_processes_agree_on_the_terms_where_one_has_no_pair(tiny_data, tmp_path)
     table = tiny_data / 'subjects.tsv'
     for k in range(0, 8, 2):
         table.write_text(table.read_text().replace(f'sub-0{k}_ses-01_T2w.npy', ''))
-    args = ['--joint=none', '--cross_start=-9', '--iters_3d=6']
+    args = ['--joint=none', '--cross_start=-9', '--iters_3d=6', '--w_align=0.1']
     train(tiny_data, tmp_path / 'one', *args, '--batch_size=2')
     play_two('train_vae.py', *TINY, *SHORT, *args, f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/two',
              '--batch_size=1', port=29515)

@@ -68,6 +68,18 @@ def test_latents_are_written_once_and_an_interrupted_write_is_mended(tiny_data, 
     train_flow(vae, tmp_path / 'b', '--max_iters=1')
     assert {path for path in written if path.stat().st_mtime_ns != written[path]} == {victim}
 
+def test_a_scan_that_was_prepared_anew_is_encoded_anew(tiny_data, tmp_path):
+    vae = train_vae(tiny_data, tmp_path / 'vae')
+    train_flow(vae, tmp_path / 'a', '--max_iters=1')
+    latent = tmp_path / 'vae' / 'latents_data' / 'sub-00_ses-01_T1w.npy'
+    others = latent.with_name('sub-01_ses-01_T1w.npy')
+    before, untouched = np.load(latent), others.stat().st_mtime_ns
+    scan = tiny_data / latent.name
+    np.save(scan, np.load(scan)[::-1])
+    train_flow(vae, tmp_path / 'b', '--max_iters=1')
+    assert not np.array_equal(np.load(latent), before)
+    assert others.stat().st_mtime_ns == untouched
+
 def posterior_and_stored(run):
     """For each scan of the training set: the posterior, and what was stored of it."""
     model = load_model(run / 'vae' / 'ckpt.pt')
@@ -195,6 +207,27 @@ def test_generated_volumes_lie_around_the_origin_in_ras(run, tmp_path):
     scan = nib.load(tmp_path / 'out' / 'sample_000.nii.gz')
     assert scan.shape == (32, 48, 32) and nib.aff2axcodes(scan.affine) == ('R', 'A', 'S')
     np.testing.assert_allclose((scan.affine @ [15.5, 23.5, 15.5, 1])[:3], 0, atol=1e-6)
+
+def test_generated_volumes_have_the_voxels_of_the_flows_data(run, tmp_path):
+    """The autoencoder learned others, at 1 mm."""
+    data = make_tiny_data(tmp_path / 'data')
+    facts = json.loads((data / 'dataset.json').read_text())
+    (data / 'dataset.json').write_text(json.dumps(facts | {'spacing_mm': 2.5}))
+    train_flow(f'{run}/vae/ckpt.pt', tmp_path / 'flow', f'--data_dir={data}', '--max_iters=1',
+               f'--latents_dir={tmp_path}/latents')
+    generate(tmp_path / 'flow', tmp_path / 'new', '--n=1')
+    assert nib.load(tmp_path / 'new' / 'sample_000.nii.gz').header.get_zooms() == (2.5, 2.5, 2.5)
+
+def test_volumes_drawn_of_a_modality_have_its_name(run, tmp_path):
+    """evaluate.py compares a volume of no name with scans of every modality."""
+    train_flow(f'{run}/vae/ckpt.pt', tmp_path / 'flow', '--conditions=modality', '--max_iters=1')
+    for target in MODALITIES:
+        generate(tmp_path / 'flow', tmp_path / target, '--n=1', f'--target={target}')
+        assert (tmp_path / target / f'sample_000_{target}.nii.gz').exists()
+
+def test_a_target_without_effect_is_refused(run, tmp_path):
+    line = refuses(*drawing(run / 'flow', tmp_path / 'new'), '--steps=3', '--n=1', '--target=T2w')
+    assert '--target=T2w' in line and 'without the condition modality' in line
 
 def test_a_fine_tuned_decoder_draws_the_same_latents_another_way(run, tmp_path):
     z = generate(run / 'flow', tmp_path / 'out', '--n=1')

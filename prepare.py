@@ -158,10 +158,7 @@ def find_scans():
         tables.append(read_people(people, columns, sex_codes, subjects, set(scans_of), unread))
         doubts += unread.lines()
     there = sorted({m for scans in scans_of.values() for m in scans})
-    for m in modalities:
-        if m not in there:
-            others = ', '.join(there) or 'no scan at all'
-            raise SystemExit(f'{root}: no scan of modality {m}; there is {others}')
+    sources.check_modalities(root, there, modalities)
     for (subject, name), scans in sorted(scans_of.items()):
         scans = {m: path for m, path in scans.items() if m in modalities or not modalities}
         if scans:
@@ -250,9 +247,7 @@ def read_scan(session, modality):
     path = session.scans[modality]
     scan = Scan(modality, path, *nifti.read(path))
     if mask:
-        file = masks.mask_file(mask, path, root, session.subject, session.name, modality)
-        brain, affine, _ = nifti.read(file)
-        brain = brain > 0
+        brain, affine = masks.read_mask(mask, path, root, session.subject, session.name, modality)
     elif skullstrip:
         brain, affine, _ = masks.strip_skull(skullstrip, path, scan.volume, scan.native)
         brain = brain != 0
@@ -305,11 +300,13 @@ def make_session(session):
     return facts
 
 def origin(session):
-    """What a session is made from: its files and their times, and the settings that RECIPE lacks."""
+    """What a session is made from: files, masks and their times, and settings that RECIPE lacks."""
     made_from = {}
     for modality, path in session.scans.items():
-        file = nifti.file_of(path)
-        made_from[modality] = [path, os.path.getmtime(file) if os.path.exists(file) else 0]
+        made_from[modality] = nifti.dated(path)
+        if mask:
+            brain = masks.dated_mask(mask, path, root, session.subject, session.name, modality)
+            made_from[modality].append(brain)
     how = [mask, skullstrip, register, thickness_mm] + ([min_coverage] if min_coverage != 0.5 else [])
     return made_from | {'how': how}
 

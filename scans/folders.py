@@ -18,20 +18,31 @@ NO_SCAN = set('''mask seg dseg label labels aseg aparc wmparc ribbon probseg bra
 DESCRIPTIONS = set('''brain bet stripped skullstripped masked n4 bias biascorr reg registered coreg
     coregistered mni mni152 norm normalized preproc preprocessed defaced raw orig original restore acpc dc
     corrected resampled iso nii gz anat mri mr ax axial sag sagittal cor coronal 3d 2d pre native img image
-    scan volume final nifti niftis be tfl ir se tse fse weighted head'''.split())
-DROPPED = set(WORDS) | CONTRAST_AGENT | NO_SCAN | DESCRIPTIONS
+    scan volume final nifti niftis be tfl ir se tse fse weighted head contrast precontrast'''.split())
+PHASES = {'pre', 'post', 'preop', 'postop'}  # visits before a word for a modality
+DROPPED = set(WORDS) | CONTRAST_AGENT | NO_SCAN | DESCRIPTIONS | PHASES
+# the image that a scan was registered to, as in T1_to_FLAIR and T1_reg_T2; 01_reg_T1 and 01_on_T1 are T1s
+REGISTERED, TARGET = '(?:co)?reg(?:istered)?', '[-_ ]?(?:t1[a-z]*|t2w?|flair|pdw?|mni[a-z0-9]*)(?![a-z0-9])'
+REGISTERED_TO = re.compile(
+    rf'(?i)[-_ ](?:{REGISTERED}[-_ ]?)?to{TARGET}|'
+    rf'((?<![a-z0-9])(?:t1w?|t2w?|flair|pdw?|mp[-_ ]?rage)(?![a-z0-9]).*?)'
+    rf'[-_ ](?:{REGISTERED}(?:[-_ ]?on)?|in|on|space){TARGET}')
 # folders that hold more than one subject, or only a part of one
 GENERIC = re.compile(
     r'(train|training|val|valid|validation|test|testing|data|dataset|images?|imagestr|imagests|labels?|anat|'
     r'niftis?|nii|mri|hgg|lgg|raw|processed|derivatives|sourcedata|scans?|fold|batch|part|site|cent(er|re)|'
     r'group|cohort|release|series|study|set|subjects?|patients?|unprocessed|structural|freesurfer|orig|'
     r'brains?|heads?|adni|oasis|brats|ixi|abide)[-_ ]?\d*', re.IGNORECASE)
+SITE = re.compile(r'(site|cent(er|re)|hospital|scanner|group|cohort|study|batch)[-_ ]?\d*', re.IGNORECASE)
 DATE = re.compile(r'(?<!\d)((?:19|20)\d\d([-._]?)(?:0\d|1[0-2])\2(?:[0-2]\d|3[01]))'
                   r'(?:\d{6,9}|[T_]\d\d[_:.]\d\d[_:.]\d\d(?:\.\d+)?)?(?!\d)')
 VISIT = re.compile(
-    r'(?<![A-Za-z0-9])(?:(?:ses|session|visit|timepoint|tp|scan|followup|fu|baseline|bl|screening|wave|year|'
-    r'month|week|day)[-_ ]?\d+[a-z]?|baseline|bl|screening|followup)(?![A-Za-z0-9])', re.IGNORECASE)
-SHORT_VISIT = re.compile(r'(?:v|m|y|w|d|wk|yr|mo|mr|t|s)\d{1,3}', re.IGNORECASE)
+    r'(?<![A-Za-z0-9])(?:(?:ses|session|visit|time|timepoint|tp|scan|followup|fu|baseline|bl|screening|wave|'
+    r'year|month|week|day)[-_ ]?\d+[a-z]?|baseline|bl|screening|followup|'
+    # 6m, 12mo, 1 year; but 01M may tell a sex, and of 001_week_2 the week is the visit
+    r'(?-i:\d{1,2}[my])|\d{1,3}[-_ ]?(?:mo|months?|yrs?|years?|wks?|weeks?)(?![-_ ]?\d))(?![A-Za-z0-9])',
+    re.IGNORECASE)
+SHORT_VISIT = re.compile(r'(?:v|m|y|w|d|wk|yr|mo|mr|t|s)\d{1,3}|\d{1,2}[my]', re.IGNORECASE)
 KEYS = re.compile(
     r'(?:^|(?<=_))(?:run|acq|rec|desc|space|res|echo|inv|part|ce|chunk|dir|label)-[A-Za-z0-9]+')
 KNOWN = [re.compile(pattern) for pattern in (  # subject, and visit where the name has one
@@ -50,7 +61,8 @@ class Name:
     def __init__(self, text):
         self.text = text
         date = DATE.search(text)
-        rest = DATE.sub('_', KEYS.sub('_', re.sub(r'(?i)mp[-_ ]?rage', 'mprage', text)))
+        plain = re.sub(r'(?i)mp[-_ ]?rage', 'mprage', REGISTERED_TO.sub(r'\1', text))
+        rest = DATE.sub('_', KEYS.sub('_', plain))
         visit = VISIT.search(rest)
         self.visit = ''
         if date or visit:
@@ -60,13 +72,28 @@ class Name:
         self.modalities = [WORDS[word] for word in small if word in WORDS]
         self.no_scan = any(word in NO_SCAN for word in small)
         self.agent = any(word in CONTRAST_AGENT for word in small)
+        self.read_phases(small)
         first = next((k for k, word in enumerate(small) if word not in DROPPED), len(small))
         last = next((k for k in range(first, len(small)) if small[k] in DROPPED), len(small))
         run = words[first:last]  # the first words in a row that are left
         if len(run) > 1 and SHORT_VISIT.fullmatch(run[-1][0]) and not run[-2][0].isalpha():
-            self.visit = self.visit or run.pop()[0]
+            of_site = len(run) == 2 and SITE.fullmatch(run[0][0])
+            if not of_site:  # Site1_S01 is a person
+                self.visit = self.visit or run.pop()[0]
         self.id = VISIT.sub('_', rest)[run[0].start():run[-1].end()] if run else ''
         self.numbered = any(c.isdigit() for c in self.id)
+
+    def read_phases(self, words):
+        """Tell pre and post as visits (pre_T1, post/T1) from before and after contrast (T1_pre, T1_post)."""
+        kinds = [WORDS.get(word, '') for word in words]
+        after_t1 = words[kinds.index('T1w') + 1:] if 'T1w' in kinds else []
+        without = {'pre', 'no', 'non', 'without'} & set(words)
+        if 'post' in after_t1 or 'contrast' in words and 'T1w' in kinds and not without:
+            self.agent = True
+        modality = next((k for k, kind in enumerate(kinds) if kind), len(words))
+        phases = [word for word in words[:modality] if word in PHASES]
+        if phases and 'contrast' not in words:
+            self.visit = self.visit or phases[0]
 
     def skeleton(self):
         """The id with # for its digits; '' where it has too few of them to number persons."""
@@ -83,7 +110,10 @@ class Found:
         named = [name.modalities for name in (file, *reversed(folders)) if name.modalities]
         modalities = named[0] if named else ['']
         self.modality = 'FLAIR' if 'FLAIR' in modalities else modalities[-1]
+        if set(modalities) == {'T1w', 'PD'}:
+            self.modality = 'T1w'  # of a patient with Parkinson's disease
         self.home = self.subject = ''
+        self.short, self.short_is_person = self.short_folder(), False
 
     def reason(self):
         """Why it is no plain scan of a modality, else ''."""
@@ -92,9 +122,22 @@ class Found:
             return 'after a contrast agent by its name; give a --pattern to use it'
         return '' if self.modality else 'subject and modality cannot be told from the name'
 
+    def able_folders(self):
+        """The indices of the folders that may name a subject or a visit."""
+        return [k for k, name in enumerate(self.folders) if name.id and not GENERIC.fullmatch(name.text)]
+
+    def short_folder(self):
+        """The index of a folder that may be a person or a visit, as in AD/S01 and anna/s1; or -1."""
+        able = self.able_folders()
+        long = [k for k in able if not SHORT_VISIT.fullmatch(self.folders[k].id)]
+        if self.known or self.file.numbered or not long: return -1
+        if any(self.folders[k].numbered for k in long): return -1
+        return next((k for k in able if k > long[0] and k not in long), -1)
+
     def folder_of_subject(self):
         """The index of the deepest folder that may name a subject, with a number if any has one; or -1."""
-        able = [k for k, name in enumerate(self.folders) if name.id and not GENERIC.fullmatch(name.text)]
+        if self.short_is_person: return self.short
+        able = self.able_folders()
         long = [k for k in able if not SHORT_VISIT.fullmatch(self.folders[k].id)] or able[:1]
         plain = [k for k in long if not self.folders[k].modalities] or long
         numbered = [k for k in plain if self.folders[k].numbered]
@@ -145,6 +188,7 @@ def find_folder(root, notes, doubts=None):
             notes.append(f'{path}: {file.reason()}')
         else:
             files.append(file)
+    mark_persons(files)
     by_file = better_by_file(files)
     for file in files:
         file.assign(by_file)
@@ -157,7 +201,7 @@ def find_folder(root, notes, doubts=None):
             notes.append(str(e))
             continue
         add_scan(sessions, subject, file.visit(), file.modality, file.path, notes)
-        if file.subject in doubtful or by_file == 'guess':
+        if file.subject in doubtful or by_file == 'guess' or file.short >= 0:
             paths[subject].append(file.relative)
     if doubts is not None and paths:
         doubts += [f"{subject} <- {', '.join(names)}" for subject, names in paths.items()]
@@ -172,6 +216,23 @@ def collisions(files):
     """How many files want a slot, a modality of a session, that another one has."""
     slots = Counter((file.subject, file.visit(), file.modality) for file in files)
     return sum(slots.values()) - len(slots)
+
+def mark_persons(files):
+    """Take folders such as S01 for persons where the folders above are groups: few, with many in each.
+
+    They are visits where numbered persons have such visits.
+    """
+    words, visits = defaultdict(set), set()
+    for file in files:
+        if file.short >= 0:
+            above = '/'.join(name.text for name in file.folders[:file.short])
+            words[above].add('ses-' + file.folders[file.short].text)
+        elif any(name.numbered for name in file.folders[:file.folder_of_subject() + 1]):
+            visits.add(file.visit())
+    many = sum(map(len, words.values())) >= len(words) ** 2
+    persons = many and visits.isdisjoint(set().union(*words.values()))
+    for file in files:
+        file.short_is_person = persons and file.short >= 0
 
 def better_by_file(files):
     """Whether the files' own names tell subjects better than folders: 'yes', 'guess' or ''.

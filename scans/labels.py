@@ -7,7 +7,7 @@ import numpy as np
 
 from scans import nifti
 from scans.files import clean, every_scan, stem
-from scans.folders import NO_SCAN, Found
+from scans.folders import GENERIC, NO_SCAN, Found, better_by_file, mark_persons, tell_apart
 
 # (first, last, structure): the parcels of FreeSurferColorLUT.txt, left and right
 PARCELS = [
@@ -57,24 +57,58 @@ def count_structures(path):
         return -1
     return int(np.isin(present, DEEP + DEEP_RIGHT).sum())
 
-def subject_of(path, root):
-    """The first word of a map's name, or the folder of the subject where that word is a kind of map."""
-    word = stem(os.path.basename(path)).split('_')[0]
-    if set(re.split(r'[+.-]', word.lower())) & NO_SCAN:
-        file = Found(path, root)
-        file.assign(by_file=False)
-        word = file.subject or word
-    return clean('subject', word, path)
+def subjects_of(paths, root):
+    """{path: subject}: the first word of a map's name, or what names and folders say where it names none."""
+    groups, subjects = defaultdict(list), {}
+    for path in paths:
+        groups[stem(os.path.basename(path)).split('_')[0]].append(Found(path, root))
+    for word, files in groups.items():
+        if set(re.split(r'[+.-]', re.sub(r'\d+$', '', word.lower()))) & NO_SCAN:  # 01/aseg, 01/seg4
+            mark_persons(files)
+            for file in files:
+                file.assign(by_file=False)
+            tell_apart([file for file in files if file.short_is_person])
+        elif shared(word, files, len(groups)):
+            by_file = better_by_file(files)
+            for file in files:
+                file.assign(by_file)
+                file.subject = with_number(file)
+        else:
+            for file in files:
+                file.subject = word
+        for file in files:
+            subjects[file.path] = file.subject or word
+    return subjects
+
+def shared(word, files, n_words):
+    """Whether several persons share the first word of their maps' names: subj_01 and subj_02.
+
+    Their names are of one form, and differ in numbers. P1_1 and P1_2 beside P2_1 are visits of P1.
+    """
+    forms = {re.sub(r'\d+', '#', os.path.basename(file.path)) for file in files}
+    if len(forms) == len(files): return False
+    persons = n_words > 1 and re.search(r'\d', word) and not GENERIC.fullmatch(word)
+    return not persons or any(file.known for file in files)
+
+def with_number(file):
+    """A subject up to its last number: subj_01 of subj_01_glm, training_01 of training_seg_01."""
+    numbered = re.match(r'.*\d[^-_. ]*', file.subject)
+    if numbered and not file.known: return numbered[0]
+    if GENERIC.fullmatch(file.subject):
+        return '_'.join([file.subject, *re.findall(r'\d+', file.file.text)])
+    return file.subject
 
 def find_labelmaps(root, notes):
     """Label maps, one per subject: {subject: path}. Of several, the one with the most structures is taken."""
-    paths_of, maps = defaultdict(list), {}
+    paths, paths_of, maps = [], defaultdict(list), {}
     for path in every_scan(root, notes):
         if re.search(r'mask|probseg', os.path.basename(path).lower()):
             notes.append(f'{path}: a mask or probabilities by its name, no label map')
-            continue
+        else:
+            paths.append(path)
+    for path, subject in subjects_of(paths, root).items():
         try:
-            paths_of[subject_of(path, root)].append(path)
+            paths_of[clean('subject', subject, path)].append(path)
         except SystemExit as e:
             notes.append(str(e))
     for subject, paths in paths_of.items():

@@ -5,6 +5,7 @@ right, front and top. An affine takes voxel indices to mm. Refusals are ValueErr
 """
 import io
 import os
+import re
 import tempfile
 import zipfile
 import zlib
@@ -37,6 +38,15 @@ def file_of(path):
         start = path.index('.zip/', start) + 4
         if not os.path.isdir(path[:start]): return path[:start]  # else a folder of that name
     return path
+
+def dated(path):
+    """[path, times of its files], 0 for a missing one: whether a scan is still what it was."""
+    files = [file_of(path)]
+    for ending in ('.hdr', '.HDR'):
+        header = re.sub(r'(?i)\.img(?=(\.gz)?$)', ending, path)
+        if header != path and os.path.exists(header):
+            files.append(header)
+    return [path, *[os.path.getmtime(file) if os.path.exists(file) else 0 for file in files]]
 
 @contextmanager
 def unpacked(path):
@@ -191,6 +201,7 @@ def read(path):
     1024, checked before memory is taken; 2D; 4D with more than one volume; colour or complex voxels; NaN or
     Inf; a constant volume; an affine that cannot be inverted; a field of view under 5 mm or over 1.5 m.
     """
+    path = os.fspath(path)
     if not os.path.isfile(file_of(path)): raise ValueError(f'{path}: no such file')
     with unpacked(path) as file:
         try:
@@ -295,7 +306,7 @@ def resample(volume, affine, target_affine, target_shape):
     if volume.shape == tuple(target_shape) and np.allclose(affine, target_affine, atol=1e-4):
         return volume.copy()
     to_source = np.linalg.inv(affine) @ target_affine
-    coarser = voxel_sizes(target_affine).max() / voxel_sizes(affine)
+    coarser = np.linalg.norm(to_source[:3, :3], axis=1)  # a target voxel's extent along each source axis
     sigma = np.sqrt(np.maximum(coarser ** 2 - 1, 0)) / 2.355
     if sigma.max() > 0.2:  # else detail finer than the target's voxels would alias
         volume = ndimage.gaussian_filter(volume, sigma)

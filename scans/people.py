@@ -30,6 +30,37 @@ def decoded(content):
     except UnicodeDecodeError:
         return content.decode('cp1252', 'replace')
 
+class OpenQuote(Exception):
+    """A value that goes on in the next line; most likely its quote is not closed, and it swallows rows."""
+
+def values_of(text, separator, quoting=csv.QUOTE_MINIMAL):
+    """Stripped values of each line of a table; OpenQuote, with the number of the line where one begins."""
+    reader = csv.reader(io.StringIO(text, newline=''), delimiter=separator, skipinitialspace=True,
+                        quoting=quoting)
+    lines, number = [], 1
+    try:
+        for line in reader:
+            values = [value.strip() for value in line]
+            if any(re.search('[\r\n]', value) for value in values): raise OpenQuote(number)
+            if quoting == csv.QUOTE_NONE:
+                values = [value.strip('"') for value in values]
+            lines.append(values)
+            number = reader.line_num + 1
+    except csv.Error:
+        if reader.line_num > number: raise OpenQuote(number)  # it is too long for a value
+        raise
+    return lines
+
+def lines_of(path, text, separator):
+    """Values of each line of a table. SystemExit for an open quote; in a .tsv it is a character."""
+    try:
+        return values_of(text, separator)
+    except OpenQuote as e:
+        if not path.lower().endswith('.tsv'):
+            raise SystemExit(f'{path} line {e}: a value in quotes does not end in its line; '
+                             'close its quote or take out its line break')
+    return values_of(text, separator, csv.QUOTE_NONE)
+
 def read_table(path):
     """Rows of a table as dicts of stripped texts; commas, semicolons or tabs, whatever its name says.
 
@@ -41,12 +72,11 @@ def read_table(path):
         heading = next((line for line in text.splitlines() if line.strip()), '')
         likeliest = '\t' if path.lower().endswith('.tsv') else ','
         separator = max((likeliest, '\t', ';', ','), key=heading.count)
-        lines = list(csv.reader(io.StringIO(text, newline=''), delimiter=separator, skipinitialspace=True))
+        lines = lines_of(path, text, separator)
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise SystemExit(f'{path}: cannot read this table ({e})')
     rows, names = [], []
-    for line in lines:
-        values = [value.strip() for value in line]
+    for values in lines:
         if not any(values): continue
         if names:
             row = dict(zip(names, values + [''] * len(names)))
@@ -78,6 +108,7 @@ class Unread:
     """What of the tables could not be read, as lines for the report."""
     def __init__(self):
         self.values = defaultdict(Counter)
+        self.others = []
 
     def add(self, table, column, text, hint):
         self.values[table, column, hint][text] += 1
@@ -87,7 +118,7 @@ class Unread:
         for (table, column, hint), texts in self.values.items():
             examples = ', '.join(f'{text!r}' for text, _ in texts.most_common(5))
             lines.append(f'{table}: {column} {examples} of {sum(texts.values())} rows: {hint}')
-        return lines
+        return lines + self.others
 
 def sex_of(text, codes, table, unread):
     """'M', 'F' or '' of a table's text."""
@@ -128,15 +159,18 @@ def known(**person):
     return {name: value for name, value in person.items() if value}
 
 def person_of(layers, subject, session):
-    """What is known of a subject at a session; later layers count more."""
+    """What is known of a subject at a session; later layers count more, but for ages of visits."""
     person = {}
     for persons in layers:
         person |= persons.get(subject, {}) | persons.get((subject, session), {})
+    for persons in layers:  # of several visits, an age of this one counts more than one age for all
+        age = persons.get((subject, session), {}).get('age')
+        if age:
+            person['age'] = age
     return person
 
-def visit_of(text, subject, sessions):
-    """The session of a subject that a table's text names, '' where there is none."""
-    names = sorted(name for person, name in sessions if person == subject)
+def visit_of(text, names):
+    """Which of a subject's sessions a table's text names, '' where it is none of them."""
     for name in (text, f'ses-{text}'):
         if name in names: return name
     plain = re.sub(r'^ses-?|[^a-z0-9]', '', text.lower())
@@ -145,10 +179,31 @@ def visit_of(text, subject, sessions):
         same = [name for name in names if re.sub(r'\D', '', name).lstrip('0') == plain.lstrip('0')]
     return same[0] if len(same) == 1 else ''
 
-def collect(rows, table, sessions, unread, codes=None):
-    """Persons of a table. rows: dicts of subject (as found), session, sex and age; sessions: those found.
+LATER = re.compile(r'(?i)[a-z]*[-_ ]?0*([2-9]|[1-9]\d)')  # such as ses-02, V2, M12: no first visit
 
-    Of several rows of a subject, each counts for its visit; of the sex, the first counts for all visits.
+class Visits:
+    """The sessions that were found, by subject."""
+    def __init__(self, sessions):
+        self.names = defaultdict(list)
+        for subject, name in sorted(sessions):
+            self.names[subject].append(name)
+        self.unnamed = {name for _, name in sessions} == {'ses-01'}  # a tree without sessions has these
+
+    def find(self, subject, text, is_only_row):
+        """The session that a row is of, '' where it is of none or of all.
+
+        A subject's only row is of its only session, unless it names another one.
+        """
+        names = self.names.get(subject, [])
+        visit = visit_of(text, names) if text else ''
+        if visit or not is_only_row or len(names) != 1: return visit
+        may_be = not text or self.unnamed and not LATER.fullmatch(text)
+        return names[0] if may_be else ''
+
+def collect(rows, table, visits, unread, codes=None):
+    """Persons of a table. rows: dicts of subject (as found), session, sex and age; visits: Visits.
+
+    Of several rows of a subject, each counts for its visit; the first known sex counts for all visits.
     """
     rows_of, persons = defaultdict(list), {}
     for row in rows:
@@ -157,28 +212,69 @@ def collect(rows, table, sessions, unread, codes=None):
         for row in own:
             person = known(sex=sex_of(row.get('sex', ''), codes or {}, table, unread),
                            age=age_of(row.get('age', ''), table, unread))
-            visit = visit_of(row['session'], subject, sessions) if row.get('session') else ''
+            session = row.get('session', '')
+            session = '' if session.lower() in NOT_KNOWN else session
+            visit = visits.find(subject, session, len(own) == 1)
             if visit:
-                persons.setdefault((subject, visit), person)
-                persons.setdefault(subject, known(sex=person.get('sex')))
+                first = persons.setdefault((subject, visit), {})
+                if any(first.get(name, value) != value for name, value in person.items()):
+                    hint = 'rows of one visit differ; the first is used'
+                    unread.add(table, 'subject', f'{subject} {visit}', hint)
+                persons[subject, visit] = person | first
+            elif session:
+                if 'age' in person:
+                    unread.add(table, 'session', session, 'no such visit was found; its age is not used')
             elif len(own) == 1:
                 persons[subject] = person
-            elif row.get('session'):
-                unread.add(table, 'session', row['session'], 'no such visit was found; its age is not used')
             else:
                 first = persons.setdefault(subject, person)
                 if first != person:
                     hint = 'several rows, and no column session for their ages; the first is used'
                     unread.add(table, 'subject', subject, hint)
+            if 'sex' in person:
+                persons.setdefault(subject, {}).setdefault('sex', person['sex'])
     return persons
+
+def subjects_of(ids, subjects):
+    """{id: subject} of a table's ids, without those of nobody.
+
+    A number stands for the one subject whose name holds it, as a spreadsheet makes 1 of 001, unless a row
+    has that name itself.
+    """
+    by_number, names = defaultdict(list), {}
+    for subject in subjects:
+        by_number[int(re.sub(r'\D', '', subject) or -1)].append(subject)
+    for text in ids:
+        for name in (f'sub-{text}', text):
+            if name in subjects:
+                names[text] = name
+    exact = set(names.values())
+    for text in ids:
+        if text in names or not (text.isascii() and text.isdigit()): continue
+        same = by_number[int(text)]
+        if len(same) == 1 and same[0] not in exact:
+            names[text] = same[0]
+    return names
+
+def misfits(table, ids, subjects, names):
+    """A line on rows of nobody and subjects without a row, in a list; names: of subjects_of."""
+    strangers = [text for text in ids if text not in names]
+    lacking = sorted(set(subjects) - set(names.values()))
+    parts = []
+    if strangers:
+        parts.append(f'{len(strangers)} of {len(ids)} rows are of no subject that was found, such as '
+                     f'{strangers[0]!r}')
+    if lacking:
+        parts.append(f'{len(lacking)} of {len(subjects)} subjects have no row, such as {lacking[0]}')
+    return [f"{table}: {'; '.join(parts)}"] if parts else []
 
 # ---------------------------------------------------------------- tables of BIDS, and spreadsheets
 
 def read_bids_tables(root, sessions, notes, unread):
     """Persons of participants.tsv and of every sub-*/sub-*_sessions.tsv; a bad table is noted."""
-    persons = {}
-    subjects = sorted({subject for subject, _ in sessions})
-    for subject in ('', *subjects):
+    persons, visits = {}, Visits(sessions)
+    subjects = {subject for subject, _ in sessions}
+    for subject in ('', *sorted(subjects)):
         name = f'{subject}/{subject}_sessions.tsv' if subject else 'participants.tsv'
         table = os.path.join(root, name)
         if not os.path.exists(table): continue
@@ -194,9 +290,14 @@ def read_bids_tables(root, sessions, notes, unread):
         for row in own:
             if row['age_months'] and not row['age']:
                 row['age'] = with_months(row['age_months'])
-            row['subject'] = subject or 'sub-' + row['subject'].removeprefix('sub-')
-        own = [row for row in own if row['subject'] in subjects]
-        for key, person in collect(own, table, sessions, unread).items():
+        ids = [row['subject'] for row in own]
+        names = {} if subject else subjects_of(ids, subjects)
+        if not subject:
+            unread.others += misfits(table, ids, subjects, names)
+        for row in own:
+            row['subject'] = subject or names.get(row['subject'], '')
+        own = [row for row in own if row['subject']]
+        for key, person in collect(own, table, visits, unread).items():
             persons[key] = persons.get(key, {}) | person
     return persons
 
@@ -220,21 +321,18 @@ def read_people(table, columns, sex_codes, subjects, sessions=(), unread=None):
             raise SystemExit(f"{table}: no column '{column}'; it has {present}; name yours by --columns")
         names[kind] = column if column in exact or not exact else exact[0]
     names['session'] = column_of(rows, 'session')
-    by_number = defaultdict(list)
-    for subject in subjects:
-        by_number[int(re.sub(r'\D', '', subject) or -1)].append(subject)
+    ids = [row[names['subject']] for row in rows]
+    subject_names = subjects_of(ids, subjects)
     own = []
-    for row in rows:
-        person = row[names['subject']]
-        found = [name for name in (person, f'sub-{person}') if name in subjects]
-        if not found and person.isascii() and person.isdigit():
-            found = by_number[int(person)]
-        if len(found) == 1:
-            values = {kind: row.get(name, '') for kind, name in names.items()}
-            if 'month' in names['age'].lower() or names['age'].lower() in COLUMNS['age_months']:
-                values['age'] = with_months(values['age'])
-            own.append(values | {'subject': found[0]})
+    for row, text in zip(rows, ids):
+        if text not in subject_names: continue
+        values = {kind: row.get(name, '') for kind, name in names.items()}
+        if 'month' in names['age'].lower() or names['age'].lower() in COLUMNS['age_months']:
+            values['age'] = with_months(values['age'])
+        own.append(values | {'subject': subject_names[text]})
     if not own:
         example = next(iter(sorted(subjects)), '(none)')
         raise SystemExit(f'{table}: none of its rows is of a subject that was found, such as {example}')
-    return collect(own, table, sessions, unread or Unread(), codes)
+    unread = unread or Unread()
+    unread.others += misfits(table, ids, subjects, subject_names)
+    return collect(own, table, Visits(sessions), unread, codes)

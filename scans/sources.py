@@ -10,7 +10,7 @@ from collections import defaultdict
 from glob import escape, glob
 
 from scans.files import SUFFIXES, add_scan, clean, every_scan, is_scan, stem
-from scans.people import Unread, collect, columns_of, read_bids_tables, read_table
+from scans.people import Unread, Visits, collect, columns_of, read_bids_tables, read_table
 
 # ---------------------------------------------------------------- layouts
 
@@ -111,21 +111,24 @@ def find_csv(table, notes, doubts=None):
         add_scan(sessions, subject, session, modality, os.path.join(folder, row['path']), notes)
         people.append(row | {'subject': subject, 'session': session})
     unread = Unread()
-    persons = collect(visits_of(people), table, set(sessions), unread)
+    persons = collect(people, table, Visits(sessions), unread)
     for subject, split in splits.items():
         persons[subject] = persons.get(subject, {}) | {'split': split}
     if doubts is not None:
         doubts += unread.lines()
     return sessions, persons
 
-def visits_of(rows):
-    """A row per session of rows per scan, with the first sex and age that are given."""
-    visits = {}
-    for row in rows:
-        visit = visits.setdefault((row['subject'], row['session']), dict(row))
-        for name in ('sex', 'age'):
-            visit[name] = visit[name] or row[name]
-    return list(visits.values())
+def check_modalities(root, present, wanted):
+    """SystemExit for a modality that is wanted but not there, and for a label map, which is no scan."""
+    for modality in wanted:
+        if modality not in present:
+            others = ', '.join(present) or 'no scan at all'
+            raise SystemExit(f'{root}: no scan of modality {modality}; there is {others}')
+    for modality in wanted or present:
+        if modality.lower() == 'dseg':
+            raise SystemExit(f'{root}: {modality} is a label map, no scan: name the scans by --modalities; '
+                             '--source=labelmaps makes images of label maps, and evaluate.py --labels takes '
+                             'a column of them')
 
 def pattern_regex(pattern):
     """A pattern of find_pattern as a regular expression with the groups subject, session and modality."""

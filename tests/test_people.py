@@ -10,7 +10,7 @@ from prepare import FINDERS
 from scans import labels, sources
 from scans.files import printable
 from scans.folders import find_folder
-from scans.people import person_of, read_people
+from scans.people import Unread, person_of, read_people
 from test_brain import AFFINE, layered, noise
 from test_nifti import coordinates, head
 from test_prepare import add, prepared, table
@@ -183,7 +183,7 @@ def test_several_rows_without_visits_are_reported(visits):
 
 @pytest.mark.parametrize('age', ['n/a', 'NaN', 'nan', 'inf', '-inf', '', 'NA', '1e400', '-999', 'old', '999'])
 def test_ages_that_are_none_are_not_known(visits, age):
-    persons, lines = known(visits, participants=f'participant_id\tage\nsub-1\t{age}\n')
+    persons, lines = known(visits, participants=f'participant_id\tage\nsub-1\t{age}\nsub-2\n')
     assert persons[0] == ('', '') and bool(lines) == (age in ('-999', 'old', '999'))
 
 @pytest.mark.parametrize('column, text', [
@@ -211,7 +211,7 @@ def test_ages_are_read(visits, age, expected):
     ('m', 'M', False), ('Female', 'F', False), ('missing', '', False), ('O', '', False), ('1', '', True),
     ('fish', '', True)])
 def test_a_sex_is_known_for_documented_values_alone(visits, sex, expected, said):
-    persons, lines = known(visits, participants=f'participant_id\tsex\nsub-1\t{sex}\n')
+    persons, lines = known(visits, participants=f'participant_id\tsex\nsub-1\t{sex}\nsub-2\n')
     assert persons[0] == (expected, '') and bool(lines) == said
 
 @pytest.mark.parametrize('rows', ['1,1,F,10\n1,2,F,19', '1,ses-01,F,10\nsub-1,02,F,19'])
@@ -221,6 +221,94 @@ def test_a_spreadsheet_may_tell_visits_apart(visits, tmp_path, rows):
     prepared('bids', visits, tmp_path / 'out', f'--people={tmp_path}/who.csv')
     persons = [(row['sex'], row['age']) for row in table(tmp_path / 'out')]
     assert persons == [('F', '10'), ('F', '19'), ('', '')]
+
+def people_of(tmp_path, text, sessions, name='who.csv'):
+    """What a spreadsheet says of sessions 'SUBJECT SESSION', as {session: (sex, age)}; and doubts."""
+    (tmp_path / name).write_text(text)
+    keys, unread = [('sub-' + key.split()[0], key.split()[1]) for key in sessions], Unread()
+    subjects = {subject for subject, _ in keys}
+    persons = read_people(str(tmp_path / name), ('subject', 'sex', 'age'), (), subjects, set(keys), unread)
+    people = [person_of([persons], *key) for key in keys]
+    return [(person.get('sex', ''), person.get('age', '')) for person in people], unread.lines()
+
+@pytest.mark.parametrize('session, found, age', [
+    ('ses-2', 'ses-1', ''), ('ses-1', 'ses-1', '75'), ('', 'ses-1', '75'), ('n/a', 'ses-1', '75'),
+    ('ses-02', 'ses-01', ''), ('M12', 'ses-01', ''), ('baseline', 'ses-01', '75'),
+    ('2019-03-04', 'ses-01', '75'), ('baseline', 'ses-1', '')])
+def test_an_age_of_a_visit_that_is_not_there_is_no_other_visits(tmp_path, session, found, age):
+    text = f'subject,session,sex,age\n01,{session},F,75\n'
+    persons, lines = people_of(tmp_path, text, [f'01 {found}'])
+    assert persons == [('F', age)]
+    assert any('its age is not used' in line for line in lines) == (not age)
+
+def test_sessions_of_other_subjects_tell_that_a_tree_has_sessions(tmp_path):
+    text = 'subject,session,sex,age\n01,followup,F,75\n02,1,M,40\n'
+    persons, lines = people_of(tmp_path, text, ['01 ses-01', '02 ses-01', '02 ses-02'])
+    assert persons == [('F', ''), ('M', '40'), ('M', '')] and "'followup'" in lines[0]
+
+def test_one_age_for_all_does_not_replace_ages_of_visits(visits, tmp_path):
+    rows = ['participant_id,session_id,age,sex', 'sub-1,ses-1,10,M', 'sub-1,ses-2,19,M', 'sub-2,,40,M']
+    known(visits, participants='\n'.join(rows))
+    (tmp_path / 'who.csv').write_text('subject,sex,age\n1,F,10\n2,F,41\n')
+    prepared('bids', visits, tmp_path / 'out', f'--people={tmp_path}/who.csv')
+    persons = [(row['sex'], row['age']) for row in table(tmp_path / 'out')]
+    assert persons == [('F', '10'), ('F', '19'), ('F', '41')]
+
+def test_a_sex_that_the_first_row_lacks_is_taken_from_the_second(tmp_path):
+    text = 'subject,session,sex,age\n01,1,n/a,30\n01,2,F,32\n'
+    assert people_of(tmp_path, text, ['01 ses-1', '01 ses-2']) == ([('F', '30'), ('F', '32')], [])
+
+def test_rows_of_one_visit_complete_each_other_and_are_reported_where_they_differ(tmp_path):
+    rows = ['subject,session,sex,age\n01,1,F,n/a', '01,1,n/a,32']
+    assert people_of(tmp_path, '\n'.join(rows), ['01 ses-1']) == ([('F', '32')], [])
+    persons, lines = people_of(tmp_path, '\n'.join([*rows, '01,1,M,32']), ['01 ses-1'])
+    assert persons == [('F', '32')] and 'rows of one visit differ' in lines[0]
+
+def test_rows_of_one_visit_that_differ_in_a_table_of_scans_are_reported(tmp_path):
+    rows = ['subject,session,modality,path,sex', '1,1,T1w,1.nii,F', '1,1,T2w,2.nii,M']
+    (tmp_path / 's.csv').write_text('\n'.join(rows))
+    doubts = []
+    _, persons = sources.find_csv(str(tmp_path / 's.csv'), [], doubts)
+    assert persons['sub-1', 'ses-1'] == {'sex': 'F'} and 'rows of one visit differ' in doubts[0]
+
+def test_ids_that_lost_their_zeros_are_found_in_tables_of_bids(tmp_path):
+    for name in ('001', '010'):
+        (tmp_path / f'sub-{name}/anat').mkdir(parents=True)
+        (tmp_path / f'sub-{name}/anat/sub-{name}_T1w.nii').touch()
+    (tmp_path / 'participants.tsv').write_text('participant_id\tage\n1\t20\n10\t30\n')
+    doubts = []
+    sessions, tree = sources.find_bids(str(tmp_path), [], doubts=doubts)
+    assert [person_of([tree], *key) for key in sorted(sessions)] == [{'age': '20'}, {'age': '30'}]
+    assert not doubts
+
+def test_a_number_is_not_a_subject_that_another_row_names(tmp_path):
+    persons, lines = people_of(tmp_path, 'subject,sex,age\n1,F,20\n001,M,30\n', ['001 ses-01'])
+    assert persons == [('M', '30')]
+    assert "1 of 2 rows are of no subject that was found, such as '1'" in lines[0]
+
+def test_rows_of_nobody_and_subjects_without_a_row_are_counted_in_one_line(visits):
+    _, lines = known(visits, participants='participant_id\tage\nsub-1\t10\nsub-7\t11\nsub-8\t12\n')
+    assert len(lines) == 1 and "2 of 3 rows" in lines[0] and "such as 'sub-7'" in lines[0]
+    assert '1 of 2 subjects have no row, such as sub-2' in lines[0]
+
+OPEN = 'subject,sex,age,comment\n01,F,30,"left-handed\n02,M,40,ok\n03,F,50,"tired\n'
+
+def test_an_open_quote_of_a_tsv_is_a_character(tmp_path):
+    text = OPEN.replace(',', '\t').replace('F\t', '"F"\t')
+    persons, _ = people_of(tmp_path, text, ['01 ses-01', '02 ses-01', '03 ses-01'], 'who.tsv')
+    assert persons == [('F', '30'), ('M', '40'), ('F', '50')]
+
+@pytest.mark.parametrize('text', [
+    OPEN, OPEN.replace('"tired', '"tired"'), OPEN.replace(',ok', ',' + 'ok' * 100_000)])
+def test_an_open_quote_of_a_csv_is_refused_with_its_line(tmp_path, text):
+    with pytest.raises(SystemExit, match='who.csv line 2: a value in quotes'):
+        people_of(tmp_path, text, ['01 ses-01', '02 ses-01'])
+
+def test_an_open_quote_of_a_table_of_scans_does_not_swallow_rows(tmp_path):
+    rows = ['1,1,T1w,1.nii.gz,', '2,1,T1w,2.nii.gz,"moved', '3,1,T1w,3.nii.gz,']
+    (tmp_path / 's.csv').write_text('\n'.join(['subject,session,modality,path,comment', *rows]))
+    args = ['--source=csv', f'--root={tmp_path}/s.csv', f'--out_dir={tmp_path}/out', '--workers=1']
+    assert refused(run('prepare.py', *args), 's.csv line 3', 'quote')
 
 GOOD = 'subject,session,modality,path\n1,1,T1w,1.nii.gz\n'
 

@@ -9,10 +9,12 @@ import sys
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 
 import prepare as script
 from conftest import ROOT, play, refused, run
 from prepare import hash_of, split_of, split_subjects
+from scans import masks
 from test_nifti import head, nans, save, store, truncated
 
 SMALL = ['--shape=48,48,48', '--workers=1']
@@ -194,6 +196,38 @@ def test_a_second_run_writes_nothing_again_but_what_is_broken(tmp_path):
     assert np.load(broken).shape == (48, 48, 48)
     assert (out / 'report.txt').read_text() == report
 
+def written_again(source, root, out, *args):
+    """The volumes that another run writes again."""
+    times = write_times(out)
+    prepared(source, root, out, *args)
+    return [name for name, time in sorted(write_times(out).items()) if times.get(name) != time]
+
+def test_a_changed_or_added_mask_makes_its_session_again(tmp_path):
+    tree, out, pattern = tmp_path / 'bids', tmp_path / 'out', '--mask={subject}_{modality}_mask.nii.gz'
+    brain = (head() > 0).astype(np.float32)
+    for name in ('sub-0', 'sub-1'):
+        for suffix, volume in (('T1w', None), ('T2w', None), ('T1w_mask', brain)):
+            add(tree, f'{name}/anat/{name}_{suffix}.nii.gz', volume)
+    prepared('bids', tree, out, pattern)
+    assert written_again('bids', tree, out, pattern) == []
+    half = brain * (np.arange(len(brain)) < 20)[:, None, None]
+    mask = tree / 'sub-0/anat/sub-0_T1w_mask.nii.gz'
+    add(tree, f'sub-0/anat/{mask.name}', half)
+    os.utime(mask, (1, 1))
+    assert written_again('bids', tree, out, pattern) == ['sub-0_ses-01_T1w.npy']
+    assert (array(out, 'sub-0_ses-01_T1w') > 0).sum() == half.sum()
+    add(tree, 'sub-1/anat/sub-1_T2w_mask.nii.gz', brain)
+    assert 'sub-1_ses-01_T2w.npy' in written_again('bids', tree, out, pattern)
+
+def test_a_changed_header_beside_an_img_makes_its_session_again(tmp_path):
+    tree, out = tmp_path / 'tree', tmp_path / 'out'
+    tree.mkdir()
+    nib.save(nib.Nifti1Pair(head(), np.eye(4)), tree / '01_T1w.img')
+    prepared('folder', tree, out)
+    assert written_again('folder', tree, out) == []
+    os.utime(tree / '01_T1w.hdr', (1, 1))
+    assert written_again('folder', tree, out) == ['sub-01_ses-01_T1w.npy']
+
 def test_leftovers_of_an_interruption_never_count(tmp_path):
     tree, out = make_bids(tmp_path / 'bids', 2), tmp_path / 'out'
     prepared('bids', tree, out)
@@ -279,6 +313,62 @@ def test_subjects_that_a_spreadsheet_lacks_keep_what_the_tree_says(tmp_path):
     prepared('csv', tmp_path / 'scans.csv', tmp_path / 'out', f'--people={tmp_path}/people.csv')
     rows = [(row['split'], row['sex'], row['age']) for row in table(tmp_path / 'out')]
     assert rows == [('test', 'M', '31'), ('test', 'F', '30')]
+
+# ---------------------------------------------------------------- masks and label maps
+
+def prepared_with_mask(tmp_path, values):
+    """How many voxels are brain by a mask of these values."""
+    add(tmp_path, 'tree/01_T1w.nii.gz', head() + 20)
+    add(tmp_path, 'tree/01_mask.nii.gz', values.astype(np.float32))
+    prepared('folder', tmp_path / 'tree', tmp_path / 'out', '--mask={subject}_mask.nii.gz')
+    return (array(tmp_path / 'out', 'sub-01_ses-01_T1w') > 0).sum()
+
+@pytest.mark.parametrize('highest', [1, 1.0000001, 0.9])
+def test_a_mask_of_probabilities_is_brain_above_a_half(tmp_path, highest):
+    probability = ndimage.gaussian_filter((head() > 0).astype(np.float32), 2)
+    probability *= highest / probability.max()
+    assert prepared_with_mask(tmp_path, probability) == (probability > 0.5).sum()
+
+@pytest.mark.parametrize('low, high', [(0.3, 0.3), (1, 1), (255, 255), (1, 3)])
+def test_a_mask_of_labels_is_brain_above_0(tmp_path, low, high):
+    inside = head() > 0
+    labels = np.where(head() > 100, high, low) * inside
+    assert prepared_with_mask(tmp_path, labels) == inside.sum()
+
+@pytest.mark.parametrize('pattern, subject, other, fits', [
+    ('{subject}*mask.nii', 'sub-1', 'sub-10_mask.nii', False),
+    ('{subject}*mask.nii', 'sub-A', 'sub-Ab_mask.nii', False),
+    ('{subject}*mask.nii', 'sub-1', 'sub-1_mask.nii', True),
+    ('{subject}*mask.nii', 'sub-1', 'sub-1mask.nii', False),
+    ('{subject}mask.nii', 'sub-1', 'sub-1mask.nii', True),
+    ('*{subject}_mask.nii', 'sub-1', '11_mask.nii', False),
+    ('*{subject}_mask.nii', 'sub-1', 'x-1_mask.nii', True),
+    ('x{subject}_mask.nii', 'sub-1', 'x1_mask.nii', True),
+    ('{subject}_{session}*mask.nii', 'sub-1', 'sub-1_ses-01_mask.nii', True),
+    ('{subject}_{session}*mask.nii', 'sub-1', 'sub-1_ses-012_mask.nii', False),
+    ('{subject}*/mask.nii', 'sub-1', 'sub-10/mask.nii', False),
+    ('{subject}*/mask.nii', 'sub-1', 'sub-1_x/mask.nii', True)])
+def test_a_mask_is_not_that_of_a_longer_name(tmp_path, pattern, subject, other, fits):
+    path = tmp_path / 'm[1]' / other
+    path.parent.mkdir(parents=True)
+    path.touch()
+    root = f'{tmp_path}/m[1]'
+    scan = pattern, f'{root}/scan.nii', f'{root}//', subject, 'ses-01', 'T1w'
+    if fits:
+        assert masks.mask_file(*scan) == str(path)
+    else:
+        with pytest.raises(ValueError, match='0 files fit its mask.*longer name'):
+            masks.mask_file(*scan)
+
+def test_a_label_map_among_the_scans_of_a_table_ends_with_one_line(tmp_path):
+    for name, values in (('1', None), ('1_seg', np.round(head() / 50))):
+        add(tmp_path, f'{name}.nii.gz', values)
+    rows = 'subject,session,modality,path\n1,1,T1w,1.nii.gz\n1,1,dseg,1_seg.nii.gz\n'
+    (tmp_path / 's.csv').write_text(rows)
+    done = prepare('csv', tmp_path / 's.csv', tmp_path / 'out')
+    assert refused(done, 'dseg is a label map', '--source=labelmaps') and not (tmp_path / 'out').exists()
+    prepared('csv', tmp_path / 's.csv', tmp_path / 'out', '--modalities=T1w')
+    assert table(tmp_path / 'out')[0]['dseg'] == ''
 
 @pytest.mark.parametrize('args, words', [
     (['--source=bids', '--root=/nowhere'], ['/nowhere', 'no such']),

@@ -16,7 +16,8 @@ from scipy.spatial.transform import Rotation
 import synth
 from common import load_checkpoint
 from conftest import ROOT, TINY, play, refused, refuses, run
-from scans import nifti, preflight, sources
+from scans import labels, nifti, preflight, sources
+from scans.folders import find_folder
 from scans.register import mutual_information, register
 from test_nifti import head, save, store
 from test_prepare import add, array, dice, prepare, prepared, table, write_times
@@ -180,6 +181,116 @@ def test_bad_settings_of_sources_end_with_one_line(args, words, tmp_path):
     args = [arg.replace('{root}', str(tmp_path)) for arg in args]
     done = run('prepare.py', f'--root={tmp_path}', f'--out_dir={tmp_path}/out', '--workers=1', *args)
     assert refused(done, *words) and not (tmp_path / 'out' / 'subjects.tsv').exists()
+
+# ---------------------------------------------------------------- names of folders
+
+def empty(root, names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+def read_names(root, names):
+    """{file: 'subject session modality'} of what find_folder takes of empty files, its notes and doubts."""
+    empty(root, names)
+    notes, doubts, taken = [], [], {}
+    sessions, _ = find_folder(str(root), notes, doubts)
+    for (subject, session), paths in sessions.items():
+        for modality, path in paths.items():
+            taken[os.path.relpath(path, root)] = f'{subject[4:]} {session[4:]} {modality}'
+    return taken, notes, doubts
+
+def persons_of(root, names):
+    taken, _, doubts = read_names(root, names)
+    return {name: words.split()[0] for name, words in taken.items()}, doubts
+
+@pytest.mark.parametrize('form', ['S{:03d}', 'M{:02d}', 'V{:02d}'])
+def test_short_names_below_groups_are_persons_and_are_shown(tmp_path, form):
+    numbers = [form.format(i) for i in (1, 2, 3)]
+    persons, doubts = persons_of(tmp_path, [f'{group}/{s}/T1.nii' for group in ('AD', 'HC') for s in numbers])
+    assert sorted(persons.values()) == [f'{group}-{s}' for group in ('AD', 'HC') for s in numbers]
+    assert f'sub-AD-{numbers[0]} <- AD/{numbers[0]}/T1.nii' in doubts
+
+def test_short_names_below_many_names_are_visits_and_are_shown(tmp_path):
+    names = [f'{person}/V{i}/T1.nii' for person in ('anna', 'bert', 'cleo') for i in (1, 2)]
+    taken, _, doubts = read_names(tmp_path, names)
+    assert taken['anna/V1/T1.nii'] == 'anna V1 T1w' and taken['cleo/V2/T1.nii'] == 'cleo V2 T1w'
+    assert 'sub-bert <- bert/V1/T1.nii, bert/V2/T1.nii' in doubts
+
+def test_short_names_are_visits_where_other_persons_have_them(tmp_path):
+    persons, _ = persons_of(tmp_path, ['001/V1/T1.nii', 'pilot/V1/T1.nii', 'pilot/V2/T1.nii'])
+    assert list(persons.values()) == ['001', 'pilot', 'pilot']
+
+@pytest.mark.parametrize('name, person', [
+    ('controls/M01/T1.nii', 'M01'), ('HC/01M/T1.nii', '01M'), ('1001/12M/T1.nii', '1001'),
+    ('AD/S001/V2/T1.nii', 'S001'), ('AD/S002/2019-03-04/T1.nii', 'S002'), ('V1/anna/T1.nii', 'anna'),
+    ('AD/7/S1/T1.nii', '7'), ('Site1_S01_T1.nii', 'Site1_S01'), ('P1_S01_T1.nii', 'P1'),
+    ('subject1_S01_T1.nii', 'subject1')])
+def test_a_short_name_is_a_person_where_no_other_name_is_one(tmp_path, name, person):
+    assert persons_of(tmp_path, [name])[0] == {name: person}
+
+@pytest.mark.parametrize('name, modality', [
+    ('001/T1_reg_T2', 'T1w'), ('001/T1_to_FLAIR', 'T1w'), ('001/T2_to_T1ce', 'T2w'),
+    ('T1/001_to_FLAIR', 'T1w'), ('001/FLAIR_brain_coreg_to_T1w', 'FLAIR'),
+    ('001/T2_in_T1', 'T2w'), ('001/T1_to_MNI152', 'T1w'),
+    ('001_reg_T1', 'T1w'), ('001_on_T2', 'T2w'), ('001/T2_FLAIR', 'FLAIR'), ('T1_PD_001', 'T1w'),
+    ('PD_001_T1', 'T1w'), ('001_PD', 'PD')])
+def test_the_image_a_scan_was_registered_to_is_not_its_modality(tmp_path, name, modality):
+    taken, _, _ = read_names(tmp_path, [f'{name}.nii'])
+    assert [words.split()[-1] for words in taken.values()] == [modality]
+
+def test_scans_registered_to_each_other_are_not_swapped(tmp_path):
+    taken, _, _ = read_names(tmp_path, ['001/T1_to_T2.nii', '001/T2_to_T1.nii'])
+    assert taken == {'001/T1_to_T2.nii': '001 01 T1w', '001/T2_to_T1.nii': '001 01 T2w'}
+
+@pytest.mark.parametrize('name, session', [
+    ('1001/12m/T1', '12m'), ('1001_12M_T1', '12M'), ('6m/1001/T1', '6m'), ('1001_6mo_T1', '6mo'),
+    ('1001_6_months_T1', '6months'),
+    ('1001/1year/T1', '1year'), ('1001_2y_T1', '2y'), ('1001_12wk_T1', '12wk'),
+    ('1001_time2_T1', 'time2'), ('1001_pre_T1', 'pre'),
+    ('1001_post_T1', 'post'), ('1001/post/T1', 'post'), ('1001_postop_T1', 'postop'), ('1001_T1_pre', '01'),
+    ('1001_week_2_T1', 'week2'), ('1001_pre_contrast_T1', '01'), ('1001_T1_without_contrast', '01')])
+def test_visits_of_a_person_are_told_from_persons(tmp_path, name, session):
+    taken, _, _ = read_names(tmp_path, [f'{name}.nii'])
+    assert taken == {f'{name}.nii': f'1001 {session} T1w'}
+
+def test_a_number_with_a_letter_for_the_sex_is_no_visit(tmp_path):
+    names = ['HC_001M', 'HC_001_M', 'HC_01M', '02M']
+    persons, _ = persons_of(tmp_path, [f'{name}_T1.nii' for name in names])
+    assert persons == {f'{name}_T1.nii': name for name in names}
+
+@pytest.mark.parametrize('name', [
+    '001/T1_post', '001_T1_contrast', '001/T1w_post_contrast', '001_post_contrast_T1', '001/mprage_post'])
+def test_what_was_made_after_a_contrast_agent_is_left_out(tmp_path, name):
+    taken, notes, _ = read_names(tmp_path, [f'{name}.nii'])
+    assert not taken and 'contrast agent' in notes[0]
+
+@pytest.mark.parametrize('names, subjects', [
+    (['subj_01_aseg', 'subj_02_aseg', 'subj_02_aparc+aseg'], ['subj_01', 'subj_02']),
+    (['study2x/subj_01_aseg', 'study2x/subj_02_aseg'], ['subj_01', 'subj_02']),
+    (['brain_seg_001', 'brain_seg_002', 'brain_seg_003'], ['001', '002', '003']),
+    (['IBSR_01/IBSR_01_seg_ana', 'IBSR_02/IBSR_02_seg_ana'], ['IBSR_01', 'IBSR_02']),
+    (['OAS1_0001_MR1/seg4', 'OAS1_0002_MR1/seg4'], ['OAS1_0001', 'OAS1_0002']),
+    (['AD/S1/aseg', 'AD/S2/aseg', 'HC/S1/aseg', 'HC/S2/aseg'], ['AD-S1', 'AD-S2', 'HC-S1', 'HC-S2']),
+    (['training_seg_01', 'training_seg_02'], ['training_01', 'training_02']),
+    (['P1/synthseg', 'P2/synthseg'], ['P1', 'P2']),
+    (['BraTS20_Training_001_glm', 'BraTS20_Training_002_glm'],
+     ['BraTS20_Training_001', 'BraTS20_Training_002']),
+    # several maps or visits of a person
+    (['1000_3_glm', '1001_3_glm', '1001_4_glm'], ['1000', '1001']),
+    (['anna_aseg', 'anna_aparc+aseg', 'bert_aseg'], ['anna', 'bert']),
+    (['sub-1_ses-1_dseg', 'sub-1_ses-2_dseg'], ['1'])])
+def test_label_maps_of_several_persons_are_told_apart(tmp_path, names, subjects):
+    empty(tmp_path, [f'{name}.nii.gz' for name in names])
+    paths = [str(tmp_path / f'{name}.nii.gz') for name in names]
+    subject_of = labels.subjects_of(paths, str(tmp_path))
+    assert sorted({subject.removeprefix('sub-') for subject in subject_of.values()}) == subjects
+
+def test_label_maps_that_share_a_word_are_all_taken(tmp_path):
+    for i in (1, 2, 3):
+        save(str(tmp_path / f'subj_0{i}_aseg.nii.gz'), np.full((8, 8, 8), 2), np.int16)
+    notes = []
+    maps = labels.find_labelmaps(str(tmp_path), notes)
+    assert sorted(maps) == ['sub-subj_01', 'sub-subj_02', 'sub-subj_03'] and not notes
 
 # ---------------------------------------------------------------- masks
 

@@ -25,7 +25,7 @@ from judge.metrics import (
 from judge.probe import Latent, embed_latents, linear_probe, probe_rows
 from judge.references import reference_rows
 from judge.report import DEFINITIONS, SHOWN, paper_table, report, show
-from judge.runs import Run, Scan, key_of, model_row
+from judge.runs import Run, Scan, key_of, model_row, run_names
 from judge.segment import make_segmenter
 from judge.small_segmenter import learn_once
 from judge.sets import add_slices, diversity_rows, frechet_rows, load_extractor, sample_views
@@ -86,7 +86,7 @@ def load_runs(paths, checkpoints):
     """
     folders = [folder for folder in generated.split(',') if folder]
     loaded, known = [], []
-    for path, checkpoint in zip(paths, checkpoints):
+    for path, name, checkpoint in zip(paths, run_names(paths), checkpoints):
         model = from_checkpoint(checkpoint).to(device)
         if not hasattr(model, 'analyse'):
             raise SystemExit(f'{path}: a flow or a GPT, not an autoencoder')
@@ -99,7 +99,9 @@ def load_runs(paths, checkpoints):
         new = [modality for modality in sessions.modalities if modality not in known]
         known += new
         folder = folders.pop(0) if folders else ''
-        loaded.append(Run(path, checkpoint, model, sessions, count_used(sessions), new, folder))
+        loaded.append(Run(path, name, checkpoint, model, sessions, count_used(sessions), new, folder))
+        for note in loaded[-1].notes:
+            print(note)
     if folders:
         raise SystemExit(f'--generated={generated}: {",".join(folders)} has no checkpoint in --ckpt')
     return loaded, known
@@ -147,7 +149,7 @@ def judge_session(run, scans, is_pictured):
             add_cross_modal(run, scans, outputs, lpips_net)
     for scan, out in zip(scans, outputs):
         x_hat = out['x_hat'].float().clamp(0, 1)
-        if probe or (latent_figures and len(run.latents) < 20):
+        if probe or (latent_figures and key_of(scan.row) in run.drawn_keys):
             run.latents.append(Latent(scan, out))
         if extractor:
             add_slices(run, scan, x_hat, extractor, fid_slices)
@@ -203,7 +205,8 @@ if __name__ == '__main__':
         n = min(count_used(joint), reference_sessions)
         rows += reference_rows(joint, train, n, sorted(rates), lpips_net, device, seed)
     results = {'data_dir': data_dir, 'split': split, 'modalities': modalities, 'settings': settings,
-               'definitions': DEFINITIONS, 'rows': rows}
+               'definitions': DEFINITIONS, 'rows': rows,
+               'notes': [note for run in all_runs for note in run.notes]}
     if features:
         results['frechet_features'] = extractor_name
         results['frechet'] = frechet_rows(all_runs, extractor, fid_slices, device, no_extractor)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from common import autocast
 from data import random
 from judge.metrics import attempt, tsne
+from judge.runs import key_of
 
 # ---------------------------------------------------------------- cross-validation
 
@@ -51,9 +52,11 @@ def cross_validate(fit, y, groups, folds=5, seed=0):
     for k in range(folds):
         score[fold == k] = fit(np.flatnonzero(fold != k), np.flatnonzero(fold == k), positive)
     right = (score > 0) == positive
-    right_by_group = np.array([right[groups == g].mean() for g in names])
+    hits = np.array([right[groups == g].sum() for g in names])
+    sizes = np.array([(groups == g).sum() for g in names])
     votes = [(score[groups == g].mean() > 0) == share[g] for g in names]
-    boot = right_by_group[random(seed, 9).integers(len(names), size=(2000, len(names)))].mean(1)
+    drawn = random(seed, 9).integers(len(names), size=(2000, len(names)))
+    boot = hits[drawn].sum(1) / sizes[drawn].sum(1)  # over rows, as the accuracy is
     return {
         'accuracy': float(right.mean()),
         'balanced_accuracy': float((right[positive].mean() + right[~positive].mean()) / 2),
@@ -228,7 +231,8 @@ def probe_rows(runs, column, networks, epochs, device, dtype, seed):
         value = np.array([(z.row.get(column) or '').strip() for z in run.latents])
         subject = np.array([z.row['subject'] for z in run.latents])
         modality = np.array([z.modality for z in run.latents])
-        scans = [(i, m) for i, m in run.sessions.scans if i < run.n]
+        used = set(run.used)
+        scans = [(i, m) for i, m in run.sessions.scans if i in used]
         bits = run.model.bits_per_volume(run.sessions.shape)
         with_style = any(z.style is not None for z in run.latents)
         parts = {'latent': (with_style, f'{bits + run.model.style_bits():.0f}')}
@@ -263,10 +267,10 @@ def probe_rows(runs, column, networks, epochs, device, dtype, seed):
     return rows
 
 def embed_latents(runs, count, seed):
-    """For figures.embedding: t-SNE of each run's latents at `count` positions of its first 20 scans."""
+    """For figures.embedding: t-SNE of each run's latents at `count` positions of the scans of 20 sessions."""
     panels = {}
     for run in runs:
-        some = run.latents[:20]
+        some = [z for z in run.latents if key_of(z.row) in run.drawn_keys]
         z, brain = torch.cat([z.mean.flatten(1).T for z in some]), torch.cat([z.brain for z in some])
         chosen = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))[:count]
         points = tsne(z[chosen].numpy(), seed=seed)

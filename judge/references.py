@@ -9,6 +9,7 @@ from scipy import fft, ndimage
 from tqdm import tqdm
 
 from judge.metrics import fidelity, summarise_scores
+from judge.runs import chosen
 
 def dct_codec(x, bits):
     """x (D,H,W) after a transform codec that spends at most `bits`.
@@ -50,15 +51,15 @@ def ideal_bits(counts, totals):
     """Bits of symbols that occur `counts` times among `totals`."""
     return (counts * np.log2(np.maximum(totals, 1) / np.maximum(counts, 1))).sum()
 
-def sessions_with(sessions, m, n):
-    """Which of the first n sessions of a data.Sessions have modality index m."""
-    return [i for i in range(n) if m in sessions.present(i)]
+def sessions_with(sessions, m, n=-1):
+    """Which of n chosen sessions (-1: all) of a data.Sessions have modality index m."""
+    return [i for i in chosen(sessions.rows, n) if m in sessions.present(i)]
 
 def training_mean(train, m):
     """Mean volume (D,H,W) of modality index m over the training sessions that have it."""
-    chosen = sessions_with(train, m, train.n)
-    total = sum(train.volume(i, m).astype(np.float64) for i in tqdm(chosen, 'training mean', leave=False))
-    return (total / len(chosen)).astype(np.float32)
+    scans = sessions_with(train, m)
+    total = sum(train.volume(i, m).astype(np.float64) for i in tqdm(scans, 'training mean', leave=False))
+    return (total / len(scans)).astype(np.float32)
 
 class NearestScan:
     """Finds the training volume of modality index m with the smallest mean squared error to a volume.
@@ -68,8 +69,8 @@ class NearestScan:
     def __init__(self, train, m):
         self.train, self.m = train, m
         self.block = max(1, max(train.shape) // 48)
-        self.chosen = sessions_with(train, m, train.n)
-        progress = tqdm(self.chosen, 'nearest scan', leave=False)
+        self.scans = sessions_with(train, m)
+        progress = tqdm(self.scans, 'nearest scan', leave=False)
         self.library = torch.stack([self.small(train.volume(i, m)) for i in progress])
 
     def small(self, volume):
@@ -78,26 +79,27 @@ class NearestScan:
 
     def find(self, volume):
         errors = (self.library - self.small(volume)).square().mean(1)
-        return self.train.volume(self.chosen[int(errors.argmin())], self.m)
+        return self.train.volume(self.scans[int(errors.argmin())], self.m)
 
 ENTROPY_SD = math.sqrt(2 * math.pi * math.e)  # a Gaussian's entropy is log2 of that times its sd
 
 class PrincipalComponents:
     """Codes volumes of modality index m by coefficients on principal components of the training set.
 
-    A linear code that has seen the same brains: what a network must beat at equal bits. Of the first `most`
-    training sessions, so that they fit in memory.
+    A linear code that has seen the same brains: what a network must beat at equal bits. Of at most `most`
+    training scans, so that they fit in memory.
     """
     def __init__(self, train, m, most=100):
-        chosen = sessions_with(train, m, train.n)[:most]
-        volumes = np.stack([train.volume(i, m).ravel() for i in chosen]).astype(np.float32)
+        scans = sessions_with(train, m)
+        seen = chosen([train.rows[i] for i in scans], most)
+        volumes = np.stack([train.volume(scans[k], m).ravel() for k in seen]).astype(np.float32)
         self.mean = volumes.mean(0)
         volumes -= self.mean
         energy, vectors = np.linalg.eigh((volumes @ volumes.T).astype(np.float64))
         kept = energy > 1e-6 * energy.max()
         energy, vectors = energy[kept], vectors[:, kept]
         self.basis = (vectors / np.sqrt(energy)).T.astype(np.float32) @ volumes  # (components, voxels)
-        self.sd = np.sqrt(energy / len(chosen))
+        self.sd = np.sqrt(energy / len(seen))
 
     def bits(self, step):
         """Entropy of coefficients rounded to multiples of `step`, as of Gaussians; 0 of those far below."""
@@ -111,7 +113,7 @@ class PrincipalComponents:
         return (self.mean + coefficients.astype(np.float32) @ basis).reshape(volume.shape)
 
 def reference_rows(test, train, n, rates, lpips, device, seed):
-    """Fidelity of every reference on the first n sessions, as rows of table.json.
+    """Fidelity of every reference on n sessions, see runs.chosen, as rows of table.json.
 
     test, train: data.Sessions of the same modalities. rates: bits, three rows of codes for each.
     """

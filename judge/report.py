@@ -160,7 +160,7 @@ def metric_names(lpips):
 def fidelity_tables(results):
     rows, modalities = results['rows'], results['modalities']
     names = metric_names(results['settings']['lpips'])
-    n = max(s['psnr_whole']['n_subjects'] for row in rows for s in row['fidelity'].values() if s)
+    labels, n = labels_with_n(rows)
     head = [f'{modality} {name}' for modality in modalities for name in names.values()]
 
     def cells(row, show):
@@ -168,16 +168,37 @@ def fidelity_tables(results):
         return [show(fidelity.get(modality, {}).get(key)) for modality in modalities for key in names]
 
     scores = []
-    for row in rows:
-        facts = [row[key] for key in ('name', 'f', 'latent', 'bits', 'dft')]
-        scores.append(facts + cells(row, mean_sd))
+    for label, row in zip(labels, rows):
+        facts = [row[key] for key in ('f', 'latent', 'bits', 'dft')]
+        scores.append([label, *facts, *cells(row, mean_sd)])
     lines = [f"Reconstruction, split {results['split']} of {results['data_dir']}, {n} subjects", '',
              *markdown_table(['model', 'f', 'latent', 'bits/volume', 'DFT', *head], scores)]
     if n > 1:
-        intervals = [[row['name'], *cells(row, interval)] for row in rows]
+        intervals = [[label, *cells(row, interval)] for label, row in zip(labels, rows)]
         lines += ['', '95 % bootstrap interval of each mean, by subject', '',
                   *markdown_table(['model', *head], intervals)]
+    for note in results.get('notes', ()):
+        lines += ['', note]
     return lines
+
+def labels_with_n(rows):
+    """The rows' names, each with its own number of subjects where they differ; and the largest number."""
+    counts = []  # {modality: subjects} of each row
+    for row in rows:
+        scored = {modality: scores for modality, scores in row['fidelity'].items() if scores}
+        counts.append({modality: scores['psnr_whole']['n_subjects'] for modality, scores in scored.items()})
+    numbers_of_subjects = set()
+    for count in counts:
+        numbers_of_subjects |= set(count.values())
+    labels = [row['name'] for row in rows]
+    if len(numbers_of_subjects) > 1:
+        labels = [f'{label}, n = {count_text(count)}' for label, count in zip(labels, counts)]
+    return labels, max(numbers_of_subjects)
+
+def count_text(count):
+    """{modality: subjects} as text: one number where all are the same."""
+    if len(set(count.values())) == 1: return str(max(count.values()))
+    return ' and '.join(f'{n} {modality}' for modality, n in count.items()) or '0'
 
 def latent_tables(results):
     """Geometry, use of the codes and cross-modal scores of each model."""
@@ -216,16 +237,16 @@ def frechet_table(extractor, rows, slices):
 
     lines = ['', f'Frechet distance on slices, {extractor}, {slices} slices', '',
              *table_of(rows, {'row': 'row', 'modality': 'modality'}, head, cells)]
-    means = {(r['row'], r['modality']): r['mean'] for r in rows if 'mean' in r}
-    for (row, modality), value in means.items():
-        run, _, kind = row.rpartition(' ')
-        if kind == 'gFID' and (f'{run} rFID', modality) in means:
-            lines += ['', f"{run} {modality}: gFID - rFID {value - means[f'{run} rFID', modality]:.4g}"]
+    for rebuilt, drawn in zip(rows, rows[1:]):  # a run's gFID stands below its rFID
+        run, _, kind = drawn['row'].rpartition(' ')
+        if kind == 'gFID' and 'mean' in rebuilt and 'mean' in drawn:
+            lines += ['', f"{run} {drawn['modality']}: gFID - rFID {drawn['mean'] - rebuilt['mean']:.4g}"]
     return lines
 
 def diversity_table(rows):
     def cells(r):
-        return [f"{r['ms_ssim']:.4f} +- {r['sd']:.4f}", r['pairs'], r['volumes']]
+        spread = '' if r['sd'] is None else f" +- {r['sd']:.4f}"
+        return [f"{r['ms_ssim']:.4f}{spread}", r['pairs'], r['volumes']]
 
     return ['', 'MS-SSIM between pairs of volumes (1: all alike); real: one scan per subject', '',
             *table_of(rows, {'set': 'row', 'modality': 'modality'}, ['MS-SSIM', 'pairs', 'volumes'], cells)]
@@ -249,6 +270,11 @@ def anatomy_table(results, labels, volumes_by):
             f'in mm3 of {volumes_by}', '',
             *table_of(results['anatomy'], {'model': 'row', 'modality': 'modality'}, head, cells)]
 
+def cm3(volumes):
+    """Mean, sd and number of volumes in mm3; one has no sd."""
+    spread = f' +- {np.std(volumes, ddof=1) / 1000:.2f}' if len(volumes) > 1 else ''
+    return f'{np.mean(volumes) / 1000:.2f}{spread} ({len(volumes)})'
+
 def generated_table(rows, volumes_by):
     """The structures that any volume has, one below the other."""
     lines = []
@@ -261,9 +287,7 @@ def generated_table(rows, volumes_by):
             if not any(real) and not any(drawn): continue
             spread = np.std(real, ddof=1) if len(real) > 1 else 0.0
             shift = (np.mean(drawn) - np.mean(real)) / spread if spread > 0 else None
-            cells = [f'{np.mean(values) / 1000:.2f} +- {np.std(values) / 1000:.2f} ({len(values)})'
-                     for values in (real, drawn)]
-            lines.append([row['row'], row['modality'], name, *cells, number(shift, 2)])
+            lines.append([row['row'], row['modality'], name, cm3(real), cm3(drawn), number(shift, 2)])
     head = ['model', 'modality', 'structure', 'real, cm3 (n)', 'generated', 'shift in sd of real']
     return ['', f'Volumes of structures, left + right, of {volumes_by}: real scans and generated brains', '',
             *markdown_table(head, lines)]
@@ -363,8 +387,9 @@ TABLES = {  # name: title, columns, rows
 def collect(runs):
     """What every table.json below a folder holds: {run: facts}; of several files on a run the latest counts.
 
-    facts: {(kind, key, modality): number}, and 'ckpt', 'dft', 'yes' or 'no', and 'source', the data. What
-    random features measured is neither an LPIPS nor a Frechet distance of the papers, and left out.
+    facts: {(kind, key, modality): number}, and 'ckpt', 'dft', 'yes' or 'no', 'source', the data, and 'iter'.
+    Numbers of other data, or of an earlier state of the checkpoint, than in the latest file are forgotten.
+    The papers' LPIPS is of SqueezeNet, and their Frechet distances are of all slices: others are left out.
     """
     facts = {}
     paths = glob.glob(os.path.join(runs, '**', 'table.json'), recursive=True)
@@ -379,35 +404,40 @@ def collect(runs):
 
 def add_facts(facts, results):
     """Add what one table.json holds to the facts of collect()."""
+    settings, source = results['settings'], f"{results['split']} of {results['data_dir']}"
+    runs = {}  # of this file
     for row in results['rows']:
         if 'ckpt' not in row: continue
-        run = facts.setdefault(row['name'], {})
+        name = '/'.join(row['name'].split('/')[-2:])  # without folders that told it from others of the call
+        run = facts.setdefault(name, {})
         if run.get('ckpt', row['ckpt']) != row['ckpt']:
-            raise SystemExit(f"two runs are called {row['name']}: {run['ckpt']} and {row['ckpt']}; "
+            raise SystemExit(f"two runs are called {name}: {run['ckpt']} and {row['ckpt']}; "
                              'rename one folder, or give a --runs that holds one of them')
-        run['ckpt'] = row['ckpt']
-        run['dft'] = row['dft']
-        run['source'] = f"{results['split']} of {results['data_dir']}"
+        if (run.get('source'), run.get('iter')) != (source, row['iter']):
+            run.clear()
+        run |= {'ckpt': row['ckpt'], 'dft': row['dft'], 'source': source, 'iter': row['iter']}
+        runs[row['name']] = run
         for modality, metrics in row['fidelity'].items():
             for key, summary in metrics.items():
-                if not (key.startswith('lpips') and results['settings']['lpips'] == 'random'):
+                if settings['lpips'] == 'squeeze' or not key.startswith('lpips'):
                     run['fidelity', key, modality] = summary['mean']
         for key, value in row['geometry'].items():
             run['geometry', key, ''] = value
     real_features = 'RANDOM' not in results.get('frechet_features', '')
-    for row in results.get('frechet', ()) if real_features else ():
+    as_papers = real_features and settings['fid_slices'] == 'all'
+    for row in results.get('frechet', ()) if as_papers else ():
         name, _, kind = row['row'].rpartition(' ')
         if kind in ('rFID', 'gFID') and 'mean' in row:
             for key in (*PLANES, 'mean'):
-                facts[name][kind, key, row['modality']] = row[key]
+                runs[name][kind, key, row['modality']] = row[key]
     for row in results.get('anatomy', ()):
         if 'mean_dice' in row:
-            facts[row['row']]['anatomy', 'mean', row['modality']] = row['mean_dice']['mean']
+            runs[row['row']]['anatomy', 'mean', row['modality']] = row['mean_dice']['mean']
     for row in results.get('probes', ()):
         # a probe of the scans themselves is of no run
-        if row['target'] == 'sex' and 'accuracy' in row and row['row'] in facts:
+        if row['target'] == 'sex' and 'accuracy' in row and row['row'] in runs:
             modality = row['seen'].removeprefix('latent, ')
-            facts[row['row']][row['probe'], 'accuracy', modality] = row['accuracy']
+            runs[row['row']][row['probe'], 'accuracy', modality] = row['accuracy']
 
 def paper_table(name, runs):
     """Markdown of one table of TABLES, with ours (paper) in each cell.

@@ -1,4 +1,5 @@
 """What the judges look at: the runs, and the scans that evaluate.py shows them one after the other."""
+import hashlib
 import os
 from collections import defaultdict
 from dataclasses import dataclass
@@ -13,22 +14,82 @@ def key_of(row):
     """What a session is known by. A number will not do: runs of other modalities count other sessions."""
     return row['folder'], row['subject'], row.get('session')
 
+# ---------------------------------------------------------------- which sessions, which names
+
+def chosen(rows, count):
+    """Places, in order, of `count` rows of an index (-1: all), by a hash of session and subject.
+
+    The first ones would be of one folder where data_dir names several. Places drawn at random would be of
+    other sessions for a run of other modalities, which has a list of its own.
+    """
+    if not 0 <= count < len(rows): return list(range(len(rows)))
+    marks = []
+    for row in rows:
+        name = f"{row.get('session')} {row['subject']}"
+        marks.append(hashlib.sha256(name.encode()).digest())
+    by_mark = sorted(range(len(rows)), key=marks.__getitem__)
+    return sorted(by_mark[:count])
+
+def run_names(paths):
+    """What the tables call checkpoints: folder and file, and as many folders above as tell them apart."""
+    parts = [os.path.abspath(path).removesuffix('.pt').split(os.sep) for path in paths]
+    names = []
+    for own in parts:
+        depth = 2
+        while any(other != own and other[-depth:] == own[-depth:] for other in parts):
+            depth += 1
+        names.append('/'.join(own[-depth:]))
+    return names
+
+def other_data(path, checkpoint, sessions):
+    """A line for each setting of the data, but their shape, that is not what the checkpoint has learned.
+
+    Voxels count as others from 1 % on: of stretched scans they are a median.
+    """
+    learned = checkpoint['data'] | {'voxel_mm': checkpoint['voxel_mm']}
+    judged = sessions.box | {'voxel_mm': sessions.voxel_mm}
+    different = []
+    for key in learned:
+        tolerance = 0.01 if key == 'voxel_mm' else 1e-6
+        if key in judged and not alike(learned[key], judged[key], tolerance):
+            different.append(key)
+    notes = []
+    for key in different:
+        if key == 'shape' or (key == 'voxel_mm' and 'spacing_mm' in different): continue
+        notes.append(f'note: {path} learned {key} {rounded(learned[key])}, '
+                     f'{sessions.data_dir} has {rounded(judged[key])}')
+    return notes
+
+def alike(a, b, tolerance):
+    """Whether two settings are the same, numbers within a relative tolerance."""
+    if isinstance(a, (str, bool)) or isinstance(b, (str, bool)): return a == b
+    return np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=tolerance, atol=0)
+
+def rounded(value):
+    """A setting as it is printed, with three decimals."""
+    return value if isinstance(value, (str, bool)) else np.round(value, 3).tolist()
+
+# ---------------------------------------------------------------- what the judges look at
+
 @dataclass
 class Run:
     """An autoencoder, the sessions it is judged on, and what one pass over them gathers for the judges."""
     path: str             # of the checkpoint
+    name: str             # see run_names
     checkpoint: dict
     model: torch.nn.Module
-    sessions: Sessions    # those with a modality it knows; the first n are used
-    n: int
+    sessions: Sessions    # those with a modality it knows
+    n: int                # how many of them are used
     new_modalities: list  # those that no run before it knows
     generated: str        # folder of volumes drawn with it, or ''
 
     def __post_init__(self):
-        folder, file = os.path.split(os.path.abspath(self.path))
-        self.name = f'{os.path.basename(folder)}/{file.removesuffix(".pt")}'
         self.modalities = self.sessions.modalities
-        self.keys = {key_of(row) for row in self.sessions.rows[:self.n]}
+        self.notes = other_data(self.path, self.checkpoint, self.sessions)
+        rows = self.sessions.rows
+        self.used = chosen(rows, self.n)   # places in sessions.rows
+        self.keys = {key_of(rows[i]) for i in self.used}
+        self.drawn_keys = {key_of(rows[i]) for i in chosen(rows, min(self.n, 20))}  # those in tsne.png
         self.subjects = sorted({subject for _, subject, _ in self.keys})
         self.scores = defaultdict(list)    # modality -> [(subject, scores)]
         self.cross = defaultdict(list)     # (source, target, style) -> the same

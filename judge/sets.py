@@ -11,6 +11,7 @@ import torch
 
 from data import random
 from judge.metrics import attempt, covariance, frechet_parts, mean_of, moments
+from judge.runs import chosen
 from losses import ms_ssim
 from pretrained import RandomFeatures, load_radimagenet, radimagenet_input
 from scans import nifti
@@ -131,23 +132,27 @@ def read_generated(folder, modality, device='cpu'):
         yield torch.from_numpy(nifti.read(path)[0])[None, None].to(device)
 
 def read_real(run, m, device):
-    """Yield the first scan of modality index m of each subject."""
+    """Yield the first scan of modality index m of each subject, of 100 subjects at most."""
     first_scans = {}
-    for i in reversed(range(run.n)):
+    for i in reversed(run.used):
         if m in run.sessions.present(i):
             first_scans[run.sessions.rows[i]['subject']] = i
-    for i in first_scans.values():
-        yield torch.tensor(run.sessions.volume(i, m), device=device)[None, None]
+    scans = list(first_scans.values())
+    for k in chosen([run.sessions.rows[i] for i in scans], 100):
+        yield torch.tensor(run.sessions.volume(scans[k], m), device=device)[None, None]
 
 def ms_ssim_of_pairs(volumes, seed, pairs=200):
-    """Mean and sd of MS-SSIM over random pairs of the first 100 volumes, or all pairs; high is uniform."""
+    """Mean and sd of MS-SSIM over random pairs of the first 100 volumes, or all pairs; high is uniform.
+
+    One pair has no sd.
+    """
     volumes = [volume.clamp(0, 1) for volume in islice(volumes, 100)]
     every = [(a, b) for a in range(len(volumes)) for b in range(a)]
     if not every: raise ValueError('one volume makes no pair')
-    chosen = [every[k] for k in random(seed, 11).permutation(len(every))[:pairs]]
-    values = [ms_ssim(volumes[a], volumes[b]).item() for a, b in chosen]
-    return {'ms_ssim': float(np.mean(values)), 'sd': float(np.std(values)),
-            'pairs': len(values), 'volumes': len(volumes)}
+    drawn = [every[k] for k in random(seed, 11).permutation(len(every))[:pairs]]
+    values = [ms_ssim(volumes[a], volumes[b]).item() for a, b in drawn]
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {'ms_ssim': float(np.mean(values)), 'sd': sd, 'pairs': len(values), 'volumes': len(volumes)}
 
 def diversity_rows(runs, seed, device):
     """MS-SSIM between the volumes of each generated set, and between the real ones of its modality."""

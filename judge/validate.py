@@ -7,12 +7,13 @@ import torch.distributed as dist
 from common import autocast, print0
 from judge.metrics import attempt
 from judge.probe import linear_probe
+from judge.runs import chosen
 from losses import psnr
 from quantize import code_use, collapse, count_codes
 
 @torch.no_grad()
 def validate(model, sessions, count, device, dtype):
-    """A model in evaluation mode on the first `count` sessions (-1: all), shared out over the processes.
+    """A model in evaluation mode on `count` sessions (-1: all), see runs.chosen; the processes share them.
 
     returns {'val/psnr_db/<modality>', 'val/psnr_db' their mean, 'val/psnr_brain_db' inside the brain alone,
     'val/n_sessions', and what quantize.code_use says of the codes}; PSNR is of whole volumes
@@ -21,13 +22,13 @@ def validate(model, sessions, count, device, dtype):
     rank, world = 0, 1
     if dist.is_initialized():
         rank, world = dist.get_rank(), dist.get_world_size()
-    n = sessions.n if count < 0 else min(count, sessions.n)
+    used = chosen(sessions.rows, count)
     c = model.config
     books = c.num_codebooks if hasattr(model, 'quantizer') else 0
     sums = torch.zeros(len(sessions.modalities), 3, dtype=torch.float64)  # PSNR, the brain's, volumes
     counts = torch.zeros(2, books, c.num_codes, dtype=torch.int64)
     shown = None
-    for i in range(rank, n, world):
+    for i in used[rank::world]:
         for m in sessions.present(i):
             x = torch.tensor(sessions.volume(i, m), device=device)[None, None]
             with autocast(device, dtype):
@@ -47,7 +48,7 @@ def validate(model, sessions, count, device, dtype):
     names = [name for name, there in zip(sessions.modalities, seen) if there]
     record = {f'val/psnr_db/{name}': value for name, value in zip(names, means[:, 0].tolist())}
     record |= {'val/psnr_db': means[:, 0].mean().item(), 'val/psnr_brain_db': means[:, 1].mean().item(),
-               'val/n_sessions': n}
+               'val/n_sessions': len(used)}
     if books:
         use = code_use(counts)
         record |= {f'val/{name}': value for name, value in use.items()}
@@ -68,10 +69,10 @@ def modality_probes(model, sessions, count, device):
     count: as of validate, but 200 sessions at most. Subjects are on one side of a fold.
     returns {'T1w or T2w': what linear_probe says, or 'reason' why it cannot} for every two modalities there
     """
-    n = min(200, sessions.n if count < 0 else min(count, sessions.n))
+    n = 200 if count < 0 else min(count, 200)
     features = {m: [] for m in range(len(sessions.modalities))}
     subjects = {m: [] for m in features}
-    for i in range(n):
+    for i in chosen(sessions.rows, n):
         for m in sessions.present(i):
             x = torch.tensor(sessions.volume(i, m), device=device)[None, None]
             features[m].append(model.encoding(x)['mean'].float().flatten().cpu())

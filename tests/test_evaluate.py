@@ -13,6 +13,7 @@ import torch
 from common import load_checkpoint
 from conftest import TINY, play, refuses
 from judge import figures
+from judge.runs import chosen
 from losses import psnr
 from model import from_checkpoint
 
@@ -143,6 +144,34 @@ def test_two_files_of_a_run_have_rows_of_their_own(data, neuroquant, tmp_path):
     shutil.copy(neuroquant, neuroquant.parent / 'ckpt_3d.pt')
     _, table = evaluate([neuroquant, neuroquant.parent / 'ckpt_3d.pt'], data, tmp_path)
     assert [row['name'] for row in table['rows']] == ['nq/ckpt', 'nq/ckpt_3d']
+
+def test_two_runs_of_one_folder_name_can_be_told_apart(data, kl, tmp_path):
+    paths = [tmp_path / 'a' / 'm' / 'best.pt', tmp_path / 'b' / 'm' / 'best.pt']
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        shutil.copy(kl, path)
+    _, table = evaluate(paths, data, tmp_path, '--max_sessions=1')
+    assert [row['name'] for row in table['rows']] == ['a/m/best', 'b/m/best']
+
+def test_a_few_sessions_are_chosen_from_all(data, kl, segmenter, tmp_path):
+    _, table = evaluate([kl], data, tmp_path, segmenter, '--labels=dseg', '--split=train', '--max_sessions=2')
+    rows = sessions_of(data, 'train')
+    judged = [scan['subject'] for scan in table['anatomy'][0]['scans']]
+    assert judged == [rows[i]['subject'] for i in chosen(rows, 2)]
+
+def test_references_of_fewer_subjects_say_so(data, kl, tmp_path):
+    printed, _ = evaluate([kl], data, tmp_path, '--max_sessions=2', '--reference_sessions=1', '--split=train')
+    assert '| kl/ckpt, n = 2 |' in printed and '| nearest training scan, n = 1 |' in printed
+
+def test_data_of_another_voxel_size_get_a_note(data, kl, tmp_path):
+    other = tmp_path / 'other'
+    shutil.copytree(data, other)
+    facts = json.loads((other / 'dataset.json').read_text())
+    (other / 'dataset.json').write_text(json.dumps(facts | {'spacing_mm': 2.0}))
+    printed, table = evaluate([kl], other, tmp_path / 'e', '--max_sessions=1')
+    note = f'note: {kl} learned spacing_mm 1.0, {other} has 2.0'
+    assert printed.startswith(note) and note in (tmp_path / 'e' / 'table.md').read_text()
+    assert table['notes'] == [note]
 
 def test_one_subject_has_no_interval(data, neuroquant, tmp_path):
     printed, table = evaluate([neuroquant], data, tmp_path, '--max_sessions=1')

@@ -1,5 +1,7 @@
 """What evaluate.py's tables are made of, against numpy, scipy, closed forms and constructed cases."""
 import sys
+from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +11,11 @@ from scipy import linalg, ndimage
 from judge.metrics import (
     channel_cosine, code_use, dice, effective_rank, explained_variance, fidelity, frechet_distance,
     frechet_parts, latent_geometry, moments, region_volumes_mm3, summarise, tsne)
-from judge.references import PrincipalComponents, dct_codec
-from judge.sets import feature_moments, slice_frechet
-from losses import psnr, ssim, ssim_map
+from judge.references import PrincipalComponents, dct_codec, sessions_with
+from judge.report import diversity_table
+from judge.runs import chosen, other_data, run_names
+from judge.sets import feature_moments, ms_ssim_of_pairs, read_real, slice_frechet
+from losses import ms_ssim, psnr, ssim, ssim_map
 
 # ---------------------------------------------------------------- fidelity
 
@@ -47,7 +51,62 @@ def test_summary_averages_sessions_within_subjects():
 def test_interval_of_two_subjects_reaches_from_one_to_the_other():
     assert summarise([1.0, 3.0, 8.0], ['a', 'a', 'b'])['ci95'] == [2, 8]
 
+# ---------------------------------------------------------------- which sessions, which names
+
+ROWS = [{'subject': f'{folder}-{i:02d}', 'session': 'ses-01'} for folder in ('a', 'b') for i in range(60)]
+
+def test_a_part_of_the_sessions_is_of_every_folder():
+    folders = [ROWS[i]['subject'][0] for i in chosen(ROWS, 30)]
+    assert len(folders) == 30 and 8 < folders.count('a') < 22
+
+@pytest.mark.parametrize('count', [-1, 120, 500])
+def test_all_sessions_come_in_order(count):
+    assert chosen(ROWS, count) == list(range(120))
+
+def test_few_sessions_are_among_more_of_them():
+    assert chosen(ROWS, 14) == sorted(chosen(ROWS, 14))
+    assert set(chosen(ROWS, 3)) < set(chosen(ROWS, 14))
+
+def test_a_list_without_a_session_that_is_not_chosen_gives_the_same_ones():
+    few = [ROWS[i] for i in chosen(ROWS, 5)]
+    others = [row for row in ROWS if row in few or row['subject'].endswith('7')]
+    assert [others[i] for i in chosen(others, 5)] == few
+
+def test_names_are_as_long_as_it_takes_to_tell_checkpoints_apart():
+    paths = ['out/a/m/best.pt', 'out/b/m/best.pt', 'out/c/best.pt', 'out/a/m/best.pt', 'x/b/m/best.pt']
+    assert run_names(paths) == ['a/m/best', 'out/b/m/best', 'c/best', 'a/m/best', 'x/b/m/best']
+
+BOX = {'shape': [8, 8, 8], 'spacing_mm': 1.0, 'resize': False, 'percentiles': (0.5, 99.5), 'clip': True}
+
+def notes_on(voxel_mm=(1.0, 1.0, 1.0), **changed):
+    sessions = SimpleNamespace(box=BOX | changed, voxel_mm=list(voxel_mm), data_dir='data/x')
+    return other_data('a.pt', {'data': BOX, 'voxel_mm': (1.0, 1.0, 1.0)}, sessions)
+
+def test_data_of_the_learned_settings_need_no_note():
+    assert notes_on(shape=[16, 16, 16], percentiles=[0.5, 99.5], percentiles_of='brain') == []
+    assert notes_on(voxel_mm=(1.0, 1.001, 1.0)) == []
+
+@pytest.mark.parametrize('changed, words', [
+    ({'spacing_mm': 2.0, 'voxel_mm': (2.0, 2.0, 2.0)}, 'spacing_mm 1.0, data/x has 2.0'),
+    ({'voxel_mm': (1.0, 1.5, 1.0)}, 'voxel_mm [1.0, 1.0, 1.0], data/x has [1.0, 1.5, 1.0]'),
+    ({'percentiles': [0, 99.5]}, 'percentiles [0.5, 99.5], data/x has [0.0, 99.5]'),
+    ({'percentiles': [0.5, 99.9]}, 'percentiles [0.5, 99.5], data/x has [0.5, 99.9]'),
+    ({'clip': False}, 'clip True, data/x has False')])
+def test_data_of_other_settings_get_a_note_with_both_values(changed, words):
+    assert notes_on(**changed) == [f'note: a.pt learned {words}']
+
 # ---------------------------------------------------------------- references
+
+def test_references_are_of_the_chosen_sessions():
+    sessions = Volumes(range(120))
+    assert sessions_with(sessions, 0, 5) == chosen(sessions.rows, 5) != list(range(5))
+    assert sessions_with(sessions, 0) == list(range(120))
+
+def test_components_are_of_training_scans_from_the_whole_list(brains):
+    train = Volumes(brains)
+    components = PrincipalComponents(train, 0, most=6)
+    np.testing.assert_allclose(components.mean, brains[chosen(train.rows, 6)].mean(0).ravel(), rtol=1e-5)
+    assert not np.allclose(components.mean, brains[:6].mean(0).ravel())
 
 def test_dct_codec_gets_better_with_more_bits():
     rng = np.random.default_rng(0)
@@ -68,6 +127,7 @@ class Volumes:
     """What PrincipalComponents wants of a data.Sessions: arrays of one modality."""
     def __init__(self, arrays):
         self.arrays, self.n = arrays, len(arrays)
+        self.rows = [{'subject': f'sub-{i:02d}'} for i in range(self.n)]
 
     def present(self, i):
         return [0]
@@ -262,6 +322,25 @@ def test_too_few_slices_for_the_features_are_refused_with_both_numbers():
 def test_slices_are_all_or_central():
     with pytest.raises(ValueError, match='all or central'):
         feature_moments([torch.rand(1, 1, 4, 4, 4)], nine_features, 'some')
+
+# ---------------------------------------------------------------- how alike volumes are
+
+def test_the_spread_of_ms_ssim_is_that_of_a_sample():
+    volumes = [torch.rand(1, 1, 32, 32, 32) for _ in range(3)]
+    values = [ms_ssim(a, b).item() for a, b in combinations(volumes, 2)]
+    assert ms_ssim_of_pairs(volumes, 0)['sd'] == pytest.approx(np.std(values, ddof=1), rel=1e-3)
+
+def test_one_pair_of_volumes_has_no_spread():
+    row = ms_ssim_of_pairs([torch.rand(1, 1, 32, 32, 32) for _ in range(2)], 0)
+    assert row['sd'] is None
+    table = diversity_table([{'row': 'real', 'modality': 'T1w', **row}])
+    assert '+-' not in table[-1] and f"{row['ms_ssim']:.4f}" in table[-1]
+
+def test_real_scans_are_of_at_most_100_subjects_of_the_whole_list():
+    sessions = Volumes([np.full((2, 2, 2), i) for i in range(150)])
+    run = SimpleNamespace(sessions=sessions, used=list(range(150)))
+    seen = {int(volume[0, 0, 0, 0, 0]) for volume in read_real(run, 0, 'cpu')}
+    assert len(seen) == 100 and len([i for i in seen if i < 50]) > 20
 
 # ---------------------------------------------------------------- label maps
 

@@ -1,10 +1,14 @@
 """Probes: planted and shuffled classes, and SEResNet-152 against MONAI's."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from judge.probe import SEResNet, auc, linear_probe, network_probe
-from judge.validate import modality_probes, probe_line
+from judge import probe
+from judge.probe import SEResNet, auc, cross_validate, embed_latents, linear_probe, network_probe
+from judge.runs import chosen, key_of
+from judge.validate import modality_probes, probe_line, validate
 
 # ---------------------------------------------------------------- linear
 
@@ -58,6 +62,19 @@ def test_a_planted_modality_is_found():
 def test_auc_counts_pairs():
     score, positive = np.array([0.1, 0.4, 0.4, 0.9]), np.array([False, True, False, True])
     assert auc(score, positive) == pytest.approx((1 + 1 + 0.5 + 1) / 4)
+
+def test_the_interval_is_of_the_same_share_of_scans_as_the_accuracy():
+    """The first of ten subjects has 20 of 29 scans, and alone is told wrong."""
+    subject = np.repeat(np.arange(10), [20] + [1] * 9)
+
+    def fit(train, test, positive):
+        sign = np.where(positive[test], 1.0, -1.0)
+        return np.where(subject[test] == 0, -sign, sign)
+
+    result = cross_validate(fit, subject % 2, subject)
+    assert result['accuracy'] == pytest.approx(9 / 29)
+    low, high = result['ci95']
+    assert low < 9 / 49 < 9 / 29 < high
 
 def test_one_class_is_refused():
     z, y, groups = people(np.random.default_rng(0))
@@ -180,6 +197,36 @@ def test_a_modality_that_z_anat_tells_is_found_and_one_that_it_hides_is_not():
     assert (told['n'], told['n_groups']) == (39, 20)
     assert told['accuracy'] == 1.0
     assert hidden['accuracy'] < 0.75
+
+class Copies:
+    """A model that gives a volume back, and what it was shown."""
+    config = SimpleNamespace(num_codes=2)
+
+    def __init__(self):
+        self.shown = []
+
+    def analyse(self, x, m):
+        self.shown.append(x.numpy())
+        return {'x_hat': 0.9 * x}
+
+def test_validation_is_on_sessions_of_the_whole_list():
+    model, scans = Copies(), Scans()
+    record, _ = validate(model, scans, 4, 'cpu', 'float32')
+    wanted = chosen(scans.rows, 4)
+    assert record['val/n_sessions'] == 4 and wanted != [0, 1, 2, 3]
+    first_scans = [scans.volume(i, 0) for i in wanted]
+    np.testing.assert_array_equal(np.stack(model.shown[::2])[:, 0, 0], first_scans)
+
+def test_the_embedding_is_of_the_sessions_drawn(monkeypatch):
+    monkeypatch.setattr(probe, 'tsne', lambda points, seed: points)
+    latents = []
+    for i in range(60):
+        row = {'folder': 'a' if i < 30 else 'b', 'subject': f'sub-{i}'}
+        latents.append(SimpleNamespace(row=row, mean=torch.full((1, 1, 1, 1), i), brain=torch.ones(1) > 0))
+    drawn = {key_of(latents[i].row) for i in (5, 50)}
+    run = SimpleNamespace(name='m', latents=latents, drawn_keys=drawn)
+    points, _ = embed_latents([run], 10, 0)['m']
+    assert sorted(points.ravel()) == [5, 50]
 
 def test_modalities_of_one_subject_are_not_probed_and_the_reason_is_said():
     (name, result), = modality_probes(Codes(level=True), Scans(), 1, 'cpu').items()

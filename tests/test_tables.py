@@ -1,11 +1,12 @@
 """The papers' tables: their numbers agree, ours land in their cells, fine-tuned rows never in others."""
 import json
+import os
 
 import pytest
 
 from common import markdown_table
 from conftest import play, refuses
-from judge.report import DECO, TABLES, for_terminal, paper_table
+from judge.report import DECO, METRICS, TABLES, fidelity_tables, for_terminal, frechet_table, paper_table
 
 def test_rows_have_a_number_for_each_column():
     for title, columns, rows in TABLES.values():
@@ -16,16 +17,25 @@ def test_mean_gfid_of_the_paper_is_that_of_its_planes():
     for _, paper in DECO.values():
         assert sum(paper[4:7]) / 3 == pytest.approx(paper[7], abs=0.0011)
 
-def write(folder, run, dft='no', psnr=31.25, lpips='random', **judges):
-    """The table.json of a run with a row of its own and one of a reference; judges: other lists of rows."""
+def write(folder, run, dft='no', psnr=31.25, lpips='random', fid_slices='all', split='test',
+          data_dir='data/x', iteration=100, name='', call='', **judges):
+    """The table.json of a run with a row of its own and one of a reference; judges: other lists of rows.
+
+    name: that of its row. call: tells the files of several calls on one run apart.
+    """
     scores = {'psnr_whole': {'mean': psnr}, 'ssim_uniform_whole': {'mean': 95.5}, 'lpips_sum': {'mean': 0.5}}
-    row = {'name': run, 'ckpt': f'{folder}/{run}.pt', 'dft': dft, 'fidelity': {'T1w': scores},
-           'geometry': {'cos_raw': 0.25, 'effective_rank': 3.5}}
-    results = {'split': 'test', 'data_dir': 'data/x', 'settings': {'lpips': lpips},
+    row = {'name': name or run, 'ckpt': f'{folder}/{run}.pt', 'iter': iteration, 'dft': dft,
+           'fidelity': {'T1w': scores}, 'geometry': {'cos_raw': 0.25, 'effective_rank': 3.5}}
+    results = {'split': split, 'data_dir': data_dir, 'settings': {'lpips': lpips, 'fid_slices': fid_slices},
                'rows': [row, {'name': 'blur'}], **judges}
-    path = folder / run.replace('/', '_')
+    path = folder / f"{run.replace('/', '_')}{call}"
     path.mkdir(parents=True)
     (path / 'table.json').write_text(json.dumps(results))
+    return path / 'table.json'
+
+def rfid(run):
+    """A row of frechet_rows that could be computed."""
+    return {'row': f'{run} rFID', 'modality': 'T1w', 'mean': 2.0, 'axial': 1, 'coronal': 2, 'sagittal': 3}
 
 def cells(text):
     """{label: the other cells} of a markdown table."""
@@ -36,8 +46,7 @@ def cells(text):
 def measured(tmp_path):
     """Folder of runs with one of decovae_vad, whose gFID could not be computed."""
     frechet = [
-        {'row': 'decovae_vad/ckpt rFID', 'modality': 'T1w', 'mean': 2.0, 'axial': 1, 'coronal': 2,
-         'sagittal': 3},
+        rfid('decovae_vad/ckpt'),
         {'row': 'decovae_vad/ckpt gFID', 'modality': 'T1w', 'reason': 'few'}]
     write(tmp_path, 'decovae_vad/ckpt', frechet=frechet, frechet_features='RadImageNet')
     return tmp_path
@@ -78,11 +87,38 @@ def test_two_runs_of_one_name_are_refused_with_both(tmp_path):
         paper_table('neuroquant1', tmp_path)
 
 def test_random_features_never_stand_beside_the_papers_distances(tmp_path):
-    frechet = [{'row': 'maisi/ckpt rFID', 'modality': 'T1w', 'mean': 2.0, 'axial': 1, 'coronal': 2,
-                'sagittal': 3}]
-    write(tmp_path, 'maisi/ckpt', frechet=frechet, frechet_features='RANDOM features (no FID)')
+    write(tmp_path, 'maisi/ckpt', frechet=[rfid('maisi/ckpt')], frechet_features='RANDOM features (no FID)')
     row = cells(paper_table('deco4', tmp_path))['L_VAE (MAISI-VAE)']
     assert row[4:6] == ['(0.027)', '(6.426)']
+
+@pytest.mark.parametrize('lpips, cell', [('squeeze', '0.5 (0.027)'), ('alex', '(0.027)'), ('', '(0.027)')])
+def test_lpips_of_the_papers_network_alone_stands_beside_theirs(tmp_path, lpips, cell):
+    write(tmp_path, 'maisi/ckpt', lpips=lpips)
+    assert cells(paper_table('deco4', tmp_path))['L_VAE (MAISI-VAE)'][4] == cell
+
+@pytest.mark.parametrize('slices, cell', [('all', '2 (6.426)'), ('central', '(6.426)')])
+def test_distances_of_all_slices_alone_stand_beside_the_papers(tmp_path, slices, cell):
+    write(tmp_path, 'maisi/ckpt', fid_slices=slices, frechet=[rfid('maisi/ckpt')],
+          frechet_features='RadImageNet')
+    assert cells(paper_table('deco4', tmp_path))['L_VAE (MAISI-VAE)'][5] == cell
+
+@pytest.mark.parametrize('changed, cell', [
+    ({}, '2 (6.426)'), ({'data_dir': 'data/y'}, '(6.426)'), ({'split': 'val'}, '(6.426)'),
+    ({'iteration': 200}, '(6.426)')])
+def test_a_row_holds_numbers_of_one_data_set_split_and_iteration(tmp_path, changed, cell):
+    """The distance is of an earlier call; it stays only where the later one judges the same."""
+    first = write(tmp_path, 'maisi/ckpt', call='1', frechet=[rfid('maisi/ckpt')],
+                  frechet_features='RadImageNet')
+    os.utime(first, (1, 1))
+    write(tmp_path, 'maisi/ckpt', call='2', psnr=30, **changed)
+    row = cells(paper_table('deco4', tmp_path))['L_VAE (MAISI-VAE)']
+    assert row[2] == '30 (32.8)' and row[5] == cell
+
+def test_a_run_with_a_lengthened_name_lands_in_its_row(tmp_path):
+    write(tmp_path, 'maisi/ckpt', name='a/maisi/ckpt', frechet=[rfid('a/maisi/ckpt')],
+          frechet_features='RadImageNet')
+    row = cells(paper_table('deco4', tmp_path))['L_VAE (MAISI-VAE)']
+    assert row[2] == '31.25 (32.8)' and row[5] == '2 (6.426)'
 
 def test_a_fine_tuned_run_under_a_plain_name_is_refused(tmp_path):
     write(tmp_path, 'maisi/ckpt', dft='yes')
@@ -94,6 +130,41 @@ def test_the_command_prints_a_table(tmp_path):
 
 def test_an_unknown_table_is_refused_with_those_there_are():
     assert 'neuroquant1, neuroquant2' in refuses('evaluate.py', '--table=table9')
+
+# ---------------------------------------------------------------- the tables of a call
+
+def scored(name, **subjects):
+    """A row of a table of reconstructions; subjects: how many of each modality."""
+    fidelity = {}
+    for modality, n in subjects.items():
+        summary = {'mean': 30.0, 'sd': 1.0, 'ci95': [29.0, 31.0], 'n_subjects': n}
+        fidelity[modality] = {key: summary for key in METRICS}
+    return {'name': name, 'f': '', 'latent': '', 'bits': '', 'dft': '', 'fidelity': fidelity}
+
+def names_in_table(*rows):
+    """First cells of the table of reconstructions and of its intervals."""
+    lines = fidelity_tables({'rows': rows, 'modalities': ['T1w', 'T2w'], 'settings': {'lpips': ''},
+                             'split': 'test', 'data_dir': 'data/x'})
+    return [line.split(' | ')[0].strip('| ') for line in lines if line.startswith('| ')]
+
+def test_rows_of_other_numbers_of_subjects_say_theirs():
+    rows = scored('nq/best', T1w=14, T2w=12), scored('kl/best', T1w=14), scored('blur', T1w=3)
+    names = names_in_table(*rows)
+    assert names.count('nq/best, n = 14 T1w and 12 T2w') == 2
+    assert names.count('kl/best, n = 14') == names.count('blur, n = 3') == 2
+
+def test_rows_of_one_number_of_subjects_have_plain_names():
+    assert names_in_table(scored('nq/best', T1w=14, T2w=14), scored('blur', T1w=14)).count('blur') == 2
+
+def test_the_gap_of_a_generated_set_is_to_the_runs_own_reconstructions():
+    """Also where one checkpoint stands there twice, with two generated sets."""
+    rows = []
+    for kind, mean in (('rFID', 1.0), ('gFID', 2.0), ('rFID', 1.0), ('gFID', 9.0)):
+        slices = dict.fromkeys(('axial', 'coronal', 'sagittal'), (1, 1))
+        rows.append(rfid('m/best') | {'row': f'm/best {kind}', 'mean': mean, 'slices': slices,
+                                      'mean_part': 0, 'covariance_part': 0})
+    gaps = [line for line in frechet_table('R', rows, 'all') if 'gFID - rFID' in line]
+    assert gaps == ['m/best T1w: gFID - rFID 1', 'm/best T1w: gFID - rFID 8']
 
 # ---------------------------------------------------------------- in a terminal
 

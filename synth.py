@@ -393,8 +393,8 @@ def redraw(batch, modalities, share, seed, box, deform=0.0, voxel_mm=(1.0, 1.0, 
     """x of a training batch, each volume with probability `share` an image drawn anew of its label map.
 
     What is drawn depends on the sample's index and the seed alone; the modality stays. box: see
-    data.Sessions. The whole map is drawn and scaled, then cut: a patch has other percentiles. deform: share of
-    the sessions (or scans) all of whose volumes are drawn of one deformed() map.
+    data.Sessions. The whole map is drawn and scaled, then cut: a patch has other percentiles. deform: share
+    of the sessions (or scans) all of whose volumes are drawn of one deformed() map.
     """
     index = batch['sample_index'].tolist()
     owners = [k // len(modalities) for k in index] if 'pairs' in batch else index

@@ -23,7 +23,7 @@ for name, pair in PAIRS.items():
 
 # ---------------------------------------------------------------- the reference brain
 
-# a box of mm from LOW on, x to the right, y to the front, z to the top, stretched over the shape asked for
+# a box of mm from LOW on: x to the right, y to the front, z to the top, stretched over the shape asked for
 LOW = np.array([-84, -124, -78], np.float32)
 EXTENT = np.array([168, 218, 168], np.float32)
 CENTRE = np.array([0, -17, 7], np.float32)
@@ -231,7 +231,7 @@ def phantom_labels(shape, rng, sex, age=50.0):
 
 # ---------------------------------------------------------------- images
 
-# labels that share a mean; the phantoms' first, then those that only label maps of others hold
+# labels that share a mean; the phantoms' first, then those that other label maps hold
 GROUPS = {
     'white': (2, 41, 7, 46, 77, 251, 252, 253, 254, 255), 'cortex': (3, 42, 8, 47),
     'hippocampus': (17, 53, 18, 54), 'thalamus': (10, 49), 'caudate': (11, 50, 26, 58), 'putamen': (12, 51),
@@ -329,7 +329,7 @@ def phantom(index, shape, seed=0, modalities=('T1w', 'T2w', 'FLAIR')):
 def scale_like_prepared(image, mask, percentiles=(0.5, 99.5), percentiles_of='brain', clip=True):
     """nifti.scale_intensity in torch: what is drawn while training lies where prepared scans lie.
 
-    image, mask: (D, H, W). A seventh of the voxels tells a percentile well enough.
+    image, mask: (D, H, W). A seventh of the voxels tells a percentile.
     """
     values = image[mask] if percentiles_of == 'brain' else torch.where(mask, image, 0.0).flatten()
     ends = torch.tensor(percentiles, device=image.device) / 100

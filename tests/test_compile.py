@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench import blind_to_slices
 from common import compile_for, compile_whole
 from flow import flow_matching_loss
+from layers import Conv
 from losses import (
     ModalityClassifier, PatchDiscriminator, adversarial_loss, adversary_loss, alignment_loss, kl_loss,
     reconstruction_loss, sid_loss, ssim, vad_loss)
@@ -131,6 +133,16 @@ def test_no_backward_pass_scatters(name):
     for args in inputs:
         with NoScatter():
             net(*args).sum().backward()
+
+# ---------------------------------------------------------------- slices
+
+def test_the_bench_can_make_networks_take_slices_for_volumes():
+    conv, x = Conv(2, 3, 3, padding=1), torch.randn(1, 2, 8, 6, 1)
+    as_slice = conv(x)
+    with blind_to_slices():
+        torch.testing.assert_close(conv(x), F.conv3d(x, conv.weight, conv.bias, padding=1))
+    torch.testing.assert_close(conv(x), as_slice)
+    assert not torch.allclose(as_slice, F.conv3d(x, conv.weight, conv.bias, padding=1))
 
 # ---------------------------------------------------------------- no waiting
 

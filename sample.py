@@ -142,7 +142,7 @@ def open_scan(path, checkpoint):
     box = checkpoint['data']
     if is_stored(path): return Stored(path, box['shape'], checkpoint['voxel_mm'])
     scan = Scan(path, box)
-    modalities = checkpoint['config']['modalities']
+    modalities = checkpoint['config'].get('modalities', ('',))  # a GPT takes any
     scan.modality = source or named_modality(path, modalities) or modalities[0]
     return scan
 
@@ -354,7 +354,7 @@ def generate(network, checkpoint):
     shown = modalities if isinstance(autoencoder, NeuroQuant) else ('',)
     if shown == ('',) and 'modality' in checkpoint['conditions']:
         shown = (target or modalities[0],)
-    if target and shown != (target,) and mode == 'generate':
+    if target and target not in shown:
         raise SystemExit(f'--target={target}: {ckpt} was trained without the condition modality')
     first = {name: [] for name in shown}  # volumes of the first brains
     latents_part = os.path.join(output, 'latents.npy.part')

@@ -77,15 +77,19 @@ def run(script, *args):
     message = code if isinstance(code, str) else ''
     return subprocess.CompletedProcess(script, 1 if message else code or 0, printed.getvalue(), message)
 
+# of processes that tests start: matplotlib is as if it were missing
+NO_PICTURES = os.environ | {'PYTHONPATH': os.path.join(ROOT, 'tests', 'no_pictures')}
+
 def start(script, *args):
     """A script in a process of its own, running."""
     command = [sys.executable, script, *map(str, args)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=NO_PICTURES, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
 
 def start_two(script, *args, port):
     """A script in two processes that train together, running."""
     command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={port}']
-    environment = os.environ | {'OMP_NUM_THREADS': '1'}
+    environment = NO_PICTURES | {'OMP_NUM_THREADS': '1'}
     return subprocess.Popen([*command, script, *map(str, args)], cwd=ROOT, env=environment,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

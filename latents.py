@@ -91,7 +91,9 @@ def encode_sessions(autoencoder, name, data_dir, modalities, latents_dir, rank, 
     if rank == 0:
         make_out_dir(latents_dir)
         if os.path.exists(path):
-            remove_stale(latents_dir, check_latents(latents_dir, name), facts)
+            before = check_latents(latents_dir, name).get('scans', {})
+            remove_stale(latents_dir, before, facts['scans'])
+            facts['scans'] = before | facts['scans']
         write_text(path, json.dumps(facts))
     wait_for_all()
     missing = []
@@ -122,17 +124,16 @@ def check_latents(latents_dir, name):
 
 def identities(sessions):
     """{file: what tells one scan from another of that name}: its checksum, or else when it was written."""
-    known = sessions.checksums()
-    written = {}
+    checksums = sessions.checksums()
+    identity = {}
     for i, m in sessions.scans:
         name, folder = sessions.file(i, m), sessions.rows[i]['folder']
-        written[name] = known[folder].get(name) or os.stat(sessions.path(i, m)).st_mtime_ns
-    return written
+        identity[name] = checksums[folder].get(name) or os.stat(sessions.path(i, m)).st_mtime_ns
+    return identity
 
 def remove_stale(latents_dir, before, now):
-    """Delete the latents of scans that are others than when latents.json was written."""
-    earlier = before.get('scans', {})
-    stale = [name for name, scan in now['scans'].items() if earlier.get(name, scan) != scan]
+    """Delete the latents of scans that are others than before; before, now: of identities()."""
+    stale = [name for name, scan in now.items() if before.get(name, scan) != scan]
     for name in stale:
         if os.path.exists(os.path.join(latents_dir, name)):
             os.remove(os.path.join(latents_dir, name))

@@ -84,7 +84,7 @@ def make_optimizers(parameters, muon, lr, betas, eps, weight_decay):
     return optimizers
 
 def take_step(optimizers, parameters, lr, grad_clip):
-    """Clip the gradients to a norm (0: do not) and move the weights; returns the norm before."""
+    """Clip the gradients of parameters (0: do not) and move all weights; returns their norm before."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else math.inf)
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -51,7 +51,7 @@ mode = 'reconstruct'      # translate, tokens, latents (of the encoder, float16)
 ckpt = 'out/neuroquant/best.pt'
 input = ''                # .nii or .nii.gz, a folder of them or of prepared data; for tokens also .npy
 output = ''
-source = ''               # modality of the input; '': what its name ends with, else the model's first
+source = ''               # modality of the input; '': what its name says, else the model's first
 target = ''               # modality that comes out; '': of tokens their scan's, of translate another one
 mask = True               # the input's background is 0 in the output too; False: what the decoder made of it
 like = ''                 # scan whose grid a volume from tokens gets; '' for the box itself, centred at 0 mm
@@ -158,7 +158,7 @@ def reconstruct(model, checkpoint, input, output):
     scan = open_scan(input, checkpoint)
     x = placed(scan.box)
     x_hat = model.reconstruct(x, scan.modality).float().clamp(0, 1)
-    scan.write(output, x_hat, True, mask)
+    scan.write(output, x_hat, own_scale=True, mask=mask)
     whole, brain = psnr(x_hat, x).item(), psnr(x_hat, x, mask=x > 0).item()
     score, background = f'PSNR {whole:.2f} dB whole, {brain:.2f} dB brain', ''
     if mask:
@@ -169,7 +169,8 @@ def translate(model, checkpoint, input, output):
     scan = open_scan(input, checkpoint)
     others = [modality for modality in model.config.modalities if modality != scan.modality]
     wanted = target or (others or [scan.modality])[0]
-    scan.write(output, model.translate(placed(scan.box), scan.modality, wanted), False, mask)
+    translated = model.translate(placed(scan.box), scan.modality, wanted)
+    scan.write(output, translated, own_scale=False, mask=mask)
     return f'{scan.modality} as {wanted}, intensities in [0,1]: {output}'
 
 def tokens(model, checkpoint, input, output):
@@ -228,7 +229,7 @@ def from_tokens(model, checkpoint, input, output):
     volume = model.from_tokens(placed(indices), modality).float().clamp(0, 1)
     volume = volume[:, :, :shape[0], :shape[1], :shape[2]]
     if like:
-        Scan(like, checkpoint['data']).write(output, volume, False, mask)
+        Scan(like, checkpoint['data']).write(output, volume, own_scale=False, mask=mask)
     else:
         nifti.write(output, volume[0, 0].cpu().numpy(), box_grid(shape, checkpoint['voxel_mm']))
     return f'{indices.numel()} tokens{" as" * bool(modality)} {modality}: {output}'

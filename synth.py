@@ -368,7 +368,7 @@ def render(labels, modalities, generators, noise=0.02, bias=0.08, scale=scale_li
     return torch.stack(images)[:, None]
 
 def generator(*key):
-    """A CPU's torch generator, a function of a few integers."""
+    """A CPU's generator of a key, as data.torch_seed has it."""
     return torch.Generator().manual_seed(int(np.random.default_rng(key).integers(2 ** 32)))
 
 def deformed(labels, g, voxel_mm, degrees=5.0, scale=0.06, warp_mm=2.0):

@@ -8,11 +8,18 @@ import torch
 from data import as_float, open_npy
 from scans import nifti
 from scans.files import stem
+from scans.folders import Name
 
 def named_modality(path, modalities):
-    """The modality that a file's name ends with, such as sub-01_T2w.nii.gz; '' if it is none of these."""
-    ending = re.split('[-_. ]', stem(os.path.basename(path)).removesuffix('.npy'))[-1].lower()
-    return next((modality for modality in modalities if modality.lower() == ending), '')
+    """Which of these a file's name says: T2w of x_T2w.nii.gz and t2.nii.gz; '' where it says none of them.
+
+    A model may know modalities that prepare.py does not: those are known by the name's last word.
+    """
+    name = Name(stem(os.path.basename(path)).removesuffix('.npy'))
+    said = name.modality()
+    if said in modalities: return said
+    last_word = re.split('[-_. ]', name.text)[-1].lower()
+    return next((modality for modality in modalities if modality.lower() == last_word), '')
 
 class Scan:
     """A NIfTI file, its box (1,1,D,H,W) in [0,1] for the model, and what it takes to go back."""

@@ -95,6 +95,13 @@ class Name:
         if phases and 'contrast' not in words:
             self.visit = self.visit or phases[0]
 
+    def modality(self):
+        """The one of its modalities that counts; '' without any."""
+        if 'FLAIR' in self.modalities: return 'FLAIR'
+        if set(self.modalities) == {'T1w', 'PD'}:
+            return 'T1w'  # of a patient with Parkinson's disease
+        return self.modalities[-1] if self.modalities else ''
+
     def skeleton(self):
         """The id with # for its digits; '' where it has too few of them to number persons."""
         return re.sub(r'\d', '#', self.id) if len(re.findall(r'\d', self.id)) >= 2 else ''
@@ -107,11 +114,8 @@ class Found:
         *folders, file = map(Name, stem(self.relative).split('/'))
         self.file, self.folders = file, folders
         self.known = next(filter(None, (regex.search(self.relative) for regex in KNOWN)), None)
-        named = [name.modalities for name in (file, *reversed(folders)) if name.modalities]
-        modalities = named[0] if named else ['']
-        self.modality = 'FLAIR' if 'FLAIR' in modalities else modalities[-1]
-        if set(modalities) == {'T1w', 'PD'}:
-            self.modality = 'T1w'  # of a patient with Parkinson's disease
+        named = [name for name in (file, *reversed(folders)) if name.modalities]
+        self.modality = named[0].modality() if named else ''
         self.home = self.subject = ''
         self.short, self.short_is_person = self.short_folder(), False
 

@@ -100,11 +100,12 @@ def late_process(rank, folder):
         time.sleep(3)
         (folder / 'prepared').touch()
     wait_for_all()
-    assert (folder / 'prepared').exists()
+    (folder / f'rank{rank}').write_text(str((folder / 'prepared').exists()))
     dist.destroy_process_group()
 
 def test_processes_wait_for_one_that_prepares_data_longer_than_they_wait_for_a_message(tmp_path):
     mp.spawn(late_process, (tmp_path,), nprocs=2)
+    assert [(tmp_path / f'rank{rank}').read_text() for rank in (0, 1)] == ['True', 'True']
 
 def run_code(code):
     return subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)

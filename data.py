@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
+from torch.utils._pytree import tree_map_only
 
 from common import print0
 
@@ -481,30 +482,35 @@ def prefetch(make_batch, steps, device, threads=4):
 
     A batch depends on its step alone, so threads change nothing but time: on a network disk, or augmenting,
     one is too slow. 'sample_index' stays on the CPU: it seeds generators, and asking a device for it would
-    mean waiting.
+    mean waiting. A GPU copies a batch while it still computes the step before.
     """
-    pin = device.startswith('cuda')
+    on_gpu = device.startswith('cuda')
+    copies = torch.cuda.Stream(device) if on_gpu else None
 
     def prepared(step):
         batch = make_batch(step)
-        for key, value in batch.items():
-            if pin and isinstance(value, torch.Tensor):
-                batch[key] = value.pin_memory()
-        return batch
+        return tree_map_only(torch.Tensor, torch.Tensor.pin_memory, batch) if on_gpu else batch
 
     steps, waiting = iter(steps), []
     with ThreadPoolExecutor(threads) as pool:
         for step in steps:
             waiting.append(pool.submit(prepared, step))
             if len(waiting) > threads:
-                yield to_device(waiting.pop(0).result(), device)
+                yield to_device(waiting.pop(0).result(), device, copies)
         while waiting:
-            yield to_device(waiting.pop(0).result(), device)
+            yield to_device(waiting.pop(0).result(), device, copies)
 
-def to_device(batch, device):
-    """The tensors of a batch but sample_index on a device; copies from pinned memory do not wait."""
-    moved = {}
-    for key, value in batch.items():
-        travels = isinstance(value, torch.Tensor) and key != 'sample_index'
-        moved[key] = value.to(device, non_blocking=True) if travels else value
-    return moved
+def to_device(batch, device, copies=None):
+    """The tensors of a batch but sample_index on a device; copies from pinned memory do not wait.
+
+    copies: a CUDA stream for them, whose end the current one waits for; None for the current one.
+    """
+    travels = {key: value for key, value in batch.items() if key != 'sample_index'}
+    with torch.cuda.stream(copies):
+        moved = tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), travels)
+    if copies:
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(copies)
+        # until the current stream has read it, its memory is not given away
+        tree_map_only(torch.Tensor, lambda x: x.record_stream(current), moved)
+    return batch | moved

@@ -45,16 +45,16 @@ NOT_RESULTS = ('vae', 'data_dir', 'latents_dir', 'out_dir', 'init_from', 'resume
                'log_interval', 'eval_interval', 'eval_scans', 'sample_interval', 'wandb_project',
                'tensorboard', 'max_iters', 'device', 'compile')
 
-def run_state(model, average, optimizer, config, world, latents):
+def run_state(model, average, optimizers, config, world, latents):
     """What a resumed run on latents and sample.py need, but for its iteration and best validation."""
     return {
         'model': model.state_dict(), 'ema': average.state_dict() if average else None,
-        'optimizer': optimizer.state_dict(), 'model_args': model_args(model), 'config': config,
+        'optimizers': [o.state_dict() for o in optimizers], 'model_args': model_args(model), 'config': config,
         'world': world, 'data': latents.box, 'voxel_mm': latents.voxel_mm,
         'fingerprint': fingerprint(config['data_dir']), 'encoder_hash': latents.encoder_hash,
         'latent_shape': latents.shape, 'conditions': latents.conditions, 'git_commit': git_commit()}
 
-def go_on(path, made_by, config, world, model, optimizer, average):
+def go_on(path, made_by, config, world, model, optimizers, average):
     """Load the checkpoint of a run on latents into its parts; returns its iteration and best validation.
 
     made_by: encoder_hash of the latents. average: the averaged model, or None. SystemExit with one line if
@@ -67,7 +67,8 @@ def go_on(path, made_by, config, world, model, optimizer, average):
     refuse_changes(checkpoint, config, world, NOT_RESULTS)
     refuse_other_data(checkpoint['fingerprint'], config['data_dir'], path)
     model.load_state_dict(checkpoint['model'])
-    optimizer.load_state_dict(checkpoint['optimizer'])
+    for optimizer, state in zip(optimizers, checkpoint['optimizers']):
+        optimizer.load_state_dict(state)
     if average:
         average.load_state_dict(checkpoint['ema'])
     print0(f"resumed {path} at iteration {checkpoint['iter_num']}")

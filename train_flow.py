@@ -16,6 +16,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map_only
 
 from common import (StepLog, autocast, catch_signals, compile_whole, configure, end_by_signal,
                     explain_failures, make_out_dir, print0, refuse_below_one, refuse_overwriting,
@@ -26,7 +27,7 @@ from judge.cost import say_memory, unet_flops
 from judge.figures import curves, views
 from latents import Latents, encode_all, go_on, run_state
 from model import FlowUNet, FlowUNetConfig
-from optim import MeanGradients, take_step, update_average
+from optim import MeanGradients, make_optimizers, take_step, update_average
 
 # ---------------------------------------------------------------- settings; the defaults are DeCo-VAE's
 # in and out
@@ -60,6 +61,7 @@ shift = 1.0              # of the times, in training and sampling alike; MAISI: 
 # schedule and optimiser
 iters = 100_000
 max_iters = 0            # above 0 it stops the run, and changes nothing else
+muon = False             # as in train_vae.py; the paper has Adam
 lr = 1e-4
 lr_power = 2.0           # lr (1 - step/iters)^lr_power; 0 for constant
 warmup_iters = 0
@@ -96,13 +98,6 @@ def get_lr(it):
 def make_batch(it):
     return train_set.batch(it, batch_size, p_drop)
 
-def to_device(value):
-    """A tensor, or those of a dict or list, on the device."""
-    if isinstance(value, torch.Tensor): return value.to(device)
-    if isinstance(value, dict): return {key: to_device(part) for key, part in value.items()}
-    if isinstance(value, list): return [to_device(part) for part in value]
-    return value
-
 def draw_noise(sample_index):
     """Noise for the posterior, noise for the path, and times of a batch.
 
@@ -131,7 +126,7 @@ def validate():
     centres = [(k + 0.5) / 10 for k in range(10)]
     sums = torch.zeros(10, 2, dtype=torch.float64)  # of losses, and of scans
     for i in range(rank, n, world):
-        x1, cond, x0 = map(to_device, val_set.whole(i))
+        x1, cond, x0 = tree_map_only(torch.Tensor, lambda x: x.to(device), val_set.whole(i))
         for k, centre in enumerate(centres):
             t = torch.full((1,), centre, device=device)
             with autocast(device, dtype):
@@ -161,7 +156,7 @@ def draw_samples():
 def save(name):
     """Write everything that a resumed run and sample.py need."""
     if rank: return
-    state = run_state(raw_model, ema, optimizer, config, world, train_set)
+    state = run_state(raw_model, ema, optimizers, config, world, train_set)
     save_checkpoint(os.path.join(out_dir, name), state | {'iter_num': it, 'best_val': best_val})
 
 def make_model():
@@ -217,11 +212,11 @@ if __name__ == '__main__':
     raw_model.to(device, memory_format=layout)
     ema = copy.deepcopy(raw_model).requires_grad_(False).eval() if ema_decay > 0 else None
     parameters = list(raw_model.parameters())
-    optimizer = torch.optim.Adam(parameters, lr=lr, betas=(beta1, beta2), fused=True)
+    optimizers = make_optimizers(parameters, muon, lr, (beta1, beta2), 1e-8, 0.0)
     it, best_val = 0, math.inf
     if init_from == 'resume':
         it, best_val = go_on(f'{out_dir}/ckpt.pt', train_set.encoder_hash, config, world, raw_model,
-                             optimizer, ema)
+                             optimizers, ema)
     say_memory(globals(), ('raw_model',), parameters, [autoencoder, ema], rehearse, savers)
     if compile:
         compile_whole(raw_model)
@@ -236,7 +231,7 @@ if __name__ == '__main__':
     batches = prefetch(make_batch, range(it, stop), device)
     while it < stop:
         batch = log.next_batch(batches)
-        z, cond = batch['mean'], to_device(batch['cond'])
+        z, cond = batch['mean'], batch['cond']
         eps, x0, t = draw_noise(batch['sample_index'])
         if 'sd' in batch:
             z = z + batch['sd'] * eps  # a fresh draw from the posterior at every step
@@ -244,7 +239,7 @@ if __name__ == '__main__':
         gradients.expect()
         loss = learn(x1, x0, t, cond)
         gradients.finish()
-        gradient = take_step([optimizer], parameters, get_lr(it), grad_clip)
+        gradient = take_step(optimizers, parameters, get_lr(it), grad_clip)
         if ema:  # a short average while weights move fast
             update_average(ema, raw_model, min(ema_decay, (1 + it) / (10 + it)))
         it += 1

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import compile_for
+from data import prefetch
 from flow import flow_matching_loss
 from layers import double_axes, group_norm
 from losses import (ModalityClassifier, PatchDiscriminator, adversary_loss, generator_term, kl_loss,
@@ -246,6 +247,19 @@ def check_steps(device):
         others = sum(strides(p) != strides(p.grad) for p in trained)
         yield f'{name}: gradients laid out otherwise than their weights', others, 0
 
+def check_batches(device):
+    """Batches are copied beside the computation, and read some time later."""
+    side = 256 if device == 'cpu' else 4096
+    def make_batch(step):
+        return {'x': torch.full((side, side), float(step))}
+    busy = torch.rand(side, side, device=device)
+    wrong = torch.zeros((), dtype=torch.int64, device=device)
+    for step, batch in enumerate(prefetch(make_batch, range(8), device)):
+        for _ in range(10):
+            busy = (busy @ busy).remainder(1)
+        wrong += (batch['x'] + 0 * busy != step).sum()
+    yield 'values of a batch that are not those that were made', wrong.item(), 0
+
 def check_graphs(device):
     """Sessions with gaps, swaps and three planes: graphs of encoder and decoder."""
     torch._dynamo.reset()
@@ -330,7 +344,7 @@ def stopped(args, device):
 # ---------------------------------------------------------------- all of them
 
 CASES = (check_numbers, check_codes, check_optimisers, check_networks, check_attention, check_steps,
-         check_graphs, check_processes, check_scripts)
+         check_batches, check_graphs, check_processes, check_scripts)
 
 def timings(call, device, repeats):
     """Seconds of each of `repeats` calls after one that warms up."""

@@ -1,8 +1,10 @@
 """Batches are a function of (seed, step); processes share the batch of one; no subject is in two splits."""
+import contextlib
 import json
 import shutil
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ import torch
 import data
 from conftest import TINY, play, refuses
 from data import (
-    Sessions, augmented, fingerprint, generators, open_npy, prefetch, random, read_index, torch_seed)
+    Sessions, augmented, fingerprint, generators, open_npy, prefetch, random, read_index, to_device,
+    torch_seed)
 from prepare import stored
 from scans.nifti import scale_intensity
 from synth import GROUPS, deformed, redraw, scale_like_prepared, smooth_fields
@@ -292,6 +295,23 @@ def test_prefetch_keeps_the_order():
         time.sleep(0.05 if step == 0 else 0)
         return {'n': step}
     assert [batch['n'] for batch in prefetch(slow_at_first, range(7), 'cpu')] == list(range(7))
+
+def test_a_gpu_copies_batches_in_a_stream_of_their_own(monkeypatch):
+    """Stand-ins for streams say in which order things happen."""
+    happened = []
+    copies, current = SimpleNamespace(), SimpleNamespace(wait_stream=lambda other: happened.append(other))
+    @contextlib.contextmanager
+    def stream(chosen):
+        assert chosen is copies
+        happened.append('copies begin')
+        yield
+        happened.append('copies are queued')
+    monkeypatch.setattr(torch.cuda, 'stream', stream)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: current)
+    monkeypatch.setattr(torch.Tensor, 'record_stream', lambda x, reader: happened.append((x.item(), reader)))
+    batch = {'x': torch.tensor(1), 'cond': {'vectors': [torch.tensor(2)]}, 'sample_index': torch.tensor(3)}
+    assert to_device(batch, 'cpu', copies) == batch
+    assert happened == ['copies begin', 'copies are queued', copies, (1, current), (2, current)]
 
 def test_prefetch_passes_errors_on():
     def fail(step):

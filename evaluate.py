@@ -25,7 +25,7 @@ from judge.metrics import (
 from judge.probe import Latent, embed_latents, linear_probe, probe_rows
 from judge.references import reference_rows
 from judge.report import DEFINITIONS, SHOWN, paper_table, report, show
-from judge.runs import Run, Scan, key_of, model_row, run_names
+from judge.runs import Run, Scan, compared_row, key_of, model_row, run_names
 from judge.segment import make_segmenter
 from judge.small_segmenter import learn_once
 from judge.sets import add_slices, diversity_rows, frechet_rows, load_extractor, sample_views
@@ -204,8 +204,9 @@ if __name__ == '__main__':
         train = Sessions(data_dir, modalities, 'train')
         n = min(count_used(joint), reference_sessions)
         rows += reference_rows(joint, train, n, sorted(rates), lpips_net, device, seed)
+    compared = [compared_row(run, all_runs[0], seed) for run in all_runs[1:]]
     results = {'data_dir': data_dir, 'split': split, 'modalities': modalities, 'settings': settings,
-               'definitions': DEFINITIONS, 'rows': rows,
+               'definitions': DEFINITIONS, 'rows': rows, 'compared': compared,
                'notes': [note for run in all_runs for note in run.notes]}
     if features:
         results['frechet_features'] = extractor_name

@@ -124,6 +124,13 @@ def interval(summary, factor=1):
     digits = digits_of(factor * summary['mean'])
     return f'{low:.{digits}f} to {high:.{digits}f}'
 
+def change(summary):
+    """A mean difference with its interval, both signed."""
+    if not summary or summary['mean'] is None or not np.isfinite(summary['mean']): return ''
+    if summary['ci95'] is None: return f"{summary['mean']:+.3f}"
+    low, high = summary['ci95']
+    return f"{summary['mean']:+.3f} ({low:+.3f} to {high:+.3f})"
+
 def number(value, digits=4):
     return '' if value is None else f'{value:.{digits}f}'
 
@@ -177,6 +184,12 @@ def fidelity_tables(results):
         intervals = [[label, *cells(row, interval)] for label, row in zip(labels, rows)]
         lines += ['', '95 % bootstrap interval of each mean, by subject', '',
                   *markdown_table(['model', *head], intervals)]
+    differences = [row for row in results.get('compared', ()) if row['fidelity']]
+    compared = [[row['name'], *cells(row, change)] for row in differences]
+    if compared:
+        lines += ['', f"Difference from {rows[0]['name']}, scan by scan: mean and 95 % bootstrap interval, by "
+                  'subject', '',
+                  *markdown_table(['model', *head], compared)]
     for note in results.get('notes', ()):
         lines += ['', note]
     return lines

@@ -126,3 +126,13 @@ def model_row(run, seed):
         'geometry': latent_geometry(run.moments.cpu(), np.mean(run.sigmas).item() if run.sigmas else None),
         'codes': code_rows(run.codes, run.modalities),
         'cross': cross_rows(run.cross, seed)}
+
+def compared_row(run, first, seed):
+    """How a run's scores differ from the first run's, scan by scan; modalities of the same scans alone."""
+    differences = {}
+    for modality in run.modalities if run.keys == first.keys else ():
+        scored = []
+        for (subject, scores), (_, others) in zip(run.scores[modality], first.scores.get(modality, ())):
+            scored.append((subject, {metric: scores[metric] - others[metric] for metric in scores}))
+        differences[modality] = summarise_scores(scored, seed)
+    return {'name': run.name, 'than': first.name, 'fidelity': differences}

@@ -144,6 +144,7 @@ def test_two_files_of_a_run_have_rows_of_their_own(data, neuroquant, tmp_path):
     shutil.copy(neuroquant, neuroquant.parent / 'ckpt_3d.pt')
     _, table = evaluate([neuroquant, neuroquant.parent / 'ckpt_3d.pt'], data, tmp_path)
     assert [row['name'] for row in table['rows']] == ['nq/ckpt', 'nq/ckpt_3d']
+    assert table['compared'][0]['fidelity']['T2w']['ssim_brain']['ci95'] == [0, 0]
 
 def test_two_runs_of_one_folder_name_can_be_told_apart(data, kl, tmp_path):
     paths = [tmp_path / 'a' / 'm' / 'best.pt', tmp_path / 'b' / 'm' / 'best.pt']
@@ -207,6 +208,15 @@ def test_latents_and_bits_of_each_kind_stand_beside_each_other(compared):
     want = {'kl': ('3x16x24x16', '294912', 'no'), 'vq2d': ('4x8x12x32', '24576', 'no')}
     assert (ours['latent'], ours['bits'], ours['dft']) == want[kind]
     assert other['f'] == '16x'
+
+def test_runs_are_compared_scan_by_scan(compared):
+    _, _, printed, table = compared
+    first, second, *_ = [row['fidelity']['T1w']['psnr_whole'] for row in table['rows']]
+    difference = table['compared'][0]['fidelity']['T1w']['psnr_whole']
+    assert difference['mean'] == pytest.approx(second['mean'] - first['mean'])
+    low, high = difference['ci95']
+    assert low <= difference['mean'] <= high and high - low > 0
+    assert f"| {difference['mean']:+.3f} ({low:+.3f} to {high:+.3f}) |" in printed
 
 def test_there_is_a_codec_for_each_rate(compared):
     names = [row['name'] for row in compared[3]['rows']]

@@ -4,7 +4,7 @@ import os
 import numpy as np
 
 from common import markdown_table, write_text
-from data import as_float, has_split, open_npy
+from data import as_float, has_split, open_npy, random
 from judge.report import show
 from latents import Latents, nearest
 
@@ -26,7 +26,8 @@ def compare_with_training(folder, config, modalities, z, volumes, shown, coded=N
         if has_split(folders[1], modalities, split):
             part = Latents(*folders, modalities, split, ())
             held_out += [(part, k) for k in range(part.n)]
-    held_out = held_out[:COMPARED]
+    order = random(0, 12).permutation(len(held_out))  # the first ones may be of one folder or split
+    held_out = [held_out[k] for k in order[:COMPARED]]
 
     def comparable(part, k):  # volumes are compared in one modality
         return shown in ('', modalities[part.scans[k][1]])

@@ -96,7 +96,8 @@ def learn(data_dir, modalities, path, device, steps=600, batch_size=2, lr=1e-2, 
     SystemExit with one line if the data have no label maps.
     """
     train = Sessions(data_dir, modalities, 'train', seed=seed)
-    labels = sorted(set().union(*[np.unique(train.labels(i)).tolist() for i in range(min(train.n, 50))]))
+    looked_at = random(seed, 13).permutation(train.n)[:50]
+    labels = sorted(set().union(*[np.unique(train.labels(i)).tolist() for i in looked_at]))
     class_of = torch.zeros(2 ** 15, dtype=torch.int64, device=device)  # others count as background
     class_of[labels] = torch.arange(len(labels), device=device)
     share = 0.5 if all(m in TISSUE for m in modalities) else 0.0
@@ -120,9 +121,10 @@ def learn(data_dir, modalities, path, device, steps=600, batch_size=2, lr=1e-2, 
                            'labels': labels, 'about': about, 'of': learned_from(data_dir, modalities)})
 
 def held_out_dice(segmenter, sessions, count=20):
-    """Mean Dice over labels and the first `count` stored images, and how many those are."""
+    """Mean Dice over labels and `count` stored images drawn from all, and how many those are."""
     scores = []
-    for i, m in sessions.scans[:count]:
+    for k in random(0, 13).permutation(len(sessions.scans))[:count]:
+        i, m = sessions.scans[k]
         truth = sessions.labels(i)
         there = [label for label in np.unique(truth) if label]
         found = segmenter(sessions.volume(i, m), sessions.voxel_mm).labels

@@ -13,9 +13,9 @@ from model import from_checkpoint
 
 SCANS = os.path.join(ROOT, '..', 'shared', 'data', 'ds002748')
 PAIRS = os.path.join(ROOT, '..', 'shared', 'data', 'realmri')
-WEIGHTS = ['real_t1w.pt', 'real_t1w_gpu.pt']
+WEIGHTS = ['real_t1w.pt', pytest.param('real_t1w_gpu.pt', marks=pytest.mark.slow)]
 
-@pytest.mark.parametrize('name', [*WEIGHTS, 'neuroquant_2mm.pt'])
+@pytest.mark.parametrize('name', ['real_t1w.pt', 'real_t1w_gpu.pt', 'neuroquant_2mm.pt'])
 def test_weights_are_small_and_name_no_place(name):
     path = os.path.join(ROOT, 'weights', name)
     assert os.path.getsize(path) < 6 * 2 ** 20

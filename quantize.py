@@ -115,7 +115,7 @@ class VectorQuantizer(nn.Module):
     revive: a code used less than this fraction of the mean use is replaced by a random encoder vector of the
     batch. A new codebook is all dead, so the first batches fill it: data-driven start and revival are one
     rule. Any number of processes has the codebook of one process on the joined batch. After hold_statistics
-    the same holds for any number of micro-steps; the first of a step revives codes.
+    the same holds for any number of micro-steps, but that the first of a step revives codes, by its own use.
 
     Buffers: codebook (K, C); cluster_size (K,), EMA of how many vectors chose each code; embed_sum (K, C),
     EMA of their sum.

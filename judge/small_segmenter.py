@@ -1,4 +1,4 @@
-"""A small segmenter that learns from label maps in a few minutes: evaluate.py --segmenter=learn.
+"""A small segmenter that learns from label maps: evaluate.py --segmenter=learn.
 
 It stands in for SynthSeg on phantoms and on images of label maps. It knows what its label maps show and
 nothing else: its Dice on held-out ones is printed beside what it measures.
@@ -19,10 +19,28 @@ from layers import Conv, ResConv, double, halve
 from optim import cosine, make_optimizers, take_step
 from synth import TISSUE, redraw
 
+PATCH = (48, 48, 48)  # that it learns from: whole volumes would take hours on a CPU
+
+def padded(shape):
+    """The size of a volume in multiples of 4."""
+    return [n + -n % 4 for n in shape]
+
+def places(shape, device):
+    """Coordinates of a volume's voxels, from -1 to 1: (3, D, H, W), D, H and W padded."""
+    axes = [torch.linspace(-1, 1, n, device=device) for n in padded(shape)]
+    return torch.stack(torch.meshgrid(*axes, indexing='ij'))
+
+def cut(volumes, starts, size):
+    """The patch of each of volumes (B, ., D, H, W) that begins at its start."""
+    patches = []
+    for volume, (d, h, w) in zip(volumes, starts):
+        patches.append(volume[:, d:d + size[0], h:h + size[1], w:w + size[2]])
+    return torch.stack(patches)
+
 class SmallUNet(nn.Module):
     """An image and its voxels' coordinates -> logits of labels: (B,1,D,H,W) -> (B,labels,D,H,W).
 
-    Three levels. Where a voxel lies tells left from right.
+    Three levels. Where a voxel lies tells left from right. where (B,3,D,H,W): coordinates of a patch.
     """
     def __init__(self, labels, widths=(16, 32, 64)):
         super().__init__()
@@ -34,12 +52,12 @@ class SmallUNet(nn.Module):
         self.up = nn.ModuleList(ResConv(width) for width in widths[:-1])
         self.head = Conv(widths[0], labels, 1)
 
-    def forward(self, x):
+    def forward(self, x, where=None):
         D, H, W = x.shape[2:]
+        if where is None:
+            where = places((D, H, W), x.device).expand(len(x), -1, -1, -1, -1)
         x = F.pad(x, [n for size in (W, H, D) for n in (0, -size % 4)])
-        axes = [torch.linspace(-1, 1, n, device=x.device) for n in x.shape[2:]]
-        places = torch.stack(torch.meshgrid(*axes, indexing='ij')).expand(len(x), -1, -1, -1, -1)
-        h = self.stem(torch.cat([x, places], 1))
+        h = self.stem(torch.cat([x, where], 1))
         skips = []
         for block, wider in zip(self.down, self.wider):
             skips.append(block(h))                    # (B, widths[i], D/2^i, H/2^i, W/2^i)
@@ -73,8 +91,8 @@ def blurred(x, rng):
             for axis in range(3):
                 shape = [1] * 5
                 shape[2 + axis] = 7
-                padding = [3 * (axis == k) for k in range(3)]
-                image = F.conv3d(image, kernel.view(shape), padding=padding)
+                padding = [3 * (axis == k) for k in (2, 2, 1, 1, 0, 0)]  # F.pad begins with the last axis
+                image = F.conv3d(F.pad(image, padding, mode='replicate'), kernel.view(shape))
         if rng.random() < 0.5:
             image = image + rng.uniform(0, 0.05) * torch.randn_like(image)
         rows.append(image)
@@ -92,10 +110,13 @@ def loss_of(logits, truth):
 def learn(data_dir, modalities, path, device, steps=600, batch_size=2, lr=1e-2, seed=0):
     """Train a SmallSegmenter on the training split of prepared data with label maps; write it to `path`.
 
-    Half of the images are drawn anew from their maps, half are the stored ones; half of all are blurred.
+    It sees patches. Half of the images are drawn anew from their maps, half are the stored ones; half of all
+    are blurred.
     SystemExit with one line if the data have no label maps.
     """
-    train = Sessions(data_dir, modalities, 'train', seed=seed)
+    train = Sessions(data_dir, modalities, 'train', seed=seed, brain_patches=0.9)
+    size = train.patch_size(PATCH)
+    everywhere = places(train.shape, device).expand(batch_size, -1, -1, -1, -1)
     looked_at = random(seed, 13).permutation(train.n)[:50]
     labels = sorted(set().union(*[np.unique(train.labels(i)).tolist() for i in looked_at]))
     class_of = torch.zeros(2 ** 15, dtype=torch.int64, device=device)  # others count as background
@@ -106,10 +127,10 @@ def learn(data_dir, modalities, path, device, steps=600, batch_size=2, lr=1e-2, 
     weights = list(network.parameters())
     optimizers = make_optimizers(weights, True, lr, (0.9, 0.99), 1e-8, 0.01)
     for step in trange(steps, desc='segmenter', leave=False):
-        batch = to_device(train.scan_batch(step, batch_size, labels=True), device)
+        batch = to_device(train.scan_batch(step, batch_size, PATCH, labels=True), device)
         x = blurred(redraw(batch, modalities, share, seed, train.box), random(seed, 12, step))
-        truth = class_of[batch['labels'][:, 0].long()]
-        loss = loss_of(network(x), truth)
+        truth = class_of[cut(batch['labels'], batch['starts'], size)[:, 0].long()]
+        loss = loss_of(network(x, cut(everywhere, batch['starts'], padded(size))), truth)
         loss.backward()
         take_step(optimizers, weights, cosine(step, lr, 1e-5, 20, steps), 0)
     segmenter = SmallSegmenter(network, labels, '', device)

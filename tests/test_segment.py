@@ -244,6 +244,14 @@ def test_a_small_segmenter_finds_what_its_maps_show_and_tells_left_from_right(ea
     assert n > 0 and score > 0.8
     assert 'Dice x 100 of' in segmenter.about
 
+def test_a_patch_knows_its_place():
+    """Of a volume whose sides are no multiples of 4, the network pads both alike."""
+    whole = small_segmenter.places((30, 50, 32), 'cpu')
+    assert whole.shape == (3, 32, 52, 32)
+    patch = small_segmenter.cut(whole[None], [(0, 2, 4)], (32, 48, 28))[0]
+    assert torch.equal(patch, whole[:, :, 2:50, 4:32])
+    torch.testing.assert_close(patch[:, 0, 0, 0], torch.tensor([-1, -1 + 4 / 51, -1 + 8 / 31]))
+
 def test_posterior_volumes_add_up_to_the_box(easy, small):
     segmentation = make_segmenter(str(small), 'cpu')(Sessions(str(easy), ('T1w',), 'test').volume(0, 0), 2.0)
     assert sum(segmentation.posterior_mm3.values()) == pytest.approx(8 * 32 * 48 * 32, rel=1e-4)

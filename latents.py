@@ -66,6 +66,8 @@ def go_on(path, made_by, config, world, model, optimizers, average):
         raise SystemExit(f'{path}: a run on the latents of another autoencoder')
     refuse_changes(checkpoint, config, world, NOT_RESULTS)
     refuse_other_data(checkpoint['fingerprint'], config['data_dir'], path)
+    if 'optimizers' not in checkpoint:
+        raise SystemExit(f'{path}: of an earlier version, not to be resumed; begin anew in another out_dir')
     model.load_state_dict(checkpoint['model'])
     for optimizer, state in zip(optimizers, checkpoint['optimizers']):
         optimizer.load_state_dict(state)

@@ -85,11 +85,15 @@ def collapse(use, num_codes, tokens):
 
 # ---------------------------------------------------------------- moving averages, once per step
 
-def hold_statistics(model):
-    """From here on the codebooks and moving averages of a model stand still until move_statistics."""
+def hold_statistics(model, micro_steps=1):
+    """From here on the codebooks and moving averages of a model stand still until move_statistics.
+
+    micro_steps: how many batches a step has.
+    """
     for module in model.modules():
         if hasattr(module, 'held'):
             module.held = []
+            module.micro_steps = micro_steps
 
 def move_or_hold(module, new):
     """Move a module's averages by the statistics of a batch, or keep these for move_statistics."""
@@ -115,7 +119,7 @@ class VectorQuantizer(nn.Module):
     revive: a code used less than this fraction of the mean use is replaced by a random encoder vector of the
     batch. A new codebook is all dead, so the first batches fill it: data-driven start and revival are one
     rule. Any number of processes has the codebook of one process on the joined batch. After hold_statistics
-    the same holds for any number of micro-steps, but that the first of a step revives codes, by its own use.
+    the same holds for any number of micro-steps; the first of a step revives codes.
 
     Buffers: codebook (K, C); cluster_size (K,), EMA of how many vectors chose each code; embed_sum (K, C),
     EMA of their sum.
@@ -131,6 +135,7 @@ class VectorQuantizer(nn.Module):
         self.eps = eps
         self.revive = revive
         self.held = None  # a list after hold_statistics
+        self.micro_steps = 1
         self.step_counts = None  # (K,) tokens of the last step, of all processes
         self.register_buffer('codebook', torch.zeros(num_codes, dim))
         self.register_buffer('cluster_size', torch.zeros(num_codes))
@@ -187,7 +192,7 @@ class VectorQuantizer(nn.Module):
         turn = dead.cumsum(0) - 1  # the n-th dead code takes the n-th vector
         dead &= turn < len(order)
         vector = flat[order[turn.clamp(0, len(order) - 1)]]
-        mean_use = len(flat) / self.num_codes
+        mean_use = self.micro_steps * len(flat) / self.num_codes
         self.codebook.copy_(torch.where(dead[:, None], vector, self.codebook))
         self.embed_sum.copy_(torch.where(dead[:, None], vector * mean_use, self.embed_sum))
         self.cluster_size.copy_(torch.where(dead, mean_use, self.cluster_size))

@@ -40,7 +40,7 @@ from synth import TISSUE, is_random, redraw
 data_dir = 'data/phantom' # or several, with commas between
 prepare = ''             # flags for prepare.py, run first when data_dir holds no data; '' for never
 out_dir = 'out/neuroquant'
-init_from = 'scratch'    # or resume (out_dir/ckpt.pt), or the PATH of a checkpoint with the weights
+init_from = 'scratch'    # or resume (out_dir/ckpt.pt), or the PATH of a checkpoint's weights
 resume_changed = False   # go on with other settings than the run began with
 overwrite = False        # begin anew in an out_dir that holds a run
 log_interval = 10        # steps between log lines
@@ -136,7 +136,7 @@ grad_clip = 1.0
 ema_decay = 0.999        # average of the weights, what is validated and used; 0 for none
 # system
 device = ''              # '' picks cuda when there is one
-dtype = 'bfloat16'       # bfloat16 autocast, or float32; on a CPU float32 is used
+dtype = 'bfloat16'       # autocast, or float32; on a CPU float32 is used
 compile = True           # torch.compile of the networks; on a CPU never
 checkpointing = False    # recompute the large stages in the backward pass: less memory, more time
 seed = 0
@@ -454,7 +454,7 @@ if __name__ == '__main__':
     del resumed
     model = raw_model
     compute_terms = neuroquant_terms if kind == 'neuroquant' else convvae_terms
-    hold_statistics(raw_model)
+    hold_statistics(raw_model, grad_accum)
     networks = ('model', 'classifier', 'lpips', 'discriminators')
     say_memory(globals(), networks, trained + judging, [ema], rehearse, savers)
     if compile:  # part by part: the quantiser between them stays eager

@@ -179,6 +179,16 @@ def test_held_micro_steps_move_the_codes_as_one_batch(kind):
     for key, value in one.state_dict().items():
         torch.testing.assert_close(two.state_dict()[key], value, rtol=0, atol=1e-5)
 
+def test_codes_revived_in_a_micro_step_start_at_the_mean_use_of_a_step():
+    """At that of the micro-step, they would count as dead again from ten micro-steps on."""
+    torch.manual_seed(0)
+    quantizer = make_quantizer(16, 4).train()
+    hold_statistics(quantizer, 20)
+    for _ in range(20):
+        quantizer(torch.randn(2, 4, 16))
+    assert move_statistics(quantizer)
+    assert quantizer.cluster_size.mean().item() == pytest.approx(20 * 32 / 16)
+
 def test_wrong_channels_are_refused_with_both_numbers():
     with pytest.raises(ValueError, match='4.*5'):
         started()(torch.randn(1, 5, 2))

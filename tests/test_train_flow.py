@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import load_checkpoint
+from common import load_checkpoint, save_checkpoint
 from conftest import TINY, make_tiny_data, play, play_two, refuses
 from judge.sets import generated_files
 from latents import Latents, encode_conditions, nearest
@@ -166,6 +166,13 @@ def test_a_resumed_flow_has_the_same_bits(run, tmp_path):
     parts = train_flow(vae, tmp_path / 'b', '--init_from=resume')
     assert_same_tensors(load_checkpoint(run / 'flow' / 'ckpt.pt'), parts)
     assert training_lines(run / 'flow') == training_lines(tmp_path / 'b')
+
+def test_a_run_of_an_earlier_version_is_refused(run, tmp_path):
+    checkpoint = load_checkpoint(run / 'flow' / 'ckpt.pt')
+    checkpoint['optimizer'] = checkpoint.pop('optimizers')[0]
+    save_checkpoint(tmp_path / 'ckpt.pt', checkpoint)
+    args = [*FLOW, f'--vae={run}/vae/ckpt.pt', f'--out_dir={tmp_path}', '--init_from=resume']
+    assert 'earlier version' in refuses('train_flow.py', *args)
 
 def test_validation_logs_the_loss_at_ten_times(run):
     bins = [key for line in log_of(run / 'flow') for key in line if key.startswith('val/loss_t')]

@@ -45,7 +45,7 @@ cases = ('memory', 'neuroquant', 'slices', 'vae', 'whole', 'unet', 'discriminato
          'loader', 'checkpoint')
 check = False            # properties instead of cases, see judge/selfcheck.py
 samplers = ''            # checkpoint of a flow, instead of cases
-pairs = ()               # sessions per batch; () picks 1,2,4 of memory and neuroquant, 1 of that on a CPU
+pairs = ()               # sessions per batch of memory and neuroquant; () picks 1,2,4, on a CPU 1 of the latter
 repeats = 5
 device = ''
 dtype = 'bfloat16'       # on a CPU always float32

@@ -58,16 +58,16 @@ def go_on(path, made_by, config, world, model, optimizers, average):
     """Load the checkpoint of a run on latents into its parts; returns its iteration and best validation.
 
     made_by: encoder_hash of the latents. average: the averaged model, or None. SystemExit with one line if
-    the run is of another network, autoencoder or data set, or, without --resume_changed, if a setting has
-    changed that is not in NOT_RESULTS.
+    the run is of another network, autoencoder, data set or an earlier version, or, without --resume_changed,
+    if a setting has changed that is not in NOT_RESULTS.
     """
     checkpoint = load_like(path, model_args(model))
     if checkpoint['encoder_hash'] != made_by:
         raise SystemExit(f'{path}: a run on the latents of another autoencoder')
-    refuse_changes(checkpoint, config, world, NOT_RESULTS)
-    refuse_other_data(checkpoint['fingerprint'], config['data_dir'], path)
     if 'optimizers' not in checkpoint:
         raise SystemExit(f'{path}: of an earlier version, not to be resumed; begin anew in another out_dir')
+    refuse_changes(checkpoint, config, world, NOT_RESULTS)
+    refuse_other_data(checkpoint['fingerprint'], config['data_dir'], path)
     model.load_state_dict(checkpoint['model'])
     for optimizer, state in zip(optimizers, checkpoint['optimizers']):
         optimizer.load_state_dict(state)

@@ -61,7 +61,7 @@ shift = 1.0              # of the times, in training and sampling alike; MAISI: 
 # schedule and optimiser
 iters = 100_000
 max_iters = 0            # above 0 it stops the run, and changes nothing else
-muon = False             # as in train_vae.py; the paper has Adam
+muon = False             # weights of 16 outputs and more move by orthogonal steps; the paper has Adam
 lr = 1e-4
 lr_power = 2.0           # lr (1 - step/iters)^lr_power; 0 for constant
 warmup_iters = 0

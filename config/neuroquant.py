@@ -1,7 +1,7 @@
 # NeuroQuant, the full model: row "NeuroQuant (ours)" of its table 1, "+ L_adv (full)" of its table 2.
 # The widths are a narrow reading of the paper, which states C4 = 256 alone. It trains 100k steps on volumes,
-# then 25k on slices. Between the two it saves out_dir/ckpt_3d.pt. --attn_levels=1,2,3 leaves out the attention
-# at half of the size: two thirds of the bytes a step, and no loss at 4 mm (docs/results.md).
+# then 25k on slices. Between the two it saves out_dir/ckpt_3d.pt. With --attn_levels=1,2,3,
+# without attention at half of the size, a step moves 0.63 of the bytes (docs/speed.md); nothing lost at 4 mm.
 out_dir = 'out/neuroquant'
 modalities = ('T1w', 'T2w')
 widths = (32, 64, 128, 256)

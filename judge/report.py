@@ -187,7 +187,8 @@ def fidelity_tables(results):
     differences = [row for row in results.get('compared', ()) if row['fidelity']]
     compared = [[row['name'], *cells(row, change)] for row in differences]
     if compared:
-        title = f"Difference from {rows[0]['name']}, scan by scan: mean and 95 % interval, by subject"
+        first = differences[0]['than']
+        title = f'Difference from {first}, scan by scan: mean and 95 % interval, by subject'
         lines += ['', title, '', *markdown_table(['model', *head], compared)]
     for note in results.get('notes', ()):
         lines += ['', note]

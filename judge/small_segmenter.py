@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tqdm import trange
 
 from common import load_checkpoint, save_checkpoint
-from data import Sessions, fingerprint, has_split, random, to_device
+from data import Sessions, box_at, fingerprint, has_split, random, to_device
 from judge.anatomy import Segmentation
 from judge.metrics import dice
 from layers import Conv, ResConv, double, halve
@@ -32,10 +32,7 @@ def places(shape, device):
 
 def cut(volumes, starts, size):
     """The patch of each of volumes (B, ., D, H, W) that begins at its start."""
-    patches = []
-    for volume, (d, h, w) in zip(volumes, starts):
-        patches.append(volume[:, d:d + size[0], h:h + size[1], w:w + size[2]])
-    return torch.stack(patches)
+    return torch.stack([volume[:, *box_at(start, size)] for volume, start in zip(volumes, starts)])
 
 class SmallUNet(nn.Module):
     """An image and its voxels' coordinates -> logits of labels: (B,1,D,H,W) -> (B,labels,D,H,W).

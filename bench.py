@@ -45,7 +45,7 @@ cases = ('memory', 'neuroquant', 'slices', 'vae', 'whole', 'unet', 'discriminato
          'loader', 'checkpoint')
 check = False            # properties instead of cases, see judge/selfcheck.py
 samplers = ''            # checkpoint of a flow, instead of cases
-pairs = ()               # sessions per batch of memory and neuroquant; () picks 1,2,4, on a CPU 1 of the latter
+pairs = ()               # sessions per batch of memory and neuroquant; () for 1,2,4, but a CPU times 1
 repeats = 5
 device = ''
 dtype = 'bfloat16'       # on a CPU always float32

@@ -28,8 +28,8 @@ def cross_validate(fit, y, groups, folds=5, seed=0):
     fit(train, test, positive): rows to learn from, rows to score, (N,) bool -> scores of test, above 0 for
     positive. y: (N,) two values, the later one in order is positive. groups: (N,), such as subjects.
     returns dict: accuracy, balanced_accuracy and auc of rows; subject_accuracy, by the mean score of a group,
-    None where groups hold both classes; n; n_groups; ci95 of accuracy, by bootstrap of groups. ValueError
-    with one class, or fewer groups of a class than folds.
+    None where groups hold both classes; n; n_groups; ci95 of accuracy and balanced_ci95, by bootstrap of
+    groups. ValueError with one class, or fewer groups of a class than folds.
     """
     y, groups = np.asarray(y), np.asarray(groups)
     classes, names = np.unique(y), np.unique(groups)
@@ -52,11 +52,15 @@ def cross_validate(fit, y, groups, folds=5, seed=0):
     for k in range(folds):
         score[fold == k] = fit(np.flatnonzero(fold != k), np.flatnonzero(fold == k), positive)
     right = (score > 0) == positive
-    hits = np.array([right[groups == g].sum() for g in names])
-    sizes = np.array([(groups == g).sum() for g in names])
     votes = [(score[groups == g].mean() > 0) == share[g] for g in names]
+    kinds = np.stack([positive, ~positive])                                      # (2, N)
+    sizes = np.stack([kinds[:, groups == g].sum(1) for g in names])              # (n_groups, 2)
+    hits = np.stack([(kinds & right)[:, groups == g].sum(1) for g in names])
     drawn = random(seed, 9).integers(len(names), size=(2000, len(names)))
-    boot = hits[drawn].sum(1) / sizes[drawn].sum(1)  # over rows, as the accuracy is
+    hits, sizes = hits[drawn].sum(1), sizes[drawn].sum(1)                        # (2000, 2), over rows
+    both = sizes.all(1)  # a draw without one of the classes has no balanced accuracy
+    boot = hits.sum(1) / sizes.sum(1)
+    balanced_boot = (hits[both] / sizes[both]).mean(1)
     return {
         'accuracy': float(right.mean()),
         'balanced_accuracy': float((right[positive].mean() + right[~positive].mean()) / 2),
@@ -64,7 +68,8 @@ def cross_validate(fit, y, groups, folds=5, seed=0):
         'subject_accuracy': float(np.mean(votes)) if pure else None,
         'n': len(y),
         'n_groups': len(names),
-        'ci95': [float(q) for q in np.quantile(boot, [0.025, 0.975])]}
+        'ci95': [float(q) for q in np.quantile(boot, [0.025, 0.975])],
+        'balanced_ci95': [float(q) for q in np.quantile(balanced_boot, [0.025, 0.975])]}
 
 # ---------------------------------------------------------------- linear
 
@@ -219,12 +224,16 @@ class Latent:
         if not with_style: return self.latent.flatten()
         return torch.cat([self.latent.flatten(), self.style])
 
+def block_means(volume):
+    """(1, D, H, W) -> vector of the means of blocks of 4^3 voxels, as many as the latents of f = 4 have."""
+    return F.avg_pool3d(volume, 4, ceil_mode=True).flatten().numpy()
+
 def probe_rows(runs, column, networks, epochs, device, dtype, seed):
     """What the latents of each run tell: list of dicts, with a reason where a probe cannot be made.
 
     Folds are made by subject, within the sessions of the runs. column: of the index; z_anat is also asked for
-    the modality. networks: what SEResNet-152 is trained on besides, 'latent', 'volume' (the scans, once per
-    modality) or both. bits: of what a probe sees, as in the table of reconstructions.
+    the modality. The scans themselves are asked once per modality. networks: what SEResNet-152 is trained on
+    besides, 'latent', 'volume' or both. bits: of what a probe sees, as in the table of reconstructions.
     """
     rows = []
     for run in runs:
@@ -238,6 +247,9 @@ def probe_rows(runs, column, networks, epochs, device, dtype, seed):
         parts = {'latent': (with_style, f'{bits + run.model.style_bits():.0f}')}
         if with_style:
             parts['z_q alone'] = False, f'{bits:.0f}'
+
+        def load(scan):
+            return torch.tensor(run.sessions.volume(*scan))[None]  # (1, D, H, W)
 
         def linear(features, y, keep, **row):
             def measure():
@@ -257,9 +269,11 @@ def probe_rows(runs, column, networks, epochs, device, dtype, seed):
                 linear(lambda k: run.latents[k].features(style).numpy(), value, keep, target=column, **seen)
                 if 'latent' in networks:
                     network(lambda k: run.latents[k].volume(style), keep, **seen)
-            if 'volume' in networks and name in run.new_modalities:
-                network(lambda k: torch.tensor(run.sessions.volume(*scans[k]))[None], keep,
-                        row='the scans', seen=f'volume, {name}', bits='')
+            if name in run.new_modalities:
+                seen = {'row': 'the scans', 'seen': f'volume, {name}', 'bits': ''}
+                linear(lambda k: block_means(load(scans[k])), value, keep, target=column, **seen)
+                if 'volume' in networks:
+                    network(lambda k: load(scans[k]), keep, **seen)
         for a, b in combinations(run.modalities, 2) if hasattr(run.model, 'translate') else ():
             keep = np.flatnonzero(np.isin(modality, (a, b)))
             linear(lambda k: run.latents[k].mean.numpy(), modality, keep, row=run.name, seen='z_anat',

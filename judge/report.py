@@ -320,16 +320,18 @@ def bits_table(rows):
 def probe_table(rows, epochs):
     """epochs: of the networks among the probes, 0 if there are none."""
     keys = {'model': 'row', 'probe': 'probe', 'of': 'seen', 'bits': 'bits', 'target': 'target'}
-    head = ['accuracy', '95 % interval', 'balanced', 'AUC', 'by subject', 'scans (subjects)']
+    head = ['accuracy', '95 % interval', 'balanced', '95 % interval', 'AUC', 'by subject', 'scans (subjects)']
 
     def cells(r):
-        return [number(r['accuracy'], 3), f"{r['ci95'][0]:.3f} to {r['ci95'][1]:.3f}",
-                *numbers(r, ('balanced_accuracy', 'auc', 'subject_accuracy'), 3),
-                f"{r['n']} ({r['n_groups']})"]
+        low, high = r['ci95']
+        low_balanced, high_balanced = r['balanced_ci95']
+        return [number(r['accuracy'], 3), f'{low:.3f} to {high:.3f}',
+                number(r['balanced_accuracy'], 3), f'{low_balanced:.3f} to {high_balanced:.3f}',
+                *numbers(r, ('auc', 'subject_accuracy'), 3), f"{r['n']} ({r['n_groups']})"]
 
     networks = f'. SEResNet-152: trained anew for each fold, {epochs} epochs' if epochs else ''
-    return ['', 'Probes, 5 folds by subject within the split. Linear: standardised features, ridge-logistic '
-            f'regression{networks}', '', *table_of(rows, keys, head, cells)]
+    return ['', 'Probes, 5 folds by subject within the split. Linear: standardised features (of a volume the '
+            f'means of 4^3 voxels), ridge-logistic regression{networks}', '', *table_of(rows, keys, head, cells)]
 
 # ---------------------------------------------------------------- the papers' tables
 

@@ -400,11 +400,12 @@ def test_volumes_are_tabled_and_drawn(judged):
     pytest.importorskip('matplotlib', reason='the picture needs it')
     assert (out / 'volumes.png').exists()
 
-def test_probes_ask_each_modality_and_z_anat(judged):
+def test_probes_ask_each_modality_z_anat_and_the_scans(judged):
     _, printed, table = judged
     asked = {(row['seen'], row['bits'], row['target']) for row in table['probes']}
     assert asked == {('latent, T1w', '112', 'sex'), ('z_q alone, T1w', '48', 'sex'),
                      ('latent, T2w', '112', 'sex'), ('z_q alone, T2w', '48', 'sex'),
+                     ('volume, T1w', '', 'sex'), ('volume, T2w', '', 'sex'),
                      ('z_anat', '', 'modality: T1w or T2w')}
     assert '| linear | z_anat |  | modality: T1w or T2w |' in printed
 

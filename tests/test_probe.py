@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from judge import probe
 from judge.probe import SEResNet, auc, cross_validate, embed_latents, linear_probe, network_probe
@@ -75,6 +76,19 @@ def test_the_interval_is_of_the_same_share_of_scans_as_the_accuracy():
     assert result['accuracy'] == pytest.approx(9 / 29)
     low, high = result['ci95']
     assert low < 9 / 49 < 9 / 29 < high
+
+def test_the_balanced_interval_weighs_both_classes_alike():
+    """30 people of one class are all told right, of 10 of the other one half: that half is what varies."""
+    subject = np.arange(40)
+    y = (subject >= 30).astype(int)
+
+    def fit(train, test, positive):
+        return np.where(positive[test] & (subject[test] % 2 == 0), 1.0, -1.0)
+
+    result = cross_validate(fit, y, subject)
+    assert (result['accuracy'], result['balanced_accuracy']) == (35 / 40, 0.75)
+    shares = stats.binom(10, 0.5).ppf([0.025, 0.975]) / 10
+    assert result['balanced_ci95'] == pytest.approx((1 + shares) / 2, abs=0.06)
 
 def test_one_class_is_refused():
     z, y, groups = people(np.random.default_rng(0))

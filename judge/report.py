@@ -322,16 +322,18 @@ def probe_table(rows, epochs):
     keys = {'model': 'row', 'probe': 'probe', 'of': 'seen', 'bits': 'bits', 'target': 'target'}
     head = ['accuracy', '95 % interval', 'balanced', '95 % interval', 'AUC', 'by subject', 'scans (subjects)']
 
+    def share(value, ci95):
+        low, high = ci95
+        return [number(value, 3), f'{low:.3f} to {high:.3f}']
+
     def cells(r):
-        low, high = r['ci95']
-        low_balanced, high_balanced = r['balanced_ci95']
-        return [number(r['accuracy'], 3), f'{low:.3f} to {high:.3f}',
-                number(r['balanced_accuracy'], 3), f'{low_balanced:.3f} to {high_balanced:.3f}',
+        return [*share(r['accuracy'], r['ci95']), *share(r['balanced_accuracy'], r['balanced_ci95']),
                 *numbers(r, ('auc', 'subject_accuracy'), 3), f"{r['n']} ({r['n_groups']})"]
 
     networks = f'. SEResNet-152: trained anew for each fold, {epochs} epochs' if epochs else ''
-    return ['', 'Probes, 5 folds by subject within the split. Linear: standardised features (of a volume the '
-            f'means of 4^3 voxels), ridge-logistic regression{networks}', '', *table_of(rows, keys, head, cells)]
+    title = ('Probes, 5 folds by subject within the split. Linear: standardised features (of a volume the '
+             f'means of 4^3 voxels), ridge-logistic regression{networks}')
+    return ['', title, '', *table_of(rows, keys, head, cells)]
 
 # ---------------------------------------------------------------- the papers' tables
 

@@ -201,12 +201,14 @@ def box_at(start, size):
 def augmented(volume, start, size, rng, most=1.0):
     """A random variant of the patch of `size` at `start` of a stored (D,H,W) volume, float32 in [0, 1].
 
+    It shows the same tissue: where the volume is flipped, the patch moves to the other side.
     A left-right flip has probability 0.5, everything else 0.3. Rotation within 6 degrees about each axis and
     zoom 0.9 to 1.1 go about the volume's centre, in one linear interpolation. The bias field is exp of a
     random cosine field within +-0.3. Gamma is 0.7 to 1.5. most: values are clipped there, None not at all.
     """
     if rng.random() < 0.5:
         volume = volume[::-1]
+        start = [len(volume) - size[0] - start[0], *start[1:]]
     if rng.random() < 0.3:
         turn = Rotation.from_euler('xyz', rng.uniform(-6, 6, 3), degrees=True).as_matrix()
         turn /= rng.uniform(0.9, 1.1)

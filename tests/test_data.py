@@ -171,10 +171,18 @@ def test_some_augmented_volumes_are_flips_and_most_are_changed(tiny_data):
     assert sum(np.array_equal(x, volume) for x in images) < 20
 
 def test_an_augmented_patch_is_that_part_of_the_augmented_whole(tiny_data):
+    """The part is on the other side where the whole is flipped, so that a patch of brain stays one."""
     volume = np.asarray(sessions_of(tiny_data).volume(0, 0))
+    size = (16, 32, 16)
+    sides = {5: 0, len(volume) - 16 - 5: 0}  # where a patch that was cut at 5 lies in the whole
     for seed in range(60):
-        patch = variant(volume, seed, (5, 9, 3), (16, 32, 16))
-        np.testing.assert_allclose(patch, variant(volume, seed)[5:21, 9:41, 3:19], atol=1e-6)
+        patch, whole = variant(volume, seed, (5, 9, 3), size), variant(volume, seed)
+        here = [side for side in sides if np.allclose(patch, whole[side:side + 16, 9:41, 3:19], atol=1e-6)]
+        assert len(here) == 1
+        flipped = np.random.default_rng(seed).random() < 0.5  # its first number
+        assert flipped == (here[0] != 5)
+        sides[here[0]] += 1
+    assert min(sides.values()) > 10
 
 # ---------------------------------------------------------------- images drawn anew
 

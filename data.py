@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import lru_cache
 from itertools import groupby
 from threading import Lock
@@ -201,10 +202,10 @@ def box_at(start, size):
 def augmented(volume, start, size, rng, most=1.0):
     """A random variant of the patch of `size` at `start` of a stored (D,H,W) volume, float32 in [0, 1].
 
-    It shows the same tissue: where the volume is flipped, the patch moves to the other side.
-    A left-right flip has probability 0.5, everything else 0.3. Rotation within 6 degrees about each axis and
-    zoom 0.9 to 1.1 go about the volume's centre, in one linear interpolation. The bias field is exp of a
-    random cosine field within +-0.3. Gamma is 0.7 to 1.5. most: values are clipped there, None not at all.
+    A left-right flip, of volume and place, has probability 0.5, everything else 0.3. Rotation within 6
+    degrees about each axis and zoom 0.9 to 1.1 go about the volume's centre, in one linear interpolation.
+    The bias field is exp of a random cosine field within +-0.3. Gamma is 0.7 to 1.5. most: values are clipped
+    there, None not at all.
     """
     if rng.random() < 0.5:
         volume = volume[::-1]
@@ -508,7 +509,7 @@ def to_device(batch, device, copies=None):
     copies: a CUDA stream for them, whose end the current one waits for; None for the current one.
     """
     travels = {key: value for key, value in batch.items() if key != 'sample_index'}
-    with torch.cuda.stream(copies):
+    with torch.cuda.stream(copies) if copies else nullcontext():
         moved = tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), travels)
     if copies:
         current = torch.cuda.current_stream(device)

@@ -143,6 +143,7 @@ def judge_session(run, scans, is_pictured):
             out['x_hat'] = out['x_hat'].to(device)
             outputs.append(out)
             scores = fidelity(out['x_hat'], scan.x, lpips_net)
+            run.scanned[scan.modality].append(key_of(scan.row))
             run.scores[scan.modality].append((scan.row['subject'], scores))
             add_latent(run, scan.modality, out)
         if getattr(run.model.config, 'film', False):

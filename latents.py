@@ -12,6 +12,7 @@ from common import (git_commit, load_checkpoint, load_like, make_out_dir, print0
                     wait_for_all, write_text)
 from data import Sessions, box_of, draw, fingerprint, open_npy, random, read_index, refuse_other_data
 from model import Autoencoder, encoder_hash, from_checkpoint, model_args
+from optim import resume
 from scans import people
 
 SEXES = ('F', 'M')  # the values of the column that count; anything else is "not known"
@@ -45,34 +46,33 @@ NOT_RESULTS = ('vae', 'data_dir', 'latents_dir', 'out_dir', 'init_from', 'resume
                'log_interval', 'eval_interval', 'eval_scans', 'sample_interval', 'wandb_project',
                'tensorboard', 'max_iters', 'device', 'compile')
 
-def run_state(model, average, optimizers, config, world, latents):
-    """What a resumed run on latents and sample.py need, but for its iteration and best validation."""
-    return {
-        'model': model.state_dict(), 'ema': average.state_dict() if average else None,
-        'optimizers': [o.state_dict() for o in optimizers], 'model_args': model_args(model), 'config': config,
-        'world': world, 'data': latents.box, 'voxel_mm': latents.voxel_mm,
-        'fingerprint': fingerprint(config['data_dir']), 'encoder_hash': latents.encoder_hash,
-        'latent_shape': latents.shape, 'conditions': latents.conditions, 'git_commit': git_commit()}
+def run_state(parts, config, world, latents):
+    """What a resumed run on latents and sample.py need, but for its iteration and best validation.
 
-def go_on(path, made_by, config, world, model, optimizers, average):
+    parts: {key: module, optimiser or None}, the network as 'model'.
+    """
+    return {
+        **{key: part.state_dict() if part else None for key, part in parts.items()},
+        'model_args': model_args(parts['model']), 'config': config, 'world': world, 'data': latents.box,
+        'voxel_mm': latents.voxel_mm, 'fingerprint': fingerprint(config['data_dir']),
+        'encoder_hash': latents.encoder_hash, 'latent_shape': latents.shape,
+        'conditions': latents.conditions, 'git_commit': git_commit()}
+
+def go_on(path, made_by, config, world, parts):
     """Load the checkpoint of a run on latents into its parts; returns its iteration and best validation.
 
-    made_by: encoder_hash of the latents. average: the averaged model, or None. SystemExit with one line if
-    the run is of another network, autoencoder, data set or an earlier version, or, without --resume_changed,
-    if a setting has changed that is not in NOT_RESULTS.
+    made_by: encoder_hash of the latents. parts: as in run_state. SystemExit with one line if the run is of
+    another network, autoencoder, data set or an earlier version, or, without --resume_changed, if a setting
+    has changed that is not in NOT_RESULTS.
     """
-    checkpoint = load_like(path, model_args(model))
+    checkpoint = load_like(path, model_args(parts['model']))
     if checkpoint['encoder_hash'] != made_by:
         raise SystemExit(f'{path}: a run on the latents of another autoencoder')
-    if 'optimizers' not in checkpoint:
+    if not parts.keys() <= checkpoint.keys():
         raise SystemExit(f'{path}: of an earlier version, not to be resumed; begin anew in another out_dir')
     refuse_changes(checkpoint, config, world, NOT_RESULTS)
     refuse_other_data(checkpoint['fingerprint'], config['data_dir'], path)
-    model.load_state_dict(checkpoint['model'])
-    for optimizer, state in zip(optimizers, checkpoint['optimizers']):
-        optimizer.load_state_dict(state)
-    if average:
-        average.load_state_dict(checkpoint['ema'])
+    resume(parts, checkpoint, path)
     print0(f"resumed {path} at iteration {checkpoint['iter_num']}")
     return checkpoint['iter_num'], checkpoint['best_val']
 

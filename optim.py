@@ -80,8 +80,32 @@ def make_optimizers(parameters, muon, lr, betas, eps, weight_decay):
     taken = set(matrices)
     optimizers = [adamw([p for p in parameters if p not in taken], lr, betas, eps, weight_decay)]
     if muon:
+        if not matrices:
+            raise SystemExit('--muon=True: no weight has 16 outputs or more; make the network wider')
         optimizers.append(Muon(matrices, lr, weight_decay))
     return optimizers
+
+def resume(parts, checkpoint, path):
+    """Load the parts of a run, {key: module, optimiser or None}, from the checkpoint at `path`.
+
+    SystemExit with one line if the run had other parts.
+    """
+    for key, part in parts.items():
+        if bool(part) != bool(checkpoint.get(key)):
+            had = 'without' if part else 'with'
+            raise SystemExit(f'{path}: a run {had} {key}, which cannot change on the way; begin another')
+    for key, part in parts.items():
+        if isinstance(part, torch.optim.Optimizer):
+            resume_optimizer(part, checkpoint[key])
+        elif part:
+            part.load_state_dict(checkpoint[key])
+
+def resume_optimizer(optimizer, state):
+    """Load what an optimiser knows of its weights; its settings stay those it was made with."""
+    settings = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings):
+        group.update(own)
 
 def take_step(optimizers, parameters, lr, grad_clip):
     """Clip the gradients of parameters (0: do not) and move all weights; returns their norm before."""

@@ -156,7 +156,7 @@ def draw_samples():
 def save(name):
     """Write everything that a resumed run and sample.py need."""
     if rank: return
-    state = run_state(raw_model, ema, optimizers, config, world, train_set)
+    state = run_state(parts, config, world, train_set)
     save_checkpoint(os.path.join(out_dir, name), state | {'iter_num': it, 'best_val': best_val})
 
 def make_model():
@@ -213,11 +213,12 @@ if __name__ == '__main__':
     ema = copy.deepcopy(raw_model).requires_grad_(False).eval() if ema_decay > 0 else None
     parameters = list(raw_model.parameters())
     optimizers = make_optimizers(parameters, muon, lr, (beta1, beta2), 1e-8, 0.0)
+    parts = {'model': raw_model, 'ema': ema, 'optimizer': optimizers[0],
+             'muon': optimizers[1] if muon else None}
     it, best_val = 0, math.inf
     if init_from == 'resume':
-        it, best_val = go_on(f'{out_dir}/ckpt.pt', train_set.encoder_hash, config, world, raw_model,
-                             optimizers, ema)
-    say_memory(globals(), ('raw_model',), parameters, [autoencoder, ema], rehearse, savers)
+        it, best_val = go_on(f'{out_dir}/ckpt.pt', train_set.encoder_hash, config, world, parts)
+    say_memory(globals(), ('raw_model',), optimizers, [autoencoder, ema], rehearse, savers)
     if compile:
         compile_whole(raw_model)
     flops = unet_flops(raw_model, train_set.shape)

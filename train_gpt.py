@@ -94,7 +94,7 @@ def rehearse():
 def save(name):
     """Write everything that a resumed run and sample.py need."""
     if rank: return
-    state = run_state(raw_model, ema, [optimizer], config, world, train_set)
+    state = run_state(parts, config, world, train_set)
     save_checkpoint(os.path.join(out_dir, name), state | {'iter_num': it, 'best_val': best_val})
 
 # ---------------------------------------------------------------- the run
@@ -142,12 +142,12 @@ if __name__ == '__main__':
     ema = copy.deepcopy(raw_model).requires_grad_(False).eval() if ema_decay > 0 else None
     parameters = list(raw_model.parameters())
     optimizer = adamw(parameters, lr, (beta1, beta2), 1e-8, weight_decay)
+    parts = {'model': raw_model, 'ema': ema, 'optimizer': optimizer}
     it, best_val = 0, math.inf
     if init_from == 'resume':
-        it, best_val = go_on(f'{out_dir}/ckpt.pt', train_set.encoder_hash, config, world, raw_model,
-                             [optimizer], ema)
+        it, best_val = go_on(f'{out_dir}/ckpt.pt', train_set.encoder_hash, config, world, parts)
     flops = 3 * gpt_flops(raw_model)
-    say_memory(globals(), ('raw_model',), parameters, [autoencoder, ema], rehearse, savers)
+    say_memory(globals(), ('raw_model',), [optimizer], [autoencoder, ema], rehearse, savers)
     print0(f'{flops * batch_size * world / 1e9:.1f} GFLOP per step, on {device} x {world}')
     if compile:
         compile_whole(raw_model)

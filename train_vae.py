@@ -30,7 +30,7 @@ from losses import (ModalityClassifier, PatchDiscriminator, adversary_loss, alig
                     discriminator_term, generator_term, kl_loss, perceptual_loss, reconstruction_loss,
                     refuse_small, sid_loss, ssim, var_loss)
 from model import from_settings, model_args
-from optim import MeanGradients, adamw, cosine, make_optimizers, take_step, update_average
+from optim import MeanGradients, adamw, cosine, make_optimizers, resume, take_step, update_average
 from pretrained import LPIPS
 from quantize import hold_statistics, move_statistics, perplexity
 from synth import TISSUE, is_random, redraw
@@ -447,16 +447,14 @@ if __name__ == '__main__':
     it, best_val = 0, -math.inf
     if resumed:
         it, best_val = resumed['iter_num'], resumed['best_val']
-        for key, part in parts.items():
-            if part:
-                part.load_state_dict(resumed[key])
+        resume(parts, resumed, f'{out_dir}/ckpt.pt')
         print0(f'resumed {out_dir}/ckpt.pt at iteration {it}')
     del resumed
     model = raw_model
     compute_terms = neuroquant_terms if kind == 'neuroquant' else convvae_terms
     hold_statistics(raw_model, grad_accum)
     networks = ('model', 'classifier', 'lpips', 'discriminators')
-    say_memory(globals(), networks, trained + judging, [ema], rehearse, savers)
+    say_memory(globals(), networks, [*optimizers, discriminator_optimizer], [ema], rehearse, savers)
     if compile:  # part by part: the quantiser between them stays eager
         volumes = batch_size * (len(modalities) if kind == 'neuroquant' else 1)
         swaps = volumes * (len(modalities) - 1)

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import print0
+from optim import Muon
 
 # ---------------------------------------------------------------- FLOP
 
@@ -186,14 +187,17 @@ def gib(n):
     if n is None: return 'not known'
     return f'{n / 2 ** 30:.1f} GiB' if n >= 2 ** 29 else f'{n / 2 ** 20:.0f} MiB'
 
-def say_memory(scope, names, learned, beside, step, keys):
+def say_memory(scope, names, optimizers, beside, step, keys):
     """Print, on the first process alone, memory_line of a run, and of its model's parameters.
 
-    scope, names, step: as step_bytes; the model comes first. learned: parameters of which an optimiser holds
-    two averages. beside: other modules, or None, that are there all the time.
+    scope, names, step: as step_bytes; the model comes first. optimizers: AdamW holds two averages of each of
+    its weights, Muon one. beside: other modules that are there all the time. Either may have None among it.
     """
     if scope['rank']: return
-    held = [*learned, *learned, *(p for module in beside if module for p in module.parameters())]
+    held = [p for module in beside if module for p in module.parameters()]
+    for optimizer in filter(None, optimizers):
+        for group in optimizer.param_groups:
+            held += group['params'] if isinstance(optimizer, Muon) else 2 * group['params']
     device = scope['device']
     needed = step_bytes(scope, names, held, step)
     n_parameters = sum(p.numel() for p in scope[names[0]].parameters())

@@ -53,13 +53,13 @@ def summarise(values, subjects, draws=2000, seed=0):
 
     subjects: those of the sessions. ci95: the 95 % interval of the mean, by bootstrap of subjects. One
     subject has neither sd nor interval. identical: sessions without any error, whose PSNR is infinite; with
-    one of them there is no mean either.
+    one of them, or a difference from one, there is no mean either.
     """
     values, subjects = np.asarray(values), np.asarray(subjects)
     means = np.array([values[subjects == subject].mean() for subject in np.unique(subjects)])
     summary = {'mean': None, 'sd': None, 'n_subjects': len(means), 'n_sessions': len(values), 'ci95': None,
                'identical': int(np.isposinf(values).sum())}
-    if summary['identical']: return summary
+    if np.isinf(means).any(): return summary
     summary['mean'] = float(means.mean())
     if len(means) > 1:
         boot = means[random(seed, 0).integers(len(means), size=(draws, len(means)))].mean(1)

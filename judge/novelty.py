@@ -26,7 +26,7 @@ def compare_with_training(folder, config, modalities, z, volumes, shown, coded=N
         if has_split(folders[1], modalities, split):
             part = Latents(*folders, modalities, split, ())
             held_out += [(part, k) for k in range(part.n)]
-    order = random(0, 12).permutation(len(held_out))  # the first ones may be of one folder or split
+    order = random(0, 12).permutation(len(held_out))  # the first ones are of one split
     held_out = [held_out[k] for k in order[:COMPARED]]
 
     def comparable(part, k):  # volumes are compared in one modality
@@ -48,10 +48,10 @@ def compare_with_training(folder, config, modalities, z, volumes, shown, coded=N
             row += [f'{distance:.4f}', f"{scan['subject']} {modalities[m]}"]
     closest = 0.0
     if held_out:
-        row = [f'{len(held_out)} held-out scans, least / median']
+        row = ['held-out scans, least / median']
         for neighbours in (latent[compared:], image[compared:]):
-            distances = [distance for _, distance in neighbours]
-            row += [f'{min(distances):.4f} / {np.median(distances):.4f}' if distances else '', '']
+            d = [distance for _, distance in neighbours]
+            row += [f'{min(d):.4f} / {np.median(d):.4f}, {len(d)} scans' if d else '', '']
         rows.append(row)
         closest = min(distance for _, distance in latent[compared:])
     of_modality = f' ({shown})' if shown else ''

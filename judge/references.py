@@ -130,8 +130,8 @@ def reference_rows(test, train, n, rates, lpips, device, seed):
                 decoded = dct_codec(volume, bits)
                 at_rate = {
                     f'PCA of the training set at {bits:.0f} bits': components.code(volume, bits),
-                    f'DCT codec at {bits:.0f} bits': np.where(volume > 0, decoded, 0),
-                    f'DCT codec at {bits:.0f} bits, without a free mask': decoded}
+                    f'DCT codec at {bits:.0f} bits': decoded,
+                    f'DCT codec at {bits:.0f} bits, given the brain mask': np.where(volume > 0, decoded, 0)}
                 predictions |= at_rate
                 bits_of |= dict.fromkeys(at_rate, f'{bits:.0f}')
             predictions['blur, sigma 1 voxel (codes nothing)'] = ndimage.gaussian_filter(volume, 1.0)

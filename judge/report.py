@@ -23,7 +23,7 @@ LPIPS: over all slices, [0,1]
 as is; brain: 0 outside it in both.
 whole: every voxel of the box. brain: voxels where the input is above 0 (SSIM: windows centred there).
 Mean +- standard deviation over subjects, the sessions of a subject averaged first.
-DCT codec: has the brain mask for nothing, or not. PCA: coefficients on the components of up to 100 training \
+DCT codec: one row gets the brain mask for nothing. PCA: coefficients on the components of up to 100 training \
 scans.
 DFT: decoder fine-tuned on a frozen encoder. cos_raw: mean absolute cosine of channel pairs, means included; \
 pearson_abs: the same of
@@ -126,7 +126,7 @@ def interval(summary, factor=1):
 
 def change(summary):
     """A mean difference with its interval, both signed."""
-    if not summary or summary['mean'] is None or not np.isfinite(summary['mean']): return ''
+    if not summary or summary['mean'] is None: return ''
     if summary['ci95'] is None: return f"{summary['mean']:+.3f}"
     low, high = summary['ci95']
     return f"{summary['mean']:+.3f} ({low:+.3f} to {high:+.3f})"
@@ -320,7 +320,8 @@ def bits_table(rows):
 def probe_table(rows, epochs):
     """epochs: of the networks among the probes, 0 if there are none."""
     keys = {'model': 'row', 'probe': 'probe', 'of': 'seen', 'bits': 'bits', 'target': 'target'}
-    head = ['accuracy', '95 % interval', 'balanced', '95 % interval', 'AUC', 'by subject', 'scans (subjects)']
+    head = ['accuracy', 'accuracy, 95 %', 'balanced', 'balanced, 95 %', 'AUC', 'by subject',
+            'scans (subjects)']
 
     def share(value, ci95):
         low, high = ci95

@@ -91,7 +91,8 @@ class Run:
         self.keys = {key_of(rows[i]) for i in self.used}
         self.drawn_keys = {key_of(rows[i]) for i in chosen(rows, min(self.n, 20))}  # those in tsne.png
         self.subjects = sorted({subject for _, subject, _ in self.keys})
-        self.scores = defaultdict(list)    # modality -> [(subject, scores)]
+        self.scanned = defaultdict(list)   # modality -> key_of the session of each of its scans
+        self.scores = defaultdict(list)    # modality -> [(subject, scores)] of these scans
         self.cross = defaultdict(list)     # (source, target, style) -> the same
         self.moments = 0.0                 # of the latents
         self.sigmas = []                   # mean posterior sd of each scan
@@ -127,12 +128,20 @@ def model_row(run, seed):
         'codes': code_rows(run.codes, run.modalities),
         'cross': cross_rows(run.cross, seed)}
 
+def less(a, b):
+    """a - b, 0 where both are infinite."""
+    return a - b if a != b else 0.0
+
 def compared_row(run, first, seed):
-    """How a run's scores differ from the first run's, scan by scan; modalities of the same scans alone."""
+    """How a run's scores differ from the first run's, scan by scan of those that both have seen."""
     differences = {}
-    for modality in run.modalities if run.keys == first.keys else ():
+    for modality in run.modalities:
+        firsts = dict(zip(first.scanned[modality], first.scores[modality]))
         scored = []
-        for (subject, scores), (_, others) in zip(run.scores[modality], first.scores.get(modality, ())):
-            scored.append((subject, {metric: scores[metric] - others[metric] for metric in scores}))
-        differences[modality] = summarise_scores(scored, seed)
+        for key, (subject, scores) in zip(run.scanned[modality], run.scores[modality]):
+            if key in firsts:
+                _, others = firsts[key]
+                scored.append((subject, {metric: less(scores[metric], others[metric]) for metric in scores}))
+        if scored:
+            differences[modality] = summarise_scores(scored, seed)
     return {'name': run.name, 'than': first.name, 'fidelity': differences}

@@ -37,7 +37,8 @@ def cut(volumes, starts, size):
 class SmallUNet(nn.Module):
     """An image and its voxels' coordinates -> logits of labels: (B,1,D,H,W) -> (B,labels,D,H,W).
 
-    Three levels. Where a voxel lies tells left from right. where (B,3,D,H,W): coordinates of a patch.
+    Three levels. Where a voxel lies tells left from right. where (B,3,.,.,.): coordinates of a
+    patch, its size padded.
     """
     def __init__(self, labels, widths=(16, 32, 64)):
         super().__init__()
@@ -107,9 +108,8 @@ def loss_of(logits, truth):
 def learn(data_dir, modalities, path, device, steps=600, batch_size=2, lr=1e-2, seed=0):
     """Train a SmallSegmenter on the training split of prepared data with label maps; write it to `path`.
 
-    It sees patches. Half of the images are drawn anew from their maps, half are the stored ones; half of all
-    are blurred.
-    SystemExit with one line if the data have no label maps.
+    It sees patches. Half of the images are drawn anew from their maps, if all modalities can be, and half of
+    all are blurred. SystemExit with one line if the data have no label maps.
     """
     train = Sessions(data_dir, modalities, 'train', seed=seed, brain_patches=0.9)
     size = train.patch_size(PATCH)
@@ -159,8 +159,8 @@ def load_small(path, device):
     return SmallSegmenter(network, checkpoint['labels'], checkpoint['about'], device)
 
 def learned_from(data_dir, modalities):
-    """What a segmenter is known by: the data set and the modalities it has seen."""
-    return {'modalities': tuple(modalities), 'fingerprint': fingerprint(data_dir)}
+    """What a segmenter is known by: the data set and the modalities it has seen, and how much at once."""
+    return {'modalities': tuple(modalities), 'fingerprint': fingerprint(data_dir), 'patch': PATCH}
 
 def learn_once(data_dir, modalities, path, device):
     """Path of the segmenter of these data and modalities, learned now unless it is there."""

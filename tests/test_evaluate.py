@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import sys
+from collections import defaultdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import torch
 from common import load_checkpoint
 from conftest import TINY, play, refuses
 from judge import figures
-from judge.runs import chosen
+from judge.runs import chosen, compared_row
 from losses import psnr
 from model import from_checkpoint
 
@@ -103,7 +105,7 @@ def test_references_stand_under_the_models(twice):
     names = [row['name'] for row in twice[2]['rows']]
     assert names[:4] == ['nq/ckpt', 'nq/ckpt', 'population mean of the training set', 'nearest training scan']
     assert names[4:7] == ['PCA of the training set at 112 bits', 'DCT codec at 112 bits',
-                          'DCT codec at 112 bits, without a free mask']
+                          'DCT codec at 112 bits, given the brain mask']
     assert 'blur' in names[7]
     assert len(names) == 8
 
@@ -217,6 +219,19 @@ def test_runs_are_compared_scan_by_scan(compared):
     low, high = difference['ci95']
     assert low <= difference['mean'] <= high and high - low > 0
     assert f"| {difference['mean']:+.3f} ({low:+.3f} to {high:+.3f}) |" in printed
+
+def test_runs_are_compared_on_the_scans_that_both_have_seen():
+    def run_of(**psnr):
+        keys = [('data', subject, '1') for subject in psnr]
+        scored = [(subject, {'psnr_whole': value, 'psnr_brain': np.inf}) for subject, value in psnr.items()]
+        return SimpleNamespace(name='run', modalities=['T1w'], scanned=defaultdict(list, T1w=keys),
+                               scores=defaultdict(list, T1w=scored))
+
+    row = compared_row(run_of(a=23, b=24, d=25), run_of(b=20, c=21, d=22), 0)['fidelity']['T1w']
+    assert row['psnr_whole']['mean'] == 3.5 and row['psnr_whole']['n_subjects'] == 2
+    assert row['psnr_brain']['mean'] == 0
+    assert compared_row(run_of(a=1), run_of(b=2), 0)['fidelity'] == {}
+    assert compared_row(run_of(a=np.inf), run_of(a=2), 0)['fidelity']['T1w']['psnr_whole']['mean'] is None
 
 def test_there_is_a_codec_for_each_rate(compared):
     names = [row['name'] for row in compared[3]['rows']]

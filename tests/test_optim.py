@@ -8,7 +8,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn as nn
 
-from optim import MeanGradients, Muon, make_optimizers, orthogonal, take_step, update_average
+from optim import (
+    MeanGradients, Muon, make_optimizers, orthogonal, resume, take_step, update_average)
 
 # ---------------------------------------------------------------- orthogonal steps
 
@@ -86,6 +87,42 @@ def test_every_weight_has_one_optimiser(muon):
     held = [p for group in groups for p in group['params']]
     assert len(held) == 6 and set(held) == set(net.parameters())
     assert len(optimizers) == 1 + muon
+
+def test_orthogonal_steps_without_a_weight_for_them_are_refused():
+    with pytest.raises(SystemExit, match='no weight has 16 outputs'):
+        make_optimizers(list(nn.Linear(3, 8).parameters()), True, 0.1, (0.9, 0.99), 1e-8, 0.0)
+
+def moved(net, muon, lr=0.1, beta1=0.9, weight_decay=0.0):
+    """Optimisers of a network after a step."""
+    optimizers = make_optimizers(list(net.parameters()), muon, lr, (beta1, 0.99), 1e-8, weight_decay)
+    net(torch.ones(1, 3)).sum().backward()
+    take_step(optimizers, list(net.parameters()), lr, 0)
+    return optimizers
+
+def as_parts(net, optimizers):
+    optimizer, muon = [*optimizers, None][:2]
+    return {'model': net, 'optimizer': optimizer, 'muon': muon}
+
+def states(parts):
+    return {key: part.state_dict() if part else None for key, part in parts.items()}
+
+def test_a_resumed_optimiser_knows_the_weights_and_keeps_its_own_settings():
+    net, new = nn.Linear(3, 16), nn.Linear(3, 16)
+    old = as_parts(net, moved(net, True))
+    parts = as_parts(new, moved(new, True, beta1=0.5, weight_decay=0.3))
+    resume(parts, states(old), 'ckpt.pt')
+    assert torch.equal(new.weight, net.weight)
+    assert parts['optimizer'].param_groups[0]['betas'] == (0.5, 0.99)
+    assert parts['muon'].param_groups[0]['weight_decay'] == 0.3
+    average = parts['muon'].state[new.weight]['average']
+    assert torch.equal(average, old['muon'].state[net.weight]['average'])
+
+@pytest.mark.parametrize('before', [False, True])
+def test_a_run_does_not_change_its_optimisers_on_the_way(before):
+    net = nn.Linear(3, 16)
+    old = states(as_parts(net, moved(net, before)))
+    with pytest.raises(SystemExit, match=f'ckpt.pt: a run {"with" if before else "without"} muon'):
+        resume(as_parts(net, moved(net, not before)), old, 'ckpt.pt')
 
 # ---------------------------------------------------------------- gradients of several processes
 

@@ -2,7 +2,7 @@
 
     python train_vae.py config/demo.py                              # phantoms, minutes on a laptop
     python train_vae.py config/neuroquant.py --data_dir=data/mine   # the paper's run on one GPU
-    torchrun --nproc_per_node=8 train_vae.py config/neuroquant.py --data_dir=data/mine
+    torchrun --nproc_per_node=8 train_vae.py config/neuroquant.py --batch_size=1 --batch_size_2d=16
     python train_vae.py config/neuroquant.py --data_dir=data/mine --init_from=resume  # go on
 
 Writes out_dir/ckpt.pt (resume), best.pt (best validation PSNR), log.jsonl, log.csv and config.py; with

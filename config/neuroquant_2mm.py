@@ -1,6 +1,6 @@
 # A small NeuroQuant of T1w and T2w at 2 mm: 150 tokens a brain. One CPU thread trains it in an hour.
 # Data: prepare.py --source=labelmaps --root=labelmaps --n=140 --spacing_mm=2 --shape=80,96,80
-#   --modalities=T1w,T2w --dtype=uint8 --split=0.8,0.1,0.1
+#   --modalities=T1w,T2w --dtype=uint8 --split=0.8,0.2,0
 data_dir = 'data/labelmaps_2mm'
 out_dir = 'out/neuroquant_2mm'
 synthesise = 0.5         # half of the contrasts are drawn anew at every step

@@ -23,8 +23,7 @@ LPIPS: over all slices, [0,1]
 as is; brain: 0 outside it in both.
 whole: every voxel of the box. brain: voxels where the input is above 0 (SSIM: windows centred there).
 Mean +- standard deviation over subjects, the sessions of a subject averaged first.
-DCT codec: one row gets the brain mask for nothing. PCA: coefficients on the components of up to 100 training \
-scans.
+DCT codec: one row is given the brain mask. PCA: coefficients on the components of up to 100 training scans.
 DFT: decoder fine-tuned on a frozen encoder. cos_raw: mean absolute cosine of channel pairs, means included; \
 pearson_abs: the same of
 centred channels. Effective rank: exp of the entropy of the explained variance, \

@@ -413,6 +413,9 @@ class ConvVAE(Autoencoder):
         self.decoder = conv_decoder(c, channels)
         self.mu_head = CONV[c.dims](c_head, c.latent_dim, 1)
         self.post = CONV[c.dims](c.latent_dim, c.latent_dim, 1)
+        if self.folds:  # small square matrices drawn at random may all but lose a channel
+            nn.init.orthogonal_(self.mu_head.weight)
+            nn.init.orthogonal_(self.post.weight)
         if self.kl:
             self.logvar_head = CONV[c.dims](c_head, c.latent_dim, 1)
             nn.init.constant_(self.logvar_head.bias, -5.0)  # near 0, as in MAISI, noise drowns a new code

@@ -357,6 +357,14 @@ def test_without_norm_a_patch_is_coded_as_that_part_of_the_volume():
         of_patch = model.latent(x[:, :, :56])[:, :, 4:8]
         assert torch.allclose(inside, of_patch, atol=1e-6) == equal
 
+@pytest.mark.parametrize('seed', range(4))
+def test_a_folded_network_begins_with_all_of_its_channels(seed):
+    """Its two square heads turn the latent and weaken no direction of it."""
+    torch.manual_seed(seed)
+    model = ConvVAE(ConvVAEConfig(layout='fold', norm='none', widths=(8, 16)))
+    heads = model.post.weight.flatten(1) @ model.mu_head.weight.flatten(1)
+    torch.testing.assert_close(heads @ heads.T, torch.eye(4))
+
 def test_encode_refuses_sizes_that_do_not_divide():
     with pytest.raises(ValueError, match='multiple of 4'):
         small().encode(torch.rand(1, 1, 16, 18, 16))

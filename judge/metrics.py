@@ -125,6 +125,14 @@ def variance_shares(m):
 def rank_of(shares):
     return torch.exp(-torch.xlogy(shares, shares).sum()).item()
 
+def channels_in_use(m, noise):
+    """How many axes of a latent with moments m vary more than its noise does; 0 to C.
+
+    noise: (C,) mean posterior variance of each channel. Of a lost channel only the noise is left.
+    """
+    scale = noise.rsqrt()
+    return (torch.linalg.eigvalsh(scale[:, None] * covariance(m) * scale) > 1).sum().item()
+
 def channel_cosine(z, centred=True):
     """z (N,C) or (B,C,d,h,w) -> (C,C) absolute cosine of channels over positions, DeCo table 1 and fig. 2.
 

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from common import autocast, print0
-from judge.metrics import attempt
+from judge.metrics import attempt, channels_in_use, moments
 from judge.probe import linear_probe
 from judge.runs import chosen
 from losses import psnr
@@ -16,7 +16,8 @@ def validate(model, sessions, count, device, dtype):
     """A model in evaluation mode on `count` sessions (-1: all), see runs.chosen; the processes share them.
 
     returns {'val/psnr_db/<modality>', 'val/psnr_db' their mean, 'val/psnr_brain_db' inside the brain alone,
-    'val/n_sessions', and what quantize.code_use says of the codes}; PSNR is of whole volumes
+    'val/n_sessions', and what quantize.code_use says of the codes, or 'val/channels_in_use' of a latent with
+    noise, see metrics}; PSNR is of whole volumes
     and for a picture the first scan of this process as (modality, volume, reconstruction), each (D,H,W)
     """
     rank, world = 0, 1
@@ -27,6 +28,9 @@ def validate(model, sessions, count, device, dtype):
     books = c.num_codebooks if hasattr(model, 'quantizer') else 0
     sums = torch.zeros(len(sessions.modalities), 3, dtype=torch.float64)  # PSNR, the brain's, volumes
     counts = torch.zeros(2, books, c.num_codes, dtype=torch.int64)
+    channels = 0 if books else c.latent_dim
+    latent = torch.zeros(channels + 1, channels + 1, dtype=torch.float64)  # moments
+    noise = torch.zeros(channels, dtype=torch.float64)
     shown = None
     for i in used[rank::world]:
         for m in sessions.present(i):
@@ -40,9 +44,12 @@ def validate(model, sessions, count, device, dtype):
             shown = shown or (sessions.modalities[m], *(v[0, 0].float().cpu().numpy() for v in (x, x_hat)))
             if books:
                 counts += count_codes(view['tokens'], x, c.num_codes, books)
+            else:
+                latent += moments(view['mean']).cpu()
+                noise += view['logvar'].double().exp().mean((0, 2, 3, 4)).cpu()
     if world > 1:
-        dist.all_reduce(sums)
-        dist.all_reduce(counts)
+        for part in (sums, counts, latent, noise):
+            dist.all_reduce(part)
     seen = sums[:, 2] > 0
     means = sums[seen] / sums[seen, 2:]  # (modalities seen, 3)
     names = [name for name, there in zip(sessions.modalities, seen) if there]
@@ -55,12 +62,17 @@ def validate(model, sessions, count, device, dtype):
         warning = collapse(use, c.num_codes, counts.sum().item() // books)
         if warning:
             print0(warning)
+    else:
+        record['val/channels_in_use'] = channels_in_use(latent, noise / sums[:, 2].sum())
     return record, shown
 
 def brief(record):
-    """What validate() found, in a line: PSNR, and codes in use for brain."""
+    """What validate() found, in a line: PSNR, and codes in use for brain, or channels."""
     shown = [key for key in record if 'psnr' in key or 'brain' in key]
-    return ' | '.join(f'{key} {record[key]:.2f}' for key in shown)
+    line = ' | '.join(f'{key} {record[key]:.2f}' for key in shown)
+    if 'val/channels_in_use' in record:
+        line += f" | val/channels_in_use {record['val/channels_in_use']}"
+    return line
 
 @torch.no_grad()
 def modality_probes(model, sessions, count, device):

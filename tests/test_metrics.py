@@ -9,8 +9,8 @@ import torch
 from scipy import linalg, ndimage
 
 from judge.metrics import (
-    channel_cosine, code_use, dice, effective_rank, explained_variance, fidelity, frechet_distance,
-    frechet_parts, latent_geometry, moments, region_volumes_mm3, summarise, tsne)
+    channel_cosine, channels_in_use, code_use, dice, effective_rank, explained_variance, fidelity,
+    frechet_distance, frechet_parts, latent_geometry, moments, region_volumes_mm3, summarise, tsne)
 from judge.references import PrincipalComponents, dct_codec, sessions_with
 from judge.report import diversity_table
 from judge.runs import chosen, other_data, run_names
@@ -213,6 +213,19 @@ def test_geometry_gathered_volume_by_volume_is_that_of_all_at_once(latents):
     assert geometry['effective_rank'] == pytest.approx(effective_rank(z))
     assert geometry['explained_variance'] == pytest.approx(explained_variance(z).tolist())
     assert geometry['pearson_abs'] == pytest.approx((channel_cosine(z).sum().item() - 4) / 12)
+
+def test_a_lost_channel_is_one_that_noise_alone_fills():
+    z = torch.randn(5000, 4) * torch.tensor([3.0, 1.0, 0.02, 0.3])
+    noise = torch.full((4,), 0.01, dtype=torch.float64)
+    assert channels_in_use(moments(z), noise) == 3  # 0.02^2 < 0.01
+    assert channels_in_use(moments(z), noise / 100) == 4
+
+def test_channels_that_repeat_others_are_not_in_use():
+    """However the latent is turned."""
+    turn = torch.linalg.qr(torch.randn(4, 4))[0]
+    z = torch.randn(5000, 3) @ turn[:3]
+    noise = torch.full((4,), 1e-4, dtype=torch.float64)
+    assert (z.std(0) > 0.05).all() and channels_in_use(moments(z), noise) == 3
 
 def test_effective_rank_of_known_spectra():
     q = torch.linalg.qr(torch.cat([torch.ones(100, 1), torch.randn(100, 4)], 1))[0][:, 1:].double()

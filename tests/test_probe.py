@@ -214,14 +214,14 @@ def test_a_modality_that_z_anat_tells_is_found_and_one_that_it_hides_is_not():
 
 class Copies:
     """A model that gives a volume back, and what it was shown."""
-    config = SimpleNamespace(num_codes=2)
+    config = SimpleNamespace(num_codes=2, latent_dim=1)
 
     def __init__(self):
         self.shown = []
 
     def analyse(self, x, m):
         self.shown.append(x.numpy())
-        return {'x_hat': 0.9 * x}
+        return {'x_hat': 0.9 * x, 'mean': x, 'logvar': torch.zeros_like(x)}
 
 def test_validation_is_on_sessions_of_the_whole_list():
     model, scans = Copies(), Scans()

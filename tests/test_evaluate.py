@@ -110,7 +110,7 @@ def test_references_stand_under_the_models(twice):
     assert len(names) == 8
 
 def test_the_codecs_free_mask_changes_nothing_inside_the_brain(twice):
-    masked, plain = [row['fidelity']['T1w'] for row in twice[2]['rows'][5:7]]
+    plain, masked = [row['fidelity']['T1w'] for row in twice[2]['rows'][5:7]]
     assert masked['psnr_brain'] == plain['psnr_brain']
     assert masked['psnr_whole']['mean'] > plain['psnr_whole']['mean']
 

@@ -50,8 +50,11 @@ def compare_with_training(folder, config, modalities, z, volumes, shown, coded=N
     if held_out:
         row = ['held-out scans, least / median']
         for neighbours in (latent[compared:], image[compared:]):
-            d = [distance for _, distance in neighbours]
-            row += [f'{min(d):.4f} / {np.median(d):.4f}, {len(d)} scans' if d else '', '']
+            distances = [distance for _, distance in neighbours]
+            cell = ''
+            if distances:
+                cell = f'{min(distances):.4f} / {np.median(distances):.4f}, {len(distances)} scans'
+            row += [cell, '']
         rows.append(row)
         closest = min(distance for _, distance in latent[compared:])
     of_modality = f' ({shown})' if shown else ''

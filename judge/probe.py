@@ -57,10 +57,10 @@ def cross_validate(fit, y, groups, folds=5, seed=0):
     sizes = np.stack([kinds[:, groups == g].sum(1) for g in names])              # (n_groups, 2)
     hits = np.stack([(kinds & right)[:, groups == g].sum(1) for g in names])
     drawn = random(seed, 9).integers(len(names), size=(2000, len(names)))
-    hits, sizes = hits[drawn].sum(1), sizes[drawn].sum(1)                        # (2000, 2), over rows
-    both = sizes.all(1)  # a draw without one of the classes has no balanced accuracy
-    boot = hits.sum(1) / sizes.sum(1)
-    balanced_boot = (hits[both] / sizes[both]).mean(1)
+    drawn_hits, drawn_sizes = hits[drawn].sum(1), sizes[drawn].sum(1)            # (2000, 2), over rows
+    boot = drawn_hits.sum(1) / drawn_sizes.sum(1)
+    both = drawn_sizes.all(1)  # a draw without one of the classes has no balanced accuracy
+    balanced_boot = (drawn_hits[both] / drawn_sizes[both]).mean(1)
     return {
         'accuracy': float(right.mean()),
         'balanced_accuracy': float((right[positive].mean() + right[~positive].mean()) / 2),

@@ -128,7 +128,7 @@ def model_row(run, seed):
         'codes': code_rows(run.codes, run.modalities),
         'cross': cross_rows(run.cross, seed)}
 
-def less(a, b):
+def difference(a, b):
     """a - b, 0 where both are infinite."""
     return a - b if a != b else 0.0
 
@@ -141,7 +141,8 @@ def compared_row(run, first, seed):
         for key, (subject, scores) in zip(run.scanned[modality], run.scores[modality]):
             if key in firsts:
                 _, others = firsts[key]
-                scored.append((subject, {metric: less(scores[metric], others[metric]) for metric in scores}))
+                change = {metric: difference(value, others[metric]) for metric, value in scores.items()}
+                scored.append((subject, change))
         if scored:
             differences[modality] = summarise_scores(scored, seed)
     return {'name': run.name, 'than': first.name, 'fidelity': differences}

@@ -21,7 +21,7 @@ def with_codebook(model, x):
         model(torch.cat(model.cut(model.prepare(x))))
     return model.eval()
 
-def close(a, b, tolerance=1e-5):
+def assert_near(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 # ---------------------------------------------------------------- MAISI
@@ -64,9 +64,9 @@ def test_maisi_weights_give_what_monai_gives(wrap):
     theirs, x = random_maisi(), torch.rand(1, 1, 16, 24, 20)
     ours = load_maisi_vae(wrap(theirs.state_dict()))
     mu, sigma = theirs.encode(x)
-    close(ours.encode(x)[0], mu, 1e-4)
-    close(torch.exp(0.5 * ours.encode(x)[1]), sigma, 1e-4)
-    close(ours.decode(mu), theirs.decode(mu), 1e-4)
+    assert_near(ours.encode(x)[0], mu, 1e-4)
+    assert_near(torch.exp(0.5 * ours.encode(x)[1]), sigma, 1e-4)
+    assert_near(ours.decode(mu), theirs.decode(mu), 1e-4)
 
 @torch.no_grad()
 def test_a_sample_of_maisi_weights_is_the_one_that_monai_draws():
@@ -75,14 +75,14 @@ def test_a_sample_of_maisi_weights_is_the_one_that_monai_draws():
     torch.manual_seed(7)
     x_hat, _, _ = theirs(x)
     torch.manual_seed(7)
-    close(ours(x)['x_hat'], x_hat, 1e-4)
+    assert_near(ours(x)['x_hat'], x_hat, 1e-4)
 
 @torch.no_grad()
 def test_maisi_weights_of_full_size_load_and_agree():
     theirs, x = monai_maisi(), torch.rand(1, 1, 16, 16, 16)
     ours = load_maisi_vae(theirs.state_dict())
     assert ours.config == ConvVAEConfig()
-    close(ours.decode(ours.encode(x)[0]), theirs.decode(theirs.encode(x)[0]), 1e-4)
+    assert_near(ours.decode(ours.encode(x)[0]), theirs.decode(theirs.encode(x)[0]), 1e-4)
 
 NAME = 'decoder.blocks.1.norm1.weight'
 
@@ -230,22 +230,22 @@ def test_stable_diffusion_weights_give_what_their_layout_says():
     model, reference = load_sd_vae(state), SDFunctional(state)
     mu, logvar = reference.encode(x)
     ours = model.encode(x)
-    close(ours[0], mu, 1e-4)
-    close(ours[1], logvar.clamp(-30, 20), 1e-4)
-    close(model.decode(mu), reference.decode(mu), 1e-4)
+    assert_near(ours[0], mu, 1e-4)
+    assert_near(ours[1], logvar.clamp(-30, 20), 1e-4)
+    assert_near(model.decode(mu), reference.decode(mu), 1e-4)
 
 @torch.no_grad()
 def test_stable_diffusion_weights_under_their_old_names_are_the_same():
     x = torch.rand(2, 3, 16, 24) * 2 - 1
     old, new = load_sd_vae(SDState(old=True).state), load_sd_vae(SDState().state)
-    close(old.encode(x)[0], new.encode(x)[0], 1e-4)
+    assert_near(old.encode(x)[0], new.encode(x)[0], 1e-4)
 
 @torch.no_grad()
 def test_stable_diffusion_reconstructs_a_volume_slice_by_slice_in_its_own_range():
     model, volume = load_sd_vae(SDState().state), torch.rand(1, 1, 8, 12, 5)
     image = (2 * volume[..., 2] - 1).expand(-1, 3, -1, -1)
     expected = (model.decode(model.encode(image)[0]).mean(1, keepdim=True) + 1) / 2
-    close(model.reconstruct(volume)[..., 2], expected, 1e-4)
+    assert_near(model.reconstruct(volume)[..., 2], expected, 1e-4)
 
 def test_stable_diffusion_weights_with_a_part_missing_are_refused():
     state = SDState().state
@@ -280,7 +280,7 @@ def test_tokens_decode_to_the_reconstruction(config):
     tokens = model.tokens(x)
     assert tokens.shape[-3:] == model.latent(x).shape[2:]
     assert (tokens.ndim == 5) == (model.config.num_codebooks > 1)
-    close(model.from_tokens(tokens)[:, :, :13, :18, :15], model.reconstruct(x))
+    assert_near(model.from_tokens(tokens)[:, :, :13, :18, :15], model.reconstruct(x))
 
 @pytest.mark.parametrize('config', [config for config in CONFIGS if 'dims' not in config])
 @torch.no_grad()
@@ -288,7 +288,7 @@ def test_zeros_at_the_far_ends_are_what_a_volume_that_divides_would_hold(config)
     x = torch.rand(2, 1, 13, 18, 15)
     model = with_codebook(small(**config), x)
     whole = F.pad(x, (0, 1, 0, 2, 0, 3))
-    close(model.reconstruct(whole)[:, :, :13, :18, :15], model.reconstruct(x))
+    assert_near(model.reconstruct(whole)[:, :, :13, :18, :15], model.reconstruct(x))
 
 @pytest.mark.parametrize('config', CONFIGS)
 @torch.no_grad()
@@ -305,7 +305,7 @@ def test_bits_are_16_a_number_or_3_for_a_code_of_8(config):
 def test_a_2d_model_on_a_volume_equals_slice_by_slice(axis):
     model, x = small(dims=2, slice_axis=axis), torch.rand(1, 1, 20, 20, 20)
     slices = [model.decode(model.encode(image)[0]) for image in x.unbind(2 + axis)]
-    close(model.reconstruct(x), torch.stack(slices, 2 + axis))
+    assert_near(model.reconstruct(x), torch.stack(slices, 2 + axis))
 
 @pytest.mark.parametrize('axis', [0, 1, 2])
 @torch.no_grad()

@@ -19,7 +19,7 @@ def random_vae(**kwargs):
         torch.nn.init.normal_(model.quantizer.codebook)
     return model
 
-def close(parts, whole):
+def assert_near(parts, whole):
     torch.testing.assert_close(parts, whole, atol=1e-5 * whole.abs().max().item(), rtol=1e-5)
 
 @pytest.mark.parametrize('config', CONFIGS)
@@ -28,7 +28,7 @@ def close(parts, whole):
 def test_slab_by_slab_equals_the_whole_to_1e_5(config, slab):
     model, x = random_vae(**config), torch.rand(1, 1, 24, 16, 8)
     parts = slabwise(model, slab)
-    close(parts.reconstruct(x), model.reconstruct(x))
+    assert_near(parts.reconstruct(x), model.reconstruct(x))
     torch.testing.assert_close(parts.latent(x), model.latent(x), atol=1e-5, rtol=1e-4)
 
 @pytest.mark.parametrize('config', CONFIGS)
@@ -36,7 +36,7 @@ def test_slab_by_slab_equals_the_whole_to_1e_5(config, slab):
 def test_a_latent_decodes_slab_by_slab_as_whole(config):
     model = random_vae(**config)
     z = torch.randn(2, *model.latent_shape((24, 16, 8)))
-    close(slabwise(model, 2).decode_volume(z), model.decode_volume(z))
+    assert_near(slabwise(model, 2).decode_volume(z), model.decode_volume(z))
 
 @pytest.mark.parametrize('config', CONFIGS)
 @torch.no_grad()
@@ -53,7 +53,7 @@ def test_every_entry_of_analyse_equals_the_whole_to_1e_5(config):
 @torch.no_grad()
 def test_a_model_of_slices_runs_slab_by_slab_too():
     model, x = random_vae(dims=2, layout='sd'), torch.rand(1, 1, 16, 12, 5)
-    close(slabwise(model, 1).reconstruct(x), model.reconstruct(x))
+    assert_near(slabwise(model, 1).reconstruct(x), model.reconstruct(x))
 
 @torch.no_grad()
 def test_no_convolution_sees_more_than_a_slab_and_its_halo():

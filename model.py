@@ -387,10 +387,11 @@ def conv_decoder(c, c_out):
 class ConvVAE(Autoencoder):
     """Convolutional autoencoder with a KL or a VQ bottleneck.
 
-    encode, decode and forward take x (B,C,*size), whose axes are multiples of `factor`: D,H,W for dims=3, two
-    for dims=2 (forward takes three as well, one of length 1). From prepare() on, methods take volumes of any
-    size, pad them at the far ends and for dims=2 cut them into slices. Latents are (B,latent_dim,d,h,w) then,
-    for dims=2 whole along slice_axis; indices (B,d,h,w), or (B,num_codebooks,d,h,w) of several codebooks.
+    encode and decode take x (B,in_channels,*size) in the network's range, whose axes are multiples of `factor`:
+    D,H,W for dims=3, two for dims=2. forward takes such x (B,1,*size) in [0, 1], for dims=2 also three axes, one
+    of length 1. From prepare() on, methods take volumes of any size, pad them at the far ends and for dims=2 cut
+    them into slices. Latents are (B,latent_dim,d,h,w) then, for dims=2 whole along slice_axis; indices
+    (B,d,h,w), or (B,num_codebooks,d,h,w) of several codebooks.
     """
     def __init__(self, config):
         super().__init__()
@@ -438,6 +439,17 @@ class ConvVAE(Autoencoder):
         x_hat = self.decoder(self.post(z))
         return depth_to_space(x_hat) if self.folds else x_hat
 
+    def to_network(self, x):
+        """Images (B,1,*size) in [0, 1] -> (B,in_channels,*size) in the network's range."""
+        if self.config.signed:
+            x = 2 * x - 1
+        return x.expand(-1, self.config.in_channels, *x.shape[2:])
+
+    def from_network(self, x_hat):
+        """The way back, by the mean over the channels."""
+        x_hat = x_hat.mean(1, keepdim=True)
+        return (x_hat + 1) / 2 if self.config.signed else x_hat
+
     def forward(self, x, generators=None):
         """returns dict: x_hat; 'kl': mu, logvar, z = mu + exp(logvar/2) eps; 'vq': z, z_q, indices, commit
 
@@ -445,8 +457,8 @@ class ConvVAE(Autoencoder):
         """
         axis = missing_axis(x) if self.config.dims == 2 and x.ndim == 5 else None
         if axis is not None:
-            x = x.squeeze(2 + axis)  # (B, C, h, w)
-        mu, logvar = self.encode(x)  # (B, latent_dim, *grid) each
+            x = x.squeeze(2 + axis)                   # (B, 1, h, w)
+        mu, logvar = self.encode(self.to_network(x))  # (B, latent_dim, *grid) each
         if self.kl:
             if generators is None:
                 eps = torch.randn_like(mu)
@@ -454,21 +466,17 @@ class ConvVAE(Autoencoder):
                 eps = [torch.randn(mu.shape[1:], generator=g, device=g.device) for g in generators]
                 eps = torch.stack(eps).to(mu)
             z = mu + eps * torch.exp(0.5 * logvar)
-            out = dict(z=z, mu=mu, logvar=logvar, x_hat=self.decode(z))
+            out = dict(z=z, mu=mu, logvar=logvar)
         else:
             z_q, indices, commit = self.quantizer(mu)
-            out = dict(z=mu, z_q=z_q, indices=indices, commit=commit, x_hat=self.decode(z_q))
-        if axis is not None:
-            out['x_hat'] = out['x_hat'].unsqueeze(2 + axis)
-        return out
+            out = dict(z=mu, z_q=z_q, indices=indices, commit=commit)
+        x_hat = self.from_network(self.decode(z if self.kl else z_q))
+        return out | dict(x_hat=x_hat if axis is None else x_hat.unsqueeze(2 + axis))
 
     def prepare(self, volume):
         """Volume -> (B,in_channels,D,H,W), padded with zeros and in the network's range."""
         d, h, w = [-n % factor for n, factor in zip(volume.shape[2:], self.factors)]
-        x = F.pad(volume, (0, w, 0, h, 0, d))
-        if self.config.signed:
-            x = 2 * x - 1
-        return x.expand(-1, self.config.in_channels, -1, -1, -1)
+        return self.to_network(F.pad(volume, (0, w, 0, h, 0, d)))
 
     def cut(self, volume):
         """(B, ..., *grid) -> [itself], or for dims=2 its slices, few at a time to save memory."""
@@ -508,8 +516,7 @@ class ConvVAE(Autoencoder):
 
     def decode_volume(self, z):
         """Latent as latent() gives it -> x_hat (B,1,D,H,W) at the padded size."""
-        x_hat = self.stack([self.decode(part).mean(1, keepdim=True) for part in self.cut(z)], len(z))
-        return (x_hat + 1) / 2 if self.config.signed else x_hat
+        return self.stack([self.from_network(self.decode(part)) for part in self.cut(z)], len(z))
 
     def latent_shape(self, shape):
         return (self.config.latent_dim, *[-(-n // factor) for n, factor in zip(shape, self.factors)])

@@ -247,6 +247,13 @@ def test_stable_diffusion_reconstructs_a_volume_slice_by_slice_in_its_own_range(
     expected = (model.decode(model.encode(image)[0]).mean(1, keepdim=True) + 1) / 2
     assert_near(model.reconstruct(volume)[..., 2], expected, 1e-4)
 
+@torch.no_grad()
+def test_training_sees_slices_as_stable_diffusion_does():
+    model, volume = load_sd_vae(SDState().state).eval(), torch.rand(2, 1, 8, 16, 1)
+    model.logvar_head.weight.zero_()
+    model.logvar_head.bias.fill_(-30)  # no noise
+    assert_near(model(volume)['x_hat'], model.reconstruct(volume), 1e-4)
+
 def test_stable_diffusion_weights_with_a_part_missing_are_refused():
     state = SDState().state
     del state['decoder.conv_in.weight']

@@ -22,24 +22,37 @@ SEXES = ('F', 'M')  # the values of the column that count; anything else is "not
 def encode_all(path, data_dir, latents_dir, rank, world, device):
     """Write the latents of all scans, whichever are missing, by the autoencoder of a checkpoint.
 
-    data_dir: '' for the one that it was trained on. latents_dir: '' for one beside the checkpoint.
-    returns the autoencoder, its checkpoint, and both folders. SystemExit with one line for another network,
-    or for several data sets.
+    data_dir: '' for what it was trained on. latents_dir: '' for a folder beside the checkpoint; each of
+    several data sets has its own, with commas between.
+    returns the autoencoder, its checkpoint, data_dir and latents_dir. SystemExit with one line for another
+    network.
     """
     checkpoint = load_checkpoint(path)
     model = from_checkpoint(checkpoint).to(device)
     if not isinstance(model, Autoencoder):
         raise SystemExit(f'--vae={path}: not an autoencoder')
     data_dir = data_dir or checkpoint['config']['data_dir']
-    if ',' in data_dir:
-        raise SystemExit(f'--data_dir={data_dir}: the latents of one data set; give one folder')
-    if not latents_dir:
-        name = os.path.basename(os.path.normpath(data_dir))
-        latents_dir = os.path.join(os.path.dirname(path) or '.', f'latents_{name}')
+    latents_dir = latents_dir or usual_dirs(os.path.dirname(path) or '.', data_dir)
     modalities = checkpoint['config']['modalities']
     encode_sessions(model, encoder_hash(model), data_dir, modalities, latents_dir, rank, world, device)
     wait_for_all()
     return model, checkpoint, data_dir, latents_dir
+
+def usual_dirs(parent, data_dir):
+    """Folders in `parent` for the latents of data_dir's folders, with commas between as there."""
+    folders = [os.path.normpath(folder) for folder in data_dir.split(',')]
+    names = [os.path.basename(folder) for folder in folders]
+    if len(set(names)) < len(names):  # a/mine and b/mine
+        names = [folder.strip(os.sep).replace(os.sep, '_') for folder in folders]
+    return ','.join(os.path.join(parent, f'latents_{name}') for name in names)
+
+def dirs_by_folder(data_dir, latents_dir):
+    """{a folder of data: the folder of its latents}. SystemExit with one line unless there is one for each."""
+    folders, dirs = str(data_dir).split(','), str(latents_dir).split(',')
+    if len(dirs) != len(folders):
+        raise SystemExit(f'--latents_dir={latents_dir}: give as many folders, with commas between, as '
+                         f'--data_dir={data_dir} has')
+    return dict(zip(folders, dirs))
 
 # what may differ when a run is resumed; the autoencoder is known by its hash
 NOT_RESULTS = ('vae', 'data_dir', 'latents_dir', 'out_dir', 'init_from', 'resume_changed', 'overwrite',
@@ -88,21 +101,16 @@ def encode_sessions(autoencoder, name, data_dir, modalities, latents_dir, rank, 
     processes share the scans.
     """
     sessions = Sessions(data_dir, modalities, None)
-    facts = {'encoder_hash': name, 'shape': list(autoencoder.latent_shape(sessions.shape)),
-             'scans': identities(sessions)}
-    path = os.path.join(latents_dir, 'latents.json')
+    dirs = dirs_by_folder(data_dir, latents_dir)
+    shape = list(autoencoder.latent_shape(sessions.shape))
     if rank == 0:
-        make_out_dir(latents_dir)
-        if os.path.exists(path):
-            before = check_latents(latents_dir, name).get('scans', {})
-            remove_stale(latents_dir, before, facts['scans'])
-            facts['scans'] = before | facts['scans']
-        write_text(path, json.dumps(facts))
+        for folder, scans in identities(sessions).items():
+            begin_folder(dirs[folder], {'encoder_hash': name, 'shape': shape, 'scans': scans})
     wait_for_all()
     missing = []
     for i, m in sessions.scans[rank::world]:
-        target = os.path.join(latents_dir, sessions.file(i, m))
-        if not is_whole(target, facts['shape']):
+        target = os.path.join(dirs[sessions.rows[i]['folder']], sessions.file(i, m))
+        if not is_whole(target, shape):
             missing.append((i, m, target))
     for i, m, target in tqdm(missing, desc='encoding', disable=rank > 0 or not missing):
         x = torch.tensor(sessions.volume(i, m), device=device)[None, None]
@@ -112,6 +120,16 @@ def encode_sessions(autoencoder, name, data_dir, modalities, latents_dir, rank, 
         part = f'{target}.part{rank}.npy'
         np.save(part, posterior.astype(np.float16))
         os.replace(part, target)
+
+def begin_folder(latents_dir, facts):
+    """Write latents.json, the facts, into the folder; latents of scans that are others now are removed."""
+    path = os.path.join(latents_dir, 'latents.json')
+    make_out_dir(latents_dir)
+    if os.path.exists(path):
+        before = check_latents(latents_dir, facts['encoder_hash']).get('scans', {})
+        remove_stale(latents_dir, before, facts['scans'])
+        facts['scans'] = before | facts['scans']
+    write_text(path, json.dumps(facts))
 
 def check_latents(latents_dir, name):
     """latents.json as a dict. SystemExit with one line unless the folder is of the encoder `name`."""
@@ -126,16 +144,17 @@ def check_latents(latents_dir, name):
     return facts
 
 def identities(sessions):
-    """{file: what tells one scan from another of that name}: its checksum, or else when it was written."""
+    """{folder: {file: what tells a scan from another of that name}}: checksum, or else time of writing."""
     checksums = sessions.checksums()
-    identity = {}
+    found = {}
     for i, m in sessions.scans:
         name, folder = sessions.file(i, m), sessions.rows[i]['folder']
-        identity[name] = checksums[folder].get(name) or os.stat(sessions.path(i, m)).st_mtime_ns
-    return identity
+        identity = checksums[folder].get(name) or os.stat(sessions.path(i, m)).st_mtime_ns
+        found.setdefault(folder, {})[name] = identity
+    return found
 
 def remove_stale(latents_dir, before, now):
-    """Delete the latents of scans that are others than before; before, now: of identities()."""
+    """Delete the latents of scans that are others than before; before, now: of identities(), of a folder."""
     stale = [name for name, scan in now.items() if before.get(name, scan) != scan]
     for name in stale:
         if os.path.exists(os.path.join(latents_dir, name)):
@@ -159,12 +178,13 @@ class Latents:
     n: number of scans. SystemExit with one line for a condition that no training scan has a value for.
     """
     def __init__(self, latents_dir, data_dir, modalities, split, conditions, seed=0, rank=0, world=1):
-        self.latents_dir, self.modalities, self.conditions = latents_dir, tuple(modalities), tuple(conditions)
+        self.modalities, self.conditions = tuple(modalities), tuple(conditions)
         self.seed, self.rank, self.world = seed, rank, world
-        with open(os.path.join(latents_dir, 'latents.json')) as f:
+        self.dirs = dirs_by_folder(data_dir, latents_dir)
+        self.rows, dataset = read_index(data_dir, modalities, split)
+        with open(os.path.join(self.dirs[self.rows[0]['folder']], 'latents.json')) as f:
             facts = json.load(f)
         self.shape, self.encoder_hash = tuple(facts['shape']), facts['encoder_hash']
-        self.rows, dataset = read_index(data_dir, modalities, split)
         self.box, self.voxel_mm = box_of(dataset)
         modality_indices = range(len(self.modalities))
         self.scans = [(row, m) for row in self.rows for m in modality_indices if row.get(self.modalities[m])]
@@ -189,7 +209,7 @@ class Latents:
 
     def load(self, k):
         """mean and log-variance (or None) of scan k, each (C,d,h,w) float32."""
-        path = os.path.join(self.latents_dir, self.file(k))
+        path = os.path.join(self.dirs[self.scans[k][0]['folder']], self.file(k))
         try:
             posterior = np.asarray(open_npy(path), np.float32)
         except (OSError, EOFError, ValueError) as e:

@@ -32,8 +32,8 @@ from optim import MeanGradients, make_optimizers, take_step, update_average
 # ---------------------------------------------------------------- settings; the defaults are DeCo-VAE's
 # in and out
 vae = 'out/decovae_vad/ckpt.pt'  # the autoencoder
-data_dir = ''            # '' for the one the autoencoder was trained on
-latents_dir = ''         # '' for a folder beside the autoencoder's checkpoint
+data_dir = ''            # '' for what the autoencoder was trained on
+latents_dir = ''         # '' for a folder beside its checkpoint; of several data sets as many, with commas
 out_dir = 'out/flow'
 init_from = 'scratch'    # or resume (out_dir/ckpt.pt)
 resume_changed = False   # go on with other settings than the run began with

@@ -29,8 +29,8 @@ from tokens import Tokens, baseline_bits, mean_nats, scan_bits
 # ---------------------------------------------------------------- settings
 # in and out
 vae = 'out/neuroquant/best.pt'  # the autoencoder, with a codebook
-data_dir = ''            # '' for the one the autoencoder was trained on
-latents_dir = ''         # '' for a folder beside the autoencoder's checkpoint
+data_dir = ''            # '' for what the autoencoder was trained on
+latents_dir = ''         # '' for a folder beside its checkpoint; of several data sets as many, with commas
 out_dir = 'out/gpt'
 init_from = 'scratch'    # or resume (out_dir/ckpt.pt)
 resume_changed = False   # go on with other settings than the run began with

@@ -5,7 +5,7 @@ from tqdm import tqdm
 
 from common import load_checkpoint
 from judge.metrics import summarise
-from latents import encode_sessions
+from latents import encode_sessions, usual_dirs
 from model import GPT, encoder_hash, from_checkpoint
 from tokens import Tokens, baseline_bits, scan_bits
 
@@ -33,9 +33,10 @@ def bits_rows(gpts, data_dir, split, device, dtype, seed):
         config = checkpoint['config']
         name = checkpoint['encoder_hash']
         with tempfile.TemporaryDirectory() as anew:
-            folder = config['latents_dir'] if config['data_dir'] == data_dir else anew
-            encode_sessions(run.model, name, data_dir, run.modalities, folder, 0, 1, device)
-            source = run.model.quantizer, device, folder, data_dir, run.modalities
+            same = config['data_dir'] == data_dir
+            latents_dir = config['latents_dir'] if same else usual_dirs(anew, data_dir)
+            encode_sessions(run.model, name, data_dir, run.modalities, latents_dir, 0, 1, device)
+            source = run.model.quantizer, device, latents_dir, data_dir, run.modalities
             train = Tokens(*source, 'train', checkpoint['conditions'])
             judged = Tokens(*source, split, checkpoint['conditions'])
         bits = scan_bits(gpt, judged, tqdm(range(judged.n), 'bits', leave=False), device, dtype)

@@ -18,7 +18,7 @@ def compare_with_training(folder, config, modalities, z, volumes, shown, coded=N
     that makes codes of a scan's latent (C,d,h,w).
     """
     folders = config['latents_dir'], config['data_dir']
-    if not all(map(os.path.isdir, folders)):
+    if not all(map(os.path.isdir, ','.join(folders).split(','))):
         return print(f'no table of nearest training scans: {" or ".join(folders)} is not here')
     train = Latents(*folders, modalities, 'train', ())
     held_out = []

@@ -1,6 +1,7 @@
 """train_flow.py and sample.py --mode=generate as a user runs them, on the latents of small autoencoders."""
 import json
 import os
+import re
 from itertools import combinations
 
 import nibabel as nib
@@ -79,6 +80,32 @@ def test_a_scan_that_was_prepared_anew_is_encoded_anew(tiny_data, tmp_path):
     train_flow(vae, tmp_path / 'b', '--max_iters=1')
     assert not np.array_equal(np.load(latent), before)
     assert others.stat().st_mtime_ns == untouched
+
+def test_a_flow_learns_several_data_sets_each_with_latents_of_its_own(run, tmp_path):
+    """The other one has no T2w, and people of the same names."""
+    other = make_tiny_data(tmp_path / 'other')
+    table = other / 'subjects.tsv'
+    table.write_text(re.sub(r'\tsub-.._ses-01_T2w.npy', '\t', table.read_text()))
+    both = f"{run / 'data'},{other}"
+    vae = train_vae(both, tmp_path / 'vae')
+    train_flow(vae, tmp_path / 'flow', '--max_iters=1')
+    latents = [tmp_path / 'vae' / f'latents_{name}' for name in ('data', 'other')]
+    assert [len(list(folder.glob('*.npy'))) for folder in latents] == [22, 11]
+    train_set = Latents(','.join(map(str, latents)), both, MODALITIES, 'train', ())
+    assert train_set.n == 14 + 7
+    assert [row['folder'] for row, _ in train_set.scans] == [str(run / 'data')] * 14 + [str(other)] * 7
+    first_of_other = np.load(latents[1] / train_set.file(14)).astype(np.float32)
+    assert np.array_equal(train_set.load(14)[0], first_of_other[0])
+    generate(tmp_path / 'flow', tmp_path / 'new', '--n=1')
+    assert re.search('(data|other)/sub-', (tmp_path / 'new' / 'nearest.md').read_text())
+    written = {path: path.stat().st_mtime_ns for path in latents[0].glob('*.npy')}
+    train_flow(vae, tmp_path / 'alone', f"--data_dir={run / 'data'}", '--max_iters=1')
+    assert all(path.stat().st_mtime_ns == when for path, when in written.items())
+
+def test_several_data_sets_want_as_many_folders_of_latents(run, tmp_path):
+    line = refuses('train_flow.py', *FLOW, f'--vae={run}/vae/ckpt.pt', f'--out_dir={tmp_path}/x',
+                   f'--data_dir={run}/data,{run}/data', f'--latents_dir={tmp_path}/one')
+    assert f'--latents_dir={tmp_path}/one: give as many folders' in line
 
 def posterior_and_stored(run):
     """For each scan of the training set: the posterior, and what was stored of it."""

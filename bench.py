@@ -36,7 +36,7 @@ from data import Sessions, prefetch, read_folder
 from flow import flow_matching_loss, sample
 from judge.cost import counting
 from judge.selfcheck import rates, run_all, timings
-from losses import PatchDiscriminator, adversarial_loss, kl_loss, reconstruction_loss
+from losses import PatchDiscriminator, discriminator_loss, kl_loss, reconstruction_loss
 from scans import nifti
 from slabs import slabwise
 
@@ -264,7 +264,7 @@ def case_unet():
 def case_discriminator():
     """ms of a step of the patch discriminator on volumes."""
     net, x = PatchDiscriminator(3), cubes()
-    calls = training(net, lambda: adversarial_loss(net(x), True))
+    calls = training(net, lambda: discriminator_loss(net(x), True))
     measure(f'PatchGAN, {by_x(x.shape)}', calls, net)
 
 # ---------------------------------------------------------------- files

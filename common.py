@@ -160,10 +160,10 @@ def compile_for(net, sizes, backend='inductor'):
 
     net.forward = forward
 
-def explain_failures(keys):
+def explain_failures(savers):
     """From now on, two errors end the program with one line: too little GPU memory, and a lost process.
 
-    keys: the settings that lower the memory, as text.
+    savers: the settings that lower the memory, as text.
     """
     usual_hook = sys.excepthook
     signs = ('Connection closed by peer', 'Connection reset', 'Broken pipe', 'Socket', 'NCCL',
@@ -174,7 +174,7 @@ def explain_failures(keys):
             peak = 'not known'
             if torch.cuda.is_available():
                 peak = f'{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB'
-            print(f'out of GPU memory, peak {peak}: lower {keys}', file=sys.stderr)
+            print(f'out of GPU memory, peak {peak}: lower {savers}', file=sys.stderr)
         elif dist.is_initialized() and any(sign in str(error) for sign in signs):
             reason = str(error).strip().splitlines()[0]
             print(f'process {dist.get_rank()}: another process is gone ({reason}); its own message says why',
@@ -302,6 +302,28 @@ def changes(old, new):
     keys = [key for key in old | new if old.get(key) != new.get(key)]
     return '; '.join(f'{key} {old.get(key)!r} there, {new.get(key)!r} here' for key in keys)
 
+def resume(parts, checkpoint, path):
+    """Load the parts of a run, {key: module, optimiser or None}, from the checkpoint at `path`.
+
+    SystemExit with one line if the run had other parts.
+    """
+    for key, part in parts.items():
+        if bool(part) != bool(checkpoint.get(key)):
+            had = 'without' if part else 'with'
+            raise SystemExit(f'{path}: a run {had} {key}, which cannot change on the way; begin another')
+    for key, part in parts.items():
+        if isinstance(part, torch.optim.Optimizer):
+            resume_optimizer(part, checkpoint[key])
+        elif part:
+            part.load_state_dict(checkpoint[key])
+
+def resume_optimizer(optimizer, state):
+    """Load what an optimiser knows of its weights; its settings stay those it was made with."""
+    settings = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings):
+        group.update(own)
+
 def refuse_changes(checkpoint, config, world, free):
     """SystemExit that shows every setting that differs from the checkpoint's, without --resume_changed.
 
@@ -428,18 +450,18 @@ class StepLog:
                                      f'{", ".join(files)}; ckpt.pt holds the last good state')
         self.recent.clear()
 
-    def step(self, it, terms, gradient, lr):
-        """Print and record a step: means over the processes of its terms {name: scalar tensor} and gradient.
+    def step(self, it, terms, grad_norm, lr):
+        """Print and record a step: means over the processes of its terms {name: scalar tensor} and grad_norm.
 
         A record has train/<term>, train/grad_norm, lr; ms per step; volumes (or slices, latents) per second
         of all processes; data_wait, the share of the time spent waiting; on a GPU mfu and peak_gib.
         """
-        values = torch.stack([*terms.values(), gradient])
+        values = torch.stack([*terms.values(), grad_norm])
         mean_over_processes(values)
-        *values, gradient = values.tolist()
+        *values, grad_norm = values.tolist()
         seconds, steps = time.perf_counter() - self.clock, it - self.counted_from
         record = {'iter': it, **{f'train/{name}': value for name, value in zip(terms, values)}}
-        record |= {'train/grad_norm': gradient, 'lr': lr, 'ms': 1000 * seconds / steps}
+        record |= {'train/grad_norm': grad_norm, 'lr': lr, 'ms': 1000 * seconds / steps}
         record |= {f'{what}_per_s': self.world * n / seconds for what, n in self.counts.items()}
         record['data_wait'] = self.waited / seconds
         if peak_flops(self.device):
@@ -449,7 +471,7 @@ class StepLog:
         if it % self.interval == 0 or it == 1:  # the first line after a resume is for the screen only
             self.write(record)
         line = [f'{name} {value:.4f}' for name, value in zip(terms, values)]
-        line += [f'grad {gradient:.2f}', f'lr {lr:.1e}', f"{record['ms']:.0f} ms"]
+        line += [f'grad {grad_norm:.2f}', f'lr {lr:.1e}', f"{record['ms']:.0f} ms"]
         line += [f"{record[f'{what}_per_s']:.1f} {what}/s" for what in self.counts]
         line.append(f"wait {record['data_wait']:.0%}")
         if 'mfu' in record:

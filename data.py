@@ -383,7 +383,7 @@ class Sessions:
         return batch
 
     def shares(self, step, batch_size, micro_steps):
-        """This batch's parts of the volumes and of the pairs of its step, over equal parts."""
+        """This batch's part of its step's volumes and pairs, times the number of batches."""
         first = (step - step % micro_steps) * batch_size * self.world
         positions = range(first, first + micro_steps * batch_size * self.world)
         counts = [len(self.present(self.choose(self.session_groups, p))) for p in positions]
@@ -399,6 +399,7 @@ class Sessions:
         batch_size: scans per process. augment: see augmented(). labels: as in session_batch.
         """
         size = self.patch_size(patch)
+        most = 1.0 if self.box.get('clip', True) else None
         sample_index = (step * self.world + self.rank) * batch_size + np.arange(batch_size)
         x, modality, files, maps = [], [], [], []
         for position in sample_index.tolist():
@@ -406,7 +407,6 @@ class Sessions:
             rng, volume = random(self.seed, 4, position), self.stored(i, m)
             start = self.patch_start(volume, size, rng)
             box = box_at(start, size)
-            most = 1.0 if self.box.get('clip', True) else None
             x.append(augmented(volume, start, size, rng, most) if augment else as_float(volume[box]))
             modality.append(m)
             files.append(self.file(i, m))

@@ -21,7 +21,7 @@ from judge.anatomy import add_anatomy, anatomy_rows, generated_rows, volume_boxe
 from judge.bits import bits_rows, load_gpts
 from judge.metrics import (
     add_cross_modal, add_latent, channel_cosine, dice, effective_rank, explained_variance, fidelity,
-    frechet_distance, load_or_reason, region_volumes_mm3)
+    frechet_distance, region_volumes_mm3)
 from judge.probe import Latent, embed_latents, linear_probe, probe_rows
 from judge.references import reference_rows
 from judge.report import DEFINITIONS, SHOWN, paper_table, report, show
@@ -106,10 +106,14 @@ def load_runs(paths, checkpoints):
         raise SystemExit(f'--generated={generated}: {",".join(folders)} has no checkpoint in --ckpt')
     return loaded, known
 
-# ---------------------------------------------------------------- one pass over the scans
+def load_or_reason(load, setting, *args):
+    """What load makes of a setting, None if it is '', and the reason where that fails."""
+    try:
+        return load(setting, *args) if setting else None, ''
+    except (SystemExit, ValueError) as e:
+        return None, str(e)
 
-def as_batch(volume):
-    return torch.tensor(volume, device=device)[None, None]
+# ---------------------------------------------------------------- one pass over the scans
 
 @torch.no_grad()
 def pass_over_scans(all_runs, joint):
@@ -122,8 +126,9 @@ def pass_over_scans(all_runs, joint):
         users = [run for run in all_runs if key_of(row) in run.keys]
         scans = {}
         for m in joint.present(i) if users else ():
-            volume = joint.volume(i, m)
-            scans[joint.modalities[m]] = Scan(row, joint.modalities[m], volume, as_batch(volume))
+            modality, volume = joint.modalities[m], joint.volume(i, m)
+            x = torch.tensor(volume, device=device)[None, None]
+            scans[modality] = Scan(row, modality, volume, x)
         if pictured is None and all_runs[0] in users and scans.keys() >= set(all_runs[0].modalities):
             pictured = row
         for run in users:

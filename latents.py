@@ -2,18 +2,17 @@
 import json
 import math
 import os
-from itertools import islice
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import (git_commit, load_checkpoint, load_like, make_out_dir, print0, refuse_changes,
+from common import (git_commit, load_checkpoint, load_like, make_out_dir, print0, refuse_changes, resume,
                     wait_for_all, write_text)
 from data import Sessions, box_of, draw, fingerprint, open_npy, random, read_index, refuse_other_data
 from model import Autoencoder, encoder_hash, from_checkpoint, model_args
-from optim import resume
 from scans import people
+from scans.nifti import save_npy
 
 SEXES = ('F', 'M')  # the values of the column that count; anything else is "not known"
 
@@ -34,7 +33,7 @@ def encode_all(path, data_dir, latents_dir, rank, world, device):
     data_dir = data_dir or checkpoint['config']['data_dir']
     latents_dir = latents_dir or usual_dirs(os.path.dirname(path) or '.', data_dir)
     modalities = checkpoint['config']['modalities']
-    encode_sessions(model, encoder_hash(model), data_dir, modalities, latents_dir, rank, world, device)
+    encode_sessions(model, data_dir, modalities, latents_dir, rank, world, device)
     wait_for_all()
     return model, checkpoint, data_dir, latents_dir
 
@@ -47,7 +46,7 @@ def usual_dirs(parent, data_dir):
     return ','.join(os.path.join(parent, f'latents_{name}') for name in names)
 
 def dirs_by_folder(data_dir, latents_dir):
-    """{a folder of data: the folder of its latents}. SystemExit with one line unless there is one for each."""
+    """{folder of data: folder of its latents}. SystemExit with one line unless there is one for each."""
     folders, dirs = str(data_dir).split(','), str(latents_dir).split(',')
     if len(dirs) != len(folders):
         raise SystemExit(f'--latents_dir={latents_dir}: give as many folders, with commas between, as '
@@ -92,20 +91,21 @@ def go_on(path, made_by, config, world, parts):
 # ---------------------------------------------------------------- encoding
 
 @torch.no_grad()
-def encode_sessions(autoencoder, name, data_dir, modalities, latents_dir, rank, world, device):
+def encode_sessions(autoencoder, data_dir, modalities, latents_dir, rank, world, device):
     """Write the posterior of every scan of data_dir to latents_dir.
 
     A file is (2,C,d,h,w) float16, mean and log-variance, or (1,C,d,h,w) for an autoencoder without a
-    posterior. name: encoder_hash of the autoencoder; a folder that holds latents of another is refused. A
-    file already there is kept, so an interrupted run goes on; not that of a scan that is another now. The
-    processes share the scans.
+    posterior. A folder that holds latents of another autoencoder is refused. A file already there is kept, so
+    an interrupted run goes on; the file of a scan that has changed since is made again. The processes share
+    the scans.
     """
     sessions = Sessions(data_dir, modalities, None)
+    made_by = encoder_hash(autoencoder)
     dirs = dirs_by_folder(data_dir, latents_dir)
     shape = list(autoencoder.latent_shape(sessions.shape))
     if rank == 0:
         for folder, scans in identities(sessions).items():
-            begin_folder(dirs[folder], {'encoder_hash': name, 'shape': shape, 'scans': scans})
+            begin_folder(dirs[folder], {'encoder_hash': made_by, 'shape': shape, 'scans': scans})
     wait_for_all()
     missing = []
     for i, m in sessions.scans[rank::world]:
@@ -115,11 +115,9 @@ def encode_sessions(autoencoder, name, data_dir, modalities, latents_dir, rank, 
     for i, m, target in tqdm(missing, desc='encoding', disable=rank > 0 or not missing):
         x = torch.tensor(sessions.volume(i, m), device=device)[None, None]
         mean, logvar = autoencoder.posterior(x)
-        posterior = [mean] if logvar is None else [mean, logvar]
-        posterior = torch.cat([part.float().cpu() for part in posterior]).numpy()
-        part = f'{target}.part{rank}.npy'
-        np.save(part, posterior.astype(np.float16))
-        os.replace(part, target)
+        parts = [mean] if logvar is None else [mean, logvar]
+        posterior = torch.cat([part.float().cpu() for part in parts]).numpy()
+        save_npy(target, posterior.astype(np.float16))
 
 def begin_folder(latents_dir, facts):
     """Write latents.json, the facts, into the folder; latents of scans that are others now are removed."""
@@ -131,16 +129,16 @@ def begin_folder(latents_dir, facts):
         facts['scans'] = before | facts['scans']
     write_text(path, json.dumps(facts))
 
-def check_latents(latents_dir, name):
-    """latents.json as a dict. SystemExit with one line unless the folder is of the encoder `name`."""
+def check_latents(latents_dir, made_by):
+    """latents.json as a dict. SystemExit with one line unless its encoder_hash is made_by."""
     try:
         with open(os.path.join(latents_dir, 'latents.json')) as f:
             facts = json.load(f)
     except (OSError, ValueError):
         raise SystemExit(f'{latents_dir}: no latents there (latents.json); train_flow.py makes them')
-    if facts['encoder_hash'] != name:
+    if facts['encoder_hash'] != made_by:
         raise SystemExit(f"{latents_dir}: latents of another autoencoder ({facts['encoder_hash']}, "
-                         f'not {name}); delete the folder or choose another --latents_dir')
+                         f'not {made_by}); delete the folder or choose another --latents_dir')
     return facts
 
 def identities(sessions):
@@ -283,7 +281,7 @@ class Latents:
 def value_of(row, column):
     """The sex ('F', 'M') or age (years) of a session, None if not known."""
     text = (row.get(column) or '').strip()
-    if column == 'sex': return people.SEXES.get(text.lower())
+    if column == 'sex': return people.SEX_OF.get(text.lower())
     try:
         age = float(text)
     except ValueError:
@@ -309,24 +307,3 @@ def encode_conditions(values, conditions, modalities):
         ages = [[0.0, 0.0] if v.get('age') is None else [v['age'] / 100, 1.0] for v in values]
         cond['vectors'] = [torch.tensor(ages)]
     return cond
-
-def nearest(queries, library):
-    """For each query array the key and root-mean-square distance of the nearest array.
-
-    library: an iterable of (key, array), read once, some at a time. Squared lengths and products find the
-    nearest of those; its distance is then taken from the differences, since lengths cancel.
-    """
-    queries = np.stack([np.ravel(query) for query in queries]).astype(np.float32)
-    best = [(None, np.inf)] * len(queries)
-    library = iter(library)
-    at_once = max(1, 2 ** 26 // queries.shape[1])
-    while True:
-        chunk = list(islice(library, at_once))
-        if not chunk:
-            return best
-        arrays = np.stack([np.ravel(array) for _, array in chunk]).astype(np.float32)
-        order = (arrays ** 2).sum(1) - 2 * queries @ arrays.T  # |q|^2 is the same for all
-        for q, k in enumerate(order.argmin(1)):
-            distance = float(np.sqrt(np.mean((queries[q] - arrays[k]) ** 2)))
-            if distance < best[q][1]:
-                best[q] = chunk[k][0], distance

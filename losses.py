@@ -291,7 +291,7 @@ def vad_loss(z, gamma=1.0, form='hinge_std', gather=False):
     """Variance-anchored decorrelation, DeCo eq. 6: cov_loss + var_loss."""
     return cov_loss(z, gather) + var_loss(z, gamma, form, gather)
 
-# ---------------------------------------------------------------- adversary
+# ---------------------------------------------------------------- discriminators of patches
 
 class PatchDiscriminator(nn.Sequential):
     """PatchGAN (Isola et al. 2017): x (B, c_in, *grid) -> logits (B, 1, *smaller grid), one per patch.
@@ -316,7 +316,7 @@ class PatchDiscriminator(nn.Sequential):
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
 
-def adversarial_loss(logits, real, form='least_squares'):
+def discriminator_loss(logits, real, form='least_squares'):
     """What a discriminator pays for logits of real or of generated samples.
 
     form: 'least_squares', mean of (logits - real)^2 with real 1 or 0; or 'hinge'.
@@ -328,7 +328,7 @@ def adversarial_loss(logits, real, form='least_squares'):
 
 def generator_loss(logits, form='least_squares'):
     """What the generator pays for its samples' logits: distance from 'real'; for 'hinge' minus their mean."""
-    return -logits.float().mean() if form == 'hinge' else adversarial_loss(logits, True, form)
+    return -logits.float().mean() if form == 'hinge' else discriminator_loss(logits, True, form)
 
 # ---------------------------------------------------------------- slices of volumes
 
@@ -391,7 +391,7 @@ def mean_over_views(term, discriminators, volumes, fraction, generators):
     return total / len(discriminators)
 
 def generator_term(discriminators, x_hat, form, fraction, generators):
-    """What the generator pays for x_hat (B, C, D, H, W); see adversarial_loss and random_slices."""
+    """What the generator pays for x_hat (B, C, D, H, W); see discriminator_loss and random_slices."""
     def term(discriminator, fake):
         return generator_loss(discriminator(fake), form)
     return mean_over_views(term, discriminators, [x_hat], fraction, generators)
@@ -399,7 +399,7 @@ def generator_term(discriminators, x_hat, form, fraction, generators):
 def discriminator_term(discriminators, x_hat, x, form, fraction, generators):
     """What the discriminators pay for a detached x_hat and the scans x themselves, each (B, C, D, H, W)."""
     def term(discriminator, fake, real):
-        on_fake = adversarial_loss(discriminator(fake), False, form)
-        on_real = adversarial_loss(discriminator(real), True, form)
+        on_fake = discriminator_loss(discriminator(fake), False, form)
+        on_real = discriminator_loss(discriminator(real), True, form)
         return (on_fake + on_real) / 2
     return mean_over_views(term, discriminators, [x_hat, x], fraction, generators)

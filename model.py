@@ -22,8 +22,8 @@ from quantize import QuantizerConfig, move_or_hold, sum_over_ranks
 class Autoencoder(nn.Module):
     """What NeuroQuant and ConvVAE offer for volumes x (B,1,D,H,W). NeuroQuant with FiLM needs the modality.
 
-    encoding(x) -> dict: latent, frozen features for probes; mean and logvar, what a flow models, logvar None
-    but for 'kl'; tokens, indices of codes, None for 'kl'.
+    encoding(x) -> dict: latent, what probes see; mean and logvar, what a flow models (only 'kl' has a logvar,
+    others None); tokens, indices of codes ('kl' has None).
     analyse(x, modality) -> the same and x_hat, not clamped, from one encoding and one decoding.
     latent_shape: (D,H,W) of a volume -> (C, d, h, w).
     """
@@ -131,6 +131,7 @@ class FiLM(nn.Module):
         s_m = self.embedding(modality).to(pooled.dtype)       # (B,) -> (B, modality_dim)
         u_m = torch.cat([pooled, s_m], 1)                     # (B, mod_dim + modality_dim)
         halves = [mlp(u_m).chunk(2, 1) for mlp in self.mlps]  # pairs of (B, C_l)
+        # contiguous as what forward() concatenates for swaps: other strides would compile another graph
         return [(1 + gamma, beta.contiguous()) for gamma, beta in halves]
 
 class DecoderBlock(nn.Module):
@@ -167,10 +168,12 @@ class Decoder(nn.Module):
         self.voxels = zeroed(Conv(c.widths[0], 8, 3, padding=1)) if c.fold else None
         if not c.fold:
             self.channels += (c.widths[0] // 2,)
-        c_in = (c.anat_dim, *self.channels)
-        stages = enumerate(zip(c_in, self.channels))
-        self.blocks = nn.ModuleList(DecoderBlock(c, 3 - i, *channels) for i, channels in stages)
-        self.heads = nn.ModuleList(Conv(channels, 1, 3, padding=1) for channels in self.channels)
+        self.blocks = nn.ModuleList()
+        c_in = c.anat_dim
+        for i, c_out in enumerate(self.channels):
+            self.blocks.append(DecoderBlock(c, 3 - i, c_in, c_out))
+            c_in = c_out
+        self.heads = nn.ModuleList(Conv(c_out, 1, 3, padding=1) for c_out in self.channels)
 
     def forward(self, z_q, film):
         h = z_q
@@ -387,11 +390,11 @@ def conv_decoder(c, c_out):
 class ConvVAE(Autoencoder):
     """Convolutional autoencoder with a KL or a VQ bottleneck.
 
-    encode and decode take x (B,in_channels,*size) in the network's range, whose axes are multiples of `factor`:
-    D,H,W for dims=3, two for dims=2. forward takes such x (B,1,*size) in [0, 1], for dims=2 also three axes, one
-    of length 1. From prepare() on, methods take volumes of any size, pad them at the far ends and for dims=2 cut
-    them into slices. Latents are (B,latent_dim,d,h,w) then, for dims=2 whole along slice_axis; indices
-    (B,d,h,w), or (B,num_codebooks,d,h,w) of several codebooks.
+    encode and decode take x (B,in_channels,*size) in the network's range, whose axes are multiples of
+    `factor`: D,H,W for dims=3, two for dims=2. forward takes x (B,1,*size) in [0, 1] of such axes; for dims=2
+    also of three, one of length 1. The methods from prepare() on take volumes of any size, pad them at the
+    far ends and for dims=2 cut them into slices. Their latents are (B,latent_dim,d,h,w), for dims=2 whole
+    along slice_axis; their indices (B,d,h,w), or (B,num_codebooks,d,h,w) of several codebooks.
     """
     def __init__(self, config):
         super().__init__()
@@ -408,6 +411,7 @@ class ConvVAE(Autoencoder):
         self.factors = [self.factor] * 3  # voxels per latent position along D, H, W
         if c.dims == 2:
             self.factors[c.slice_axis] = 1
+        # Stable Diffusion's encoder gives 2 latent_dim channels, from which both heads read
         c_head = 2 * c.latent_dim if c.layout == 'sd' and self.kl else c.latent_dim
         channels = c.in_channels * (8 if self.folds else 1)
         self.encoder = conv_encoder(c, channels, c_head)
@@ -539,6 +543,7 @@ class FlowUNetConfig:
     vectors: tuple = ()                  # lengths of condition vectors; MAISI's (3,): voxel size in 10 um
 
 class UNetLevel(nn.Module):
+    """Residual blocks, one for each of channels_in, each with its attention; then a resampling block."""
     def __init__(self, c, level, channels_in, c_emb, resample):
         super().__init__()
         width = c.widths[level]

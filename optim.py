@@ -7,10 +7,10 @@ import torch.distributed as dist
 
 # ---------------------------------------------------------------- optimisers
 
-def cosine(it, lr, min_lr, warmup, decay):
-    """Rate of step `it`: linear warm-up, cosine from lr to min_lr at step `decay`, constant afterwards."""
-    if it < warmup: return lr * (it + 1) / warmup
-    p = min(1.0, (it - warmup) / max(1, decay - warmup))
+def cosine(it, lr, min_lr, warmup_iters, decay_iters):
+    """Rate of step `it`: linear to lr in warmup_iters, a cosine to min_lr at decay_iters, then constant."""
+    if it < warmup_iters: return lr * (it + 1) / warmup_iters
+    p = min(1.0, (it - warmup_iters) / max(1, decay_iters - warmup_iters))
     return min_lr + 0.5 * (1 + math.cos(math.pi * p)) * (lr - min_lr)
 
 def adamw(parameters, lr, betas, eps, weight_decay):
@@ -84,28 +84,6 @@ def make_optimizers(parameters, muon, lr, betas, eps, weight_decay):
             raise SystemExit('--muon=True: no weight has 16 outputs or more; make the network wider')
         optimizers.append(Muon(matrices, lr, weight_decay))
     return optimizers
-
-def resume(parts, checkpoint, path):
-    """Load the parts of a run, {key: module, optimiser or None}, from the checkpoint at `path`.
-
-    SystemExit with one line if the run had other parts.
-    """
-    for key, part in parts.items():
-        if bool(part) != bool(checkpoint.get(key)):
-            had = 'without' if part else 'with'
-            raise SystemExit(f'{path}: a run {had} {key}, which cannot change on the way; begin another')
-    for key, part in parts.items():
-        if isinstance(part, torch.optim.Optimizer):
-            resume_optimizer(part, checkpoint[key])
-        elif part:
-            part.load_state_dict(checkpoint[key])
-
-def resume_optimizer(optimizer, state):
-    """Load what an optimiser knows of its weights; its settings stay those it was made with."""
-    settings = [dict(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, settings):
-        group.update(own)
 
 def take_step(optimizers, parameters, lr, grad_clip):
     """Clip the gradients of parameters (0: do not) and move all weights; returns their norm before."""

@@ -77,9 +77,12 @@ def code_use(counts):
         use[f'codes_used{name}'] = (part > 0).sum().item() / len(part)
     return use
 
-def collapse(use, num_codes, tokens):
-    """One line if less than a tenth is used of the codes that so many tokens could use; else ''."""
-    if use['codes_used'] >= 0.1 * min(num_codes, tokens): return ''
+def collapse_warning(use, num_codes, n_tokens):
+    """A line if less than a tenth is used of the codes that n_tokens tokens could use; else ''.
+
+    use: what code_use says.
+    """
+    if use['codes_used'] >= 0.1 * min(num_codes, n_tokens): return ''
     return (f"only {use['codes_used']:.0f} of {num_codes} codes are in use: the codebook has collapsed; "
             'raise revive, or lower num_codes or w_commit')
 

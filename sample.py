@@ -47,7 +47,7 @@ from slabs import slabwise
 from tokens import draw_brains
 
 # ---------------------------------------------------------------- settings
-mode = 'reconstruct'      # translate, tokens, latents (of the encoder, float16), generate, complete, export
+mode = 'reconstruct'      # or translate, tokens, latents (float16), generate, complete, export
 ckpt = 'out/neuroquant/best.pt'
 input = ''                # .nii or .nii.gz, a folder of them or of prepared data; for tokens also .npy
 output = ''
@@ -114,7 +114,7 @@ def check_model(model):
     if mode == 'translate' and not hasattr(model, 'translate'):
         raise SystemExit(f'{ckpt}: only a NeuroQuant model translates')
 
-def load_decoder(network_checkpoint):
+def load_autoencoder(network_checkpoint):
     """The autoencoder whose latents a flow or GPT was trained on, or that of --vae; and its modalities."""
     path = vae or network_checkpoint['config']['vae']
     if not path: raise SystemExit(f'{ckpt} names no autoencoder; give --vae=PATH')
@@ -160,10 +160,9 @@ def reconstruct(model, checkpoint, input, output):
     x_hat = model.reconstruct(x, scan.modality).float().clamp(0, 1)
     scan.write(output, x_hat, own_scale=True, mask=mask)
     whole, brain = psnr(x_hat, x).item(), psnr(x_hat, x, mask=x > 0).item()
-    score, background = f'PSNR {whole:.2f} dB whole, {brain:.2f} dB brain', ''
-    if mask:
-        score, background = f'{score}, before masking', ', whose background is that of the input'
-    return f'{score}: {output}{background}'
+    score = f'PSNR {whole:.2f} dB whole, {brain:.2f} dB brain'
+    if not mask: return f'{score}: {output}'
+    return f'{score}, before masking: {output}, whose background is that of the input'
 
 def translate(model, checkpoint, input, output):
     scan = open_scan(input, checkpoint)
@@ -241,7 +240,9 @@ def read_tokens(model, shape, input):
     except (OSError, EOFError, ValueError) as e:
         raise ValueError(f'{input}: not a readable .npy file ({e})')
     c = model.config
-    grid = (c.num_codebooks,) * (c.num_codebooks > 1) + model.latent_shape(shape)[1:]
+    grid = model.latent_shape(shape)[1:]
+    if c.num_codebooks > 1:
+        grid = (c.num_codebooks, *grid)
     if indices.dtype.kind not in 'iu' or indices.shape != grid:
         raise ValueError(f'{input}: integers of shape {grid} are needed, got {indices.dtype} {indices.shape}')
     low, high = indices.min(), indices.max()
@@ -295,6 +296,7 @@ def each_below(model, checkpoint):
 PLACES = ('data_dir', 'out_dir', 'init_from', 'prepare', 'perc_trunk', 'perc_lin', 'vae', 'latents_dir')
 
 def export(model, checkpoint):
+    """Write the averaged weights, with what builds the model and its box, and no path of this machine."""
     kept = ('model_args', 'config', 'data', 'voxel_mm', 'iter_num', 'git_commit', 'encoder_hash',
             'conditions', 'latent_shape')
     checkpoint['config'] |= {key: '' for key in PLACES if key in checkpoint['config']}
@@ -348,7 +350,7 @@ def generate(network, checkpoint):
 
     Each is drawn, decoded and written before the next one, so that any number fits in memory.
     """
-    autoencoder, modalities = load_decoder(checkpoint)
+    autoencoder, modalities = load_autoencoder(checkpoint)
     cond = wanted_conditions(checkpoint['conditions'], modalities)
     make_out_dir(output)
     refuse_earlier_volumes()
@@ -371,7 +373,8 @@ def generate(network, checkpoint):
         latents[i] = latent_of(autoencoder, brain)[0].cpu().numpy()
         for name in shown:
             volume = decode(autoencoder, brain, name, box)
-            path = os.path.join(output, f'sample_{i:03d}{"_" * bool(name)}{name}.nii.gz')
+            ending = f'_{name}' if name else ''
+            path = os.path.join(output, f'sample_{i:03d}{ending}.nii.gz')
             nifti.write(path, volume, grid)
             if i < (COMPARED if name == shown[0] else PICTURED):
                 first[name].append(volume)
@@ -385,9 +388,8 @@ def generate(network, checkpoint):
         brain = autoencoder.quantizer.nearest_indices(placed(torch.from_numpy(mean)[None]))
         return latent_of(autoencoder, brain)[0].cpu().numpy()
 
-    new = latents[:COMPARED], first[shown[0]]
-    compare_with_training(output, checkpoint['config'], modalities, *new, shown[0],
-                          coded if isinstance(network, GPT) else None)
+    compare_with_training(output, checkpoint['config'], modalities, latents[:COMPARED], first[shown[0]],
+                          shown[0], coded if isinstance(network, GPT) else None)
 
 def refuse_earlier_volumes():
     """SystemExit if volumes of an earlier call are there: evaluate.py would count them in."""
@@ -407,10 +409,11 @@ def draw_latents(flow, checkpoint, cond):
 def draw_codes(gpt, autoencoder, checkpoint, cond):
     """Yield n brains of the seed as indices of codes, int64, as autoencoder.tokens gives them."""
     c = gpt.config
+    books = (c.num_codebooks,) if c.num_codebooks > 1 else ()
     kept = half_of_input(autoencoder, checkpoint) if mode == 'complete' else None
     how = dict(cond=cond, kept=kept, temperature=temperature, top_k=top_k, guidance=guidance)
     for tokens in draw_brains(gpt, n, seed, device, **how):
-        yield tokens.view(1, *(c.num_codebooks,) * (c.num_codebooks > 1), *c.grid)
+        yield tokens.view(1, *books, *c.grid)
 
 def half_of_input(autoencoder, checkpoint):
     """(N,) tokens of --input, but -1 in the second half of each codebook's grid."""

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
+from data import torch_seed
+
 LABELS = {0: 'background', 24: 'CSF', 14: '3rd ventricle', 15: '4th ventricle', 16: 'brain stem'}
 PAIRS = {
     'cerebral white matter': (2, 41), 'cerebral cortex': (3, 42), 'lateral ventricle': (4, 43),
@@ -368,8 +370,8 @@ def render(labels, modalities, generators, noise=0.02, bias=0.08, scale=scale_li
     return torch.stack(images)[:, None]
 
 def generator(*key):
-    """A CPU's generator of a key, as data.torch_seed has it."""
-    return torch.Generator().manual_seed(int(np.random.default_rng(key).integers(2 ** 32)))
+    """torch's generator on a CPU, a function of its key."""
+    return torch.Generator().manual_seed(torch_seed(*key))
 
 def deformed(labels, g, voxel_mm, degrees=5.0, scale=0.06, warp_mm=2.0):
     """A label map (D, H, W), turned, scaled along each axis and warped; nearest neighbours.

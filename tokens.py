@@ -98,16 +98,16 @@ def draw_tokens(gpt, chances, cond=None, kept=None, temperature=1.0, top_k=0, gu
         if guided:
             without = gpt(tokens[:, -1:], None, cache_without, i)[:, -1].double()
             logits = without + guidance * (logits - without)
-        new = choose(logits / temperature, chances[:, i:i + 1], top_k)
+        new = choose_tokens(logits / temperature, chances[:, i:i + 1], top_k)
         if kept is not None and kept[i] >= 0:
             new = torch.full_like(new, kept[i])
         tokens = torch.cat([tokens, new], 1)
     return tokens
 
-def choose(logits, chance, top_k=0):
-    """logits (B, K), chance (B, 1) in [0, 1) -> (B, 1)."""
+def choose_tokens(logits, chance, top_k=0):
+    """One token a row: logits (B, K), chance (B, 1) in [0, 1) -> (B, 1)."""
     if 0 < top_k < logits.shape[1]:
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
-    below = logits.softmax(1).cumsum(1)
-    return torch.searchsorted(below, chance * below[:, -1:], right=True)
+    cumulated = logits.softmax(1).cumsum(1)
+    return torch.searchsorted(cumulated, chance * cumulated[:, -1:], right=True)

@@ -172,7 +172,7 @@ def make_model():
 
 def rehearse():
     """A step of this run for step_bytes."""
-    x1 = torch.empty(batch_size, *train_set.shape).contiguous(memory_format=layout)
+    x1 = torch.empty(batch_size, *train_set.shape).contiguous(memory_format=memory_format)
     learn(x1, torch.empty_like(x1), torch.rand(batch_size), train_set.cond([0] * batch_size))
 
 # ---------------------------------------------------------------- the run
@@ -208,8 +208,8 @@ if __name__ == '__main__':
     torch.backends.cudnn.benchmark = True
     raw_model = make_model()
     # on a CPU small grids are faster in plain memory order
-    layout = torch.channels_last_3d if device.startswith('cuda') else torch.contiguous_format
-    raw_model.to(device, memory_format=layout)
+    memory_format = torch.channels_last_3d if device.startswith('cuda') else torch.contiguous_format
+    raw_model.to(device, memory_format=memory_format)
     ema = copy.deepcopy(raw_model).requires_grad_(False).eval() if ema_decay > 0 else None
     parameters = list(raw_model.parameters())
     optimizers = make_optimizers(parameters, muon, lr, (beta1, beta2), 1e-8, 0.0)
@@ -236,24 +236,24 @@ if __name__ == '__main__':
         eps, x0, t = draw_noise(batch['sample_index'])
         if 'sd' in batch:
             z = z + batch['sd'] * eps  # a fresh draw from the posterior at every step
-        x1 = raw_model.normalise(z).contiguous(memory_format=layout)
+        x1 = raw_model.normalise(z).contiguous(memory_format=memory_format)
         gradients.expect()
         loss = learn(x1, x0, t, cond)
         gradients.finish()
-        gradient = take_step(optimizers, parameters, get_lr(it), grad_clip)
+        grad_norm = take_step(optimizers, parameters, get_lr(it), grad_clip)
         if ema:  # a short average while weights move fast
             update_average(ema, raw_model, min(ema_decay, (1 + it) / (10 + it)))
         it += 1
 
         terms = {'loss': loss}
         log.count('latents', batch_size, 3 * flops * batch_size)  # a backward pass costs two forward ones
-        log.note(it, terms | {'gradient': gradient}, batch['files'])
+        log.note(it, terms | {'gradient': grad_norm}, batch['files'])
         stopped_by = stop_signal()
         validates = it % eval_interval == 0 or it == stop
         if log.due(it) or validates or stopped_by:
             log.check()
         if log.due(it):
-            log.step(it, terms, gradient, get_lr(it - 1))
+            log.step(it, terms, grad_norm, get_lr(it - 1))
         if stopped_by:
             save('ckpt.pt')  # a validation may be cut short
         if validates:

@@ -80,11 +80,11 @@ def check_settings():
 def validate():
     """Mean bits per token of the averaged network over all held-out scans, and the baselines, for the log."""
     bits = scan_bits((ema or raw_model).eval(), val_set, range(rank, val_set.n, world), device, dtype)
-    total = torch.tensor(sum(bits) / val_set.n, dtype=torch.float64)
+    mean_bits = torch.tensor(sum(bits) / val_set.n, dtype=torch.float64)  # this process's part of it
     if world > 1:
-        dist.all_reduce(total)
+        dist.all_reduce(mean_bits)
     raw_model.train()
-    return {'val/bits': total.item()} | {f'val/{name}': bits for name, bits in baselines.items()}
+    return {'val/bits': mean_bits.item()} | {f'val/{name}': value for name, value in baselines.items()}
 
 def rehearse():
     """The largest part of a step, for say_memory."""
@@ -129,14 +129,15 @@ if __name__ == '__main__':
         print0('no validation split: best.pt will not be written')
     else:
         baselines = baseline_bits(train_set.tokens, val_set.tokens, codes)
-        beside = ', '.join(f'{name} {bits:.3f}' for name, bits in baselines.items())
+        baseline_text = ', '.join(f'{name} {bits:.3f}' for name, bits in baselines.items())
 
     # ---- model
     torch.manual_seed(seed)
     try:
-        network = GPTConfig(train_set.grid, codes, autoencoder.config.num_codebooks, layers, heads, width,
-                            dropout, tied, train_set.classes, train_set.vectors)
-        raw_model = GPT(network).to(device)
+        raw_model = GPT(GPTConfig(
+            grid=train_set.grid, num_codes=codes, num_codebooks=autoencoder.config.num_codebooks,
+            layers=layers, heads=heads, width=width, dropout=dropout, tied=tied,
+            classes=train_set.classes, vectors=train_set.vectors)).to(device)
     except ValueError as e:
         raise SystemExit(f'model: {e}')
     ema = copy.deepcopy(raw_model).requires_grad_(False).eval() if ema_decay > 0 else None
@@ -146,7 +147,7 @@ if __name__ == '__main__':
     it, best_val = 0, math.inf
     if init_from == 'resume':
         it, best_val = go_on(f'{out_dir}/ckpt.pt', train_set.encoder_hash, config, world, parts)
-    flops = 3 * gpt_flops(raw_model)
+    flops = 3 * gpt_flops(raw_model)  # a backward pass costs two forward ones
     say_memory(globals(), ('raw_model',), [optimizer], [autoencoder, ema], rehearse, savers)
     print0(f'{flops * batch_size * world / 1e9:.1f} GFLOP per step, on {device} x {world}')
     if compile:
@@ -166,27 +167,28 @@ if __name__ == '__main__':
         gradients.expect()
         loss.backward()
         gradients.finish()
-        gradient = take_step([optimizer], parameters, cosine(it, lr, min_lr, warmup_iters, iters), grad_clip)
+        grad_norm = take_step([optimizer], parameters, cosine(it, lr, min_lr, warmup_iters, iters), grad_clip)
         if ema:  # a short average while weights move fast
             update_average(ema, raw_model, min(ema_decay, (1 + it) / (10 + it)))
         it += 1
 
         terms = {'bits': loss.detach() / math.log(2)}
         log.count('scans', batch_size, flops * batch_size)
-        log.note(it, terms | {'gradient': gradient}, batch['files'])
+        log.note(it, terms | {'gradient': grad_norm}, batch['files'])
         stopped_by = stop_signal()
         validates = it % eval_interval == 0 or it == stop
         if log.due(it) or validates or stopped_by:
             log.check()
         if log.due(it):
-            log.step(it, terms, gradient, optimizer.param_groups[0]['lr'])
+            log.step(it, terms, grad_norm, optimizer.param_groups[0]['lr'])
         if stopped_by:
             save('ckpt.pt')  # a validation may be cut short
         if validates:
             if val_set:
                 record = {'iter': it} | validate()
                 log.write(record)
-                print0(f'iter {it:,}/{stop:,}: held-out bits per token {record["val/bits"]:.3f} ({beside})')
+                print0(f'iter {it:,}/{stop:,}: held-out bits per token {record["val/bits"]:.3f} '
+                       f'({baseline_text})')
                 if rank == 0:
                     curves(os.path.join(out_dir, 'curves.png'), log.tabulate())
                 if record['val/bits'] < best_val:

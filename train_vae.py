@@ -19,18 +19,18 @@ import torch
 
 from common import (StepLog, autocast, catch_signals, compile_for, compile_whole, configure, end_by_signal,
                     explain_failures, git_commit, load_like, make_out_dir, print0, refuse_below_one,
-                    refuse_changes, refuse_overwriting, save_checkpoint, start_processes, stop_processes,
-                    wait_for_all)
+                    refuse_changes, refuse_overwriting, resume, save_checkpoint, start_processes,
+                    stop_processes, wait_for_all)
 from data import (Sessions, fingerprint, generators, has_split, prefetch, prepare_absent, refuse_other_data,
                   say_sessions, torch_seed)
 from judge import figures
-from judge.cost import blank_batch, say_cost, say_memory, step_flops
+from judge.cost import blank_batch, say_cost, say_memory, vae_flops
 from judge.validate import brief, say_probes, validate
 from losses import (ModalityClassifier, PatchDiscriminator, adversary_loss, alignment_loss, cov_loss,
                     discriminator_term, generator_term, kl_loss, perceptual_loss, reconstruction_loss,
                     refuse_small, sid_loss, ssim, var_loss)
 from model import from_settings, model_args
-from optim import MeanGradients, adamw, cosine, make_optimizers, resume, take_step, update_average
+from optim import MeanGradients, adamw, cosine, make_optimizers, take_step, update_average
 from pretrained import LPIPS
 from quantize import hold_statistics, move_statistics, perplexity
 from synth import TISSUE, is_random, redraw
@@ -95,7 +95,7 @@ cross_ramp = 2000        # steps of its linear rise
 w_align = 0.0            # of the distance between a session's anatomy latents; not the paper's
 w_adv = 0.001            # scale of the reversed gradient, eq. 15; the classifier learns at full weight
 adv_start = 5000         # steps before both begin; the scale rises over the rest of the 3D phase
-# objective of convvae: L1 + the following, DeCo eq. 1 and 7; 0 leaves a term out
+# the rest of convvae's objective, DeCo eq. 1 and 7; 0 leaves a term out
 w_kl = 0.0
 kl_reduction = 'mean'    # over every element; 'sum' over the latent and mean over the batch, as MAISI
 w_sid = 0.0              # DeCo eq. 3, on mu, as the next two
@@ -249,7 +249,7 @@ def loss_weights(it):
     }
 
 def neuroquant_terms(batch, what, it):
-    """Unweighted terms of a micro-batch, means over the joined batch, and x_hat."""
+    """Unweighted terms (recon: eq. 12), means over the joined batch, and x_hat."""
     x, modality, share = batch['x'], batch['modality'], batch['share']
     pairs = batch.get('pairs', ())
     crosses = get_w_cross(it) > 0  # by schedule alone: the same terms everywhere
@@ -359,7 +359,7 @@ def load_start():
     return start
 
 def rehearse():
-    """A micro-step for step_bytes: with every term, and of this run's batches the one with most voxels."""
+    """The micro-step that takes most memory, for step_bytes: all terms, the batch with most voxels."""
     last = (iters_3d if kind == 'neuroquant' else iters) - 1
     what, rows, shape = micro_steps(last)[0].what, batch_size, sample_shape
     if kind == 'neuroquant':
@@ -434,13 +434,12 @@ if __name__ == '__main__':
     raw_model.encoder.checkpointing = raw_model.decoder.checkpointing = checkpointing
 
     # ---- optimisers
-    model_parameters = [p for p in raw_model.parameters() if p.requires_grad]
-    classifying = list(classifier.parameters()) if classifier else []
-    trained = model_parameters + classifying
+    model_weights = [p for p in raw_model.parameters() if p.requires_grad]
+    classifier_weights = list(classifier.parameters()) if classifier else []
     how = dict(lr=lr, betas=(beta1, beta2), eps=adam_eps, weight_decay=weight_decay)
-    optimizers = make_optimizers(trained, muon, **how)
-    judging = list(discriminators.parameters())
-    discriminator_optimizer = adamw(judging, **how) if judging else None
+    optimizers = make_optimizers(model_weights + classifier_weights, muon, **how)
+    gan_weights = list(discriminators.parameters())
+    discriminator_optimizer = adamw(gan_weights, **how) if gan_weights else None
     parts = {'ema': ema, 'classifier': classifier, 'optimizer': optimizers[0],
              'muon': optimizers[1] if muon else None, 'discriminators': discriminators,
              'discriminator_optimizer': discriminator_optimizer}
@@ -464,14 +463,14 @@ if __name__ == '__main__':
             compile_whole(judge)
         reconstruction_loss = torch.compile(reconstruction_loss)
 
-    flops = step_flops(raw_model, sample_shape)
+    flops = vae_flops(raw_model, sample_shape)
     forward_flops = {'scans': flops, 'sessions': flops, 'slices': flops}  # each (encode, decode) of one
     if kind == 'neuroquant':
-        forward_flops['slices'] = step_flops(raw_model, (1, *train_set.shape[1:]))
+        forward_flops['slices'] = vae_flops(raw_model, (1, *train_set.shape[1:]))
     say_cost(raw_model, train_set.shape, sample_shape, flops, f'{device} x {world}')
 
     # ---- loop
-    gradients = MeanGradients(model_parameters, classifying, judging)
+    gradients = MeanGradients(model_weights, classifier_weights, gan_weights)
     log = StepLog(out_dir, config, wandb_project, log_interval, it, stop, device, world)
     stop_signal = catch_signals()
     train_mode()
@@ -494,15 +493,15 @@ if __name__ == '__main__':
             counted = 'slices' if step.what == 'slices' else 'volumes'
             log.count(counted, len(batch['x']), step_cost(step, batch, new_terms))
         gradients.finish()
-        gradient = take_step(optimizers, model_parameters, rate, grad_clip)
+        grad_norm = take_step(optimizers, model_weights, rate, grad_clip)
         if discriminators and it >= discriminator_start:
-            take_step([discriminator_optimizer], judging, rate, grad_clip)
+            take_step([discriminator_optimizer], gan_weights, rate, grad_clip)
         codes_moved = move_statistics(raw_model)
         if ema:  # a short one while weights move fast
             update_average(ema, raw_model, min(ema_decay, (1 + it) / (10 + it)))
         it += 1
 
-        log.note(it, terms | {'gradient': gradient}, files)
+        log.note(it, terms | {'gradient': grad_norm}, files)
         stopped_by = stop_signal()
         validates = it % eval_interval == 0 or it in (iters_3d, stop)
         if log.due(it) or validates or stopped_by:
@@ -510,7 +509,7 @@ if __name__ == '__main__':
         if log.due(it):
             if codes_moved:  # of the step's tokens: the codebook's own average counts revived codes as used
                 terms['perplexity'] = perplexity(raw_model.quantizer.step_counts)
-            log.step(it, terms, gradient, rate)
+            log.step(it, terms, grad_norm, rate)
         if stopped_by:
             save('ckpt.pt')  # a validation may be cut short
         if validates:

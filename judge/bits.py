@@ -31,11 +31,10 @@ def bits_rows(gpts, data_dir, split, device, dtype, seed):
     rows = []
     for path, checkpoint, gpt, run in gpts:
         config = checkpoint['config']
-        name = checkpoint['encoder_hash']
         with tempfile.TemporaryDirectory() as anew:
             same = config['data_dir'] == data_dir
             latents_dir = config['latents_dir'] if same else usual_dirs(anew, data_dir)
-            encode_sessions(run.model, name, data_dir, run.modalities, latents_dir, 0, 1, device)
+            encode_sessions(run.model, data_dir, run.modalities, latents_dir, 0, 1, device)
             source = run.model.quantizer, device, latents_dir, data_dir, run.modalities
             train = Tokens(*source, 'train', checkpoint['conditions'])
             judged = Tokens(*source, split, checkpoint['conditions'])

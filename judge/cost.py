@@ -21,7 +21,7 @@ from optim import Muon
 
 # ---------------------------------------------------------------- FLOP
 
-def step_flops(model, shape):
+def vae_flops(model, shape):
     """FLOP (2 per multiply-add) of an autoencoder to encode and to decode one (D,H,W) volume or slice."""
     c = model.config
     if getattr(c, 'dims', 3) == 2:
@@ -29,9 +29,10 @@ def step_flops(model, shape):
     with torch.device('meta'):  # a twin without weights
         twin = type(model)(c).eval()
         x = torch.empty(1, getattr(c, 'in_channels', 1), *shape)
-    (z, z_mod), encoding = count_flops(twin.encode, x)
-    film = [twin.film(z_mod, 0)] if hasattr(twin, 'film') else []
-    return encoding, count_flops(twin.decode, z, *film)[1]
+    (z, z_mod_or_logvar), encode = count_flops(twin.encode, x)
+    film = [twin.film(z_mod_or_logvar, 0)] if hasattr(twin, 'film') else []
+    _, decode = count_flops(twin.decode, z, *film)
+    return encode, decode
 
 def unet_flops(model, shape):
     """FLOP of one forward pass of a FlowUNet on a (C,d,h,w) latent."""
@@ -50,7 +51,7 @@ def count_flops(function, *args):
     return result, counter.get_total_flops()
 
 def say_cost(model, volume, sample, flops, where):
-    """Print the bits of a (D,H,W) volume's latent, and flops, those of step_flops for a sample's shape."""
+    """Print the bits of a (D,H,W) volume's latent, and flops, those of vae_flops for a sample's shape."""
     bits = model.bits_per_volume(volume)
     print0(f'{bits:.0f} bits of latent per volume ({16 * math.prod(volume) / bits:.0f}x less than 16-bit '
            f'voxels), {sum(flops) / 1e9:.1f} GFLOP forward for {"x".join(map(str, sample))}, on {where}')
@@ -88,9 +89,10 @@ def in_float(norm):
 
 @contextlib.contextmanager
 def counting(dtype):
-    """Within, tensors have no content, and the Live that this yields counts those of a CPU.
+    """Within this context tensors have no content; it yields the Live that counts them, on the CPU.
 
-    dtype: of autocast. With bfloat16 norms compute in float32, as on a GPU. No process waits for another.
+    dtype: of autocast. With bfloat16, norms compute in float32, as on a GPU. Each process counts alone: none
+    sends anything to the others.
     """
     norms = {name: getattr(F, name) for name in ('group_norm', 'layer_norm')}
     if dtype == 'bfloat16':
@@ -187,7 +189,7 @@ def gib(n):
     if n is None: return 'not known'
     return f'{n / 2 ** 30:.1f} GiB' if n >= 2 ** 29 else f'{n / 2 ** 20:.0f} MiB'
 
-def say_memory(scope, names, optimizers, beside, step, keys):
+def say_memory(scope, names, optimizers, beside, step, savers):
     """Print, on the first process alone, memory_line of a run, and of its model's parameters.
 
     scope, names, step: as step_bytes; the model comes first. optimizers: AdamW holds two averages of each of
@@ -201,15 +203,15 @@ def say_memory(scope, names, optimizers, beside, step, keys):
     device = scope['device']
     needed = step_bytes(scope, names, held, step)
     n_parameters = sum(p.numel() for p in scope[names[0]].parameters())
-    print0(memory_line(n_parameters, needed, available_bytes(device), device, keys))
+    print0(memory_line(n_parameters, needed, available_bytes(device), device, savers))
 
-def memory_line(parameters, needed, available, device, keys):
+def memory_line(parameters, needed, available, device, savers):
     """A line on a run's parameters, the bytes of its step and of the device, and, if need be, what to lower.
 
-    needed, available: bytes, or None. keys: the settings that lower the memory, as text.
+    needed, available: bytes, or None. savers: the settings that lower the memory, as text.
     """
     line = (f'{parameters / 1e6:.2f} M parameters, memory of a training step {gib(needed)}, '
             f'free on {device} {gib(available)}')
     if needed and available is not None and needed > available:
-        line += f'; it will not fit: lower {keys}'
+        line += f'; it will not fit: lower {savers}'
     return line

@@ -65,7 +65,7 @@ def views(path, blocks, title='', quiet=False):
     finish(plt, fig, path, quiet)
 
 def run_so_far(out_dir, records, shown, it):
-    """curves.png and progress.png of a run at iteration `it`. records, shown: as of the two."""
+    """Draw curves.png and progress.png at iteration `it`. records: see curves(); shown: see progress()."""
     curves(os.path.join(out_dir, 'curves.png'), records)
     progress(os.path.join(out_dir, 'progress.png'), shown, f'{out_dir}, iteration {it:,}')
 

@@ -1,4 +1,4 @@
-"""Metrics as functions of arrays. Each says its unit, its range and its definition."""
+"""Metrics as functions of arrays, with unit, range and definition; and what a run gathers of them."""
 import numpy as np
 import torch
 
@@ -13,13 +13,6 @@ def attempt(measure, *args, **row):
         return row | measure(*args)
     except ValueError as e:
         return row | {'reason': str(e)}
-
-def load_or_reason(load, setting, *args):
-    """What load makes of a setting, None if it is '', and the reason where that fails."""
-    try:
-        return load(setting, *args) if setting else None, ''
-    except (SystemExit, ValueError) as e:
-        return None, str(e)
 
 # ---------------------------------------------------------------- fidelity
 
@@ -77,8 +70,10 @@ def summarise_scores(scored, seed):
     return summaries
 
 def add_cross_modal(run, scans, outputs, lpips):
-    """Score every ordered pair of a session's scans: anatomy of the source, style of the target scan ('own',
-    NeuroQuant eq. 13) or of its modality ('mean')."""
+    """Score every ordered pair of a session's scans: the source's anatomy in the target's style.
+
+    The style is that of the target scan ('own', NeuroQuant eq. 13) or its modality's mean ('mean').
+    """
     films = [run.model.film(out['z_mod'], scan.modality) for scan, out in zip(scans, outputs)]
     for source, out in zip(scans, outputs):
         for target, own_film in zip(scans, films):
@@ -150,8 +145,10 @@ def explained_variance(z):
     return variance_shares(moments(z))
 
 def latent_geometry(m, sigma):
-    """Summary of the moments m of latents; every number comes from one covariance. sigma: mean posterior sd,
-    or None. Above 16 channels there are no matrices."""
+    """Summary of latents by their moments m, as a dict: every number comes from one covariance.
+
+    sigma: mean posterior sd, or None. Above 16 channels the matrices are None.
+    """
     shares, C = variance_shares(m), len(m) - 1
     raw, centred = cosine_of(m, False), cosine_of(m, True)
     pairs = ~torch.eye(C, dtype=bool)
@@ -178,13 +175,13 @@ def add_latent(run, modality, out):
         run.codes[modality] = run.codes[modality] + np.stack(counts)
 
 def code_rows(codes, modalities):
-    """code_use of each modality that was seen, and of all."""
+    """code_row of each modality that was seen, and of all."""
     counts = {modality: codes[modality] for modality in modalities if modality in codes}
     if counts:
         counts['all'] = sum(counts.values())
-    return {name: code_use(histograms) for name, histograms in counts.items()}
+    return {name: code_row(histograms) for name, histograms in counts.items()}
 
-def code_use(counts):
+def code_row(counts):
     """Histograms (codebooks, K) -> how many codes were used, and perplexity, means over codebooks; tokens."""
     counts = torch.as_tensor(counts, dtype=torch.float64)
     return {

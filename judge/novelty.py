@@ -1,12 +1,13 @@
 """How near new brains lie to the scans that a flow or a GPT was trained on."""
 import os
+from itertools import islice
 
 import numpy as np
 
 from common import markdown_table, write_text
 from data import as_float, has_split, open_npy, random
 from judge.report import show
-from latents import Latents, nearest
+from latents import Latents
 
 COMPARED = 50  # new brains, and held-out scans, in nearest.md
 
@@ -68,6 +69,27 @@ def compare_with_training(folder, config, modalities, z, volumes, shown, coded=N
                       'held-out scan does: memorised?']
     write_text(os.path.join(folder, 'nearest.md'), '\n'.join(lines) + '\n')
     show('\n'.join(lines))
+
+def nearest(queries, library):
+    """For each query array the key and root-mean-square distance of the nearest array.
+
+    library: an iterable of (key, array), read once, some at a time. Squared lengths and products find the
+    nearest of those; its distance is then taken from the differences, since lengths cancel.
+    """
+    queries = np.stack([np.ravel(query) for query in queries]).astype(np.float32)
+    best = [(None, np.inf)] * len(queries)
+    library = iter(library)
+    at_once = max(1, 2 ** 26 // queries.shape[1])
+    while True:
+        chunk = list(islice(library, at_once))
+        if not chunk:
+            return best
+        arrays = np.stack([np.ravel(array) for _, array in chunk]).astype(np.float32)
+        order = (arrays ** 2).sum(1) - 2 * queries @ arrays.T  # |q|^2 is the same for all
+        for q, k in enumerate(order.argmin(1)):
+            distance = float(np.sqrt(np.mean((queries[q] - arrays[k]) ** 2)))
+            if distance < best[q][1]:
+                best[q] = chunk[k][0], distance
 
 def volume_of(part, k):
     """The volume (D,H,W) behind latent k of a split."""

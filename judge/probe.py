@@ -38,29 +38,19 @@ def cross_validate(fit, y, groups, folds=5, seed=0):
     positive = y == classes[1]
     share = {g: positive[groups == g].mean() for g in names}
     pure = set(share.values()) <= {0.0, 1.0}
-    strata = {}  # if every group is of one class, each fold gets its part of both
-    for g in names:
-        strata.setdefault(int(share[g]) if pure else 0, []).append(g)
-    rng, fold_of = random(seed, 8), {}
-    for k, members in sorted(strata.items()):
-        if len(members) < folds:
-            kind = f' of class {classes[k]}' if pure else ''
-            raise ValueError(f'{len(members)} subjects{kind}: at least {folds} are needed')
-        for position, j in enumerate(rng.permutation(len(members))):
-            fold_of[members[j]] = position % folds
-    fold, score = np.array([fold_of[g] for g in groups]), np.zeros(len(y))
+    strata = {'': names}
+    if pure:  # every group is of one class: each fold gets its part of both
+        is_positive = np.array([share[g] == 1 for g in names])
+        strata = {f' of class {classes[0]}': names[~is_positive],
+                  f' of class {classes[1]}': names[is_positive]}
+    fold_of = deal_into_folds(strata, folds, seed)
+    fold = np.array([fold_of[g] for g in groups])
+    score = np.zeros(len(y))
     for k in range(folds):
         score[fold == k] = fit(np.flatnonzero(fold != k), np.flatnonzero(fold == k), positive)
     right = (score > 0) == positive
     votes = [(score[groups == g].mean() > 0) == share[g] for g in names]
-    kinds = np.stack([positive, ~positive])                                      # (2, N)
-    sizes = np.stack([kinds[:, groups == g].sum(1) for g in names])              # (n_groups, 2)
-    hits = np.stack([(kinds & right)[:, groups == g].sum(1) for g in names])
-    drawn = random(seed, 9).integers(len(names), size=(2000, len(names)))
-    drawn_hits, drawn_sizes = hits[drawn].sum(1), sizes[drawn].sum(1)            # (2000, 2), over rows
-    boot = drawn_hits.sum(1) / drawn_sizes.sum(1)
-    both = drawn_sizes.all(1)  # a draw without one of the classes has no balanced accuracy
-    balanced_boot = (drawn_hits[both] / drawn_sizes[both]).mean(1)
+    ci95, balanced_ci95 = accuracy_intervals(right, positive, groups, seed)
     return {
         'accuracy': float(right.mean()),
         'balanced_accuracy': float((right[positive].mean() + right[~positive].mean()) / 2),
@@ -68,8 +58,34 @@ def cross_validate(fit, y, groups, folds=5, seed=0):
         'subject_accuracy': float(np.mean(votes)) if pure else None,
         'n': len(y),
         'n_groups': len(names),
-        'ci95': [float(q) for q in np.quantile(boot, [0.025, 0.975])],
-        'balanced_ci95': [float(q) for q in np.quantile(balanced_boot, [0.025, 0.975])]}
+        'ci95': ci95,
+        'balanced_ci95': balanced_ci95}
+
+def deal_into_folds(strata, folds, seed):
+    """{group: fold}: each fold gets its part of every stratum.
+
+    strata: {words for the message: groups}. ValueError for a stratum of fewer groups than folds.
+    """
+    rng, fold_of = random(seed, 8), {}
+    for words, members in strata.items():
+        if len(members) < folds:
+            raise ValueError(f'{len(members)} subjects{words}: at least {folds} are needed')
+        for position, j in enumerate(rng.permutation(len(members))):
+            fold_of[members[j]] = position % folds
+    return fold_of
+
+def accuracy_intervals(right, positive, groups, seed):
+    """95 % intervals of accuracy and balanced accuracy by bootstrap of groups; right, positive (N,) bool."""
+    names = np.unique(groups)
+    kinds = np.stack([positive, ~positive])                                    # (2, N)
+    sizes = np.stack([kinds[:, groups == g].sum(1) for g in names])            # (n_groups, 2)
+    hits = np.stack([(kinds & right)[:, groups == g].sum(1) for g in names])   # (n_groups, 2)
+    drawn = random(seed, 9).integers(len(names), size=(2000, len(names)))
+    drawn_hits, drawn_sizes = hits[drawn].sum(1), sizes[drawn].sum(1)          # (2000, 2), over rows
+    accuracies = drawn_hits.sum(1) / drawn_sizes.sum(1)
+    both = drawn_sizes.all(1)  # a draw without one of the classes has no balanced accuracy
+    balanced = (drawn_hits[both] / drawn_sizes[both]).mean(1)
+    return [np.quantile(values, [0.025, 0.975]).tolist() for values in (accuracies, balanced)]
 
 # ---------------------------------------------------------------- linear
 

@@ -93,7 +93,8 @@ def aligned(rows, width):
         used += sizes[k] + 2
     lines = []
     for part in parts:
-        lines += [''] * bool(lines)
+        if lines:
+            lines.append('')
         widths = [max(map(len, column)) for column in part]
         for cells in zip(*part):
             line = '  '.join(cell.ljust(size) for cell, size in zip(cells, widths))
@@ -466,18 +467,18 @@ def paper_table(name, runs):
     ours = collect(runs)
     lines = []
     for label, (run, paper) in rows.items():
-        name = f'{run}/ckpt' if f'{run}/ckpt' in ours else f'{run}/best'  # the end of a run, if it was judged
-        facts = ours.get(name, {})
+        judged = f'{run}/ckpt' if f'{run}/ckpt' in ours else f'{run}/best'  # the end of a run counts first
+        facts = ours.get(judged, {})
         tuned = 'yes' if run.endswith('_dft') else 'no'
         if facts and facts['dft'] != tuned:
-            raise SystemExit(f"{runs}/{name}: fine-tuned: {facts['dft']}, the row '{label}' is not the same; "
-                             'rename the run')
+            raise SystemExit(f"{runs}/{judged}: fine-tuned: {facts['dft']}, the row '{label}' is not the "
+                             'same; rename the run')
         cells = []
         for (kind, key, modality, factor), printed in zip(columns.values(), paper):
             value = facts.get((kind, key, modality))
             measured = '' if value is None else f'{factor * value:.4g} '
             cells.append(f'{measured}({printed:g})')
-        lines.append([label, name if facts else run, tuned, *cells, facts.get('source', '')])
+        lines.append([label, judged if facts else run, tuned, *cells, facts.get('source', '')])
     head = ['row', 'run', 'DFT', *columns, 'measured on']
     title += f'. Ours, from {runs}, with the paper in brackets.'
     return '\n'.join([title, '', *markdown_table(head, lines)]) + '\n'

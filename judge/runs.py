@@ -17,10 +17,10 @@ def key_of(row):
 # ---------------------------------------------------------------- which sessions, which names
 
 def chosen(rows, count):
-    """Places, in order, of `count` rows of an index (-1: all), by a hash of session and subject.
+    """Sorted positions of `count` of the rows of an index (-1: all), chosen by a hash of session and subject.
 
-    The first ones would be of one folder where data_dir names several. Places drawn at random would be of
-    other sessions for a run of other modalities, which has a list of its own.
+    Not the first rows: where data_dir names several folders, they are of one. Not positions drawn at random:
+    a run of other modalities has other rows, and would get other sessions.
     """
     if not 0 <= count < len(rows): return list(range(len(rows)))
     marks = []
@@ -87,7 +87,7 @@ class Run:
         self.modalities = self.sessions.modalities
         self.notes = other_data(self.path, self.checkpoint, self.sessions)
         rows = self.sessions.rows
-        self.used = chosen(rows, self.n)   # places in sessions.rows
+        self.used = chosen(rows, self.n)   # positions in sessions.rows
         self.keys = {key_of(rows[i]) for i in self.used}
         self.drawn_keys = {key_of(rows[i]) for i in chosen(rows, min(self.n, 20))}  # those in tsne.png
         self.subjects = sorted({subject for _, subject, _ in self.keys})

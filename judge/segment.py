@@ -1,8 +1,7 @@
 """Label maps of volumes for Dice and region volumes: SynthSeg on its published weights, or any command.
 
-A small segmenter that learns from label maps is in small_segmenter.py.
-
-Volumes are RAS+ (D,H,W); label maps have FreeSurfer's numbers, left and right apart.
+Volumes are RAS+ (D,H,W); label maps have FreeSurfer's numbers, left and right apart. The one that learns from
+label maps is in small_segmenter.py.
 """
 import os
 import shlex

@@ -37,8 +37,8 @@ def cut(volumes, starts, size):
 class SmallUNet(nn.Module):
     """An image and its voxels' coordinates -> logits of labels: (B,1,D,H,W) -> (B,labels,D,H,W).
 
-    Three levels. Where a voxel lies tells left from right. where (B,3,.,.,.): coordinates of a
-    patch, its size padded.
+    Three levels. where (B,3,.,.,.): see places, cut to a patch of padded size; None for whole volumes. By it
+    the network tells left from right.
     """
     def __init__(self, labels, widths=(16, 32, 64)):
         super().__init__()

@@ -9,16 +9,16 @@ from judge.metrics import attempt, channels_in_use, moments
 from judge.probe import linear_probe
 from judge.runs import chosen
 from losses import psnr
-from quantize import code_use, collapse, count_codes
+from quantize import code_use, collapse_warning, count_codes
 
 @torch.no_grad()
 def validate(model, sessions, count, device, dtype):
     """A model in evaluation mode on `count` sessions (-1: all), see runs.chosen; the processes share them.
 
-    returns {'val/psnr_db/<modality>', 'val/psnr_db' their mean, 'val/psnr_brain_db' inside the brain alone,
-    'val/n_sessions', and what quantize.code_use says of the codes, or 'val/channels_in_use' of a latent with
-    noise, see metrics}; PSNR is of whole volumes
-    and for a picture the first scan of this process as (modality, volume, reconstruction), each (D,H,W)
+    returns two things. A dict: 'val/psnr_db/<modality>' of whole volumes, 'val/psnr_db', their mean,
+    'val/psnr_brain_db', inside the brain alone, 'val/n_sessions'; with a codebook 'val/<name>' of all that
+    quantize.code_use says, else 'val/channels_in_use', see metrics. And for a picture the first scan of this
+    process: (modality, volume, reconstruction), each array (D,H,W).
     """
     rank, world = 0, 1
     if dist.is_initialized():
@@ -36,17 +36,17 @@ def validate(model, sessions, count, device, dtype):
         for m in sessions.present(i):
             x = torch.tensor(sessions.volume(i, m), device=device)[None, None]
             with autocast(device, dtype):
-                view = model.analyse(x, m)
+                out = model.analyse(x, m)
             x = x.clamp(0, 1)
-            x_hat = view['x_hat'].clamp(0, 1)
+            x_hat = out['x_hat'].clamp(0, 1)
             scores = psnr(x_hat, x).item(), psnr(x_hat, x, mask=x > 0).item(), 1
             sums[m] += torch.tensor(scores, dtype=torch.float64)
             shown = shown or (sessions.modalities[m], *(v[0, 0].float().cpu().numpy() for v in (x, x_hat)))
             if books:
-                counts += count_codes(view['tokens'], x, c.num_codes, books)
+                counts += count_codes(out['tokens'], x, c.num_codes, books)
             else:
-                latent += moments(view['mean']).cpu()
-                noise += view['logvar'].double().exp().mean((0, 2, 3, 4)).cpu()
+                latent += moments(out['mean']).cpu()
+                noise += out['logvar'].double().exp().mean((0, 2, 3, 4)).cpu()
     if world > 1:
         for part in (sums, counts, latent, noise):
             dist.all_reduce(part)
@@ -59,7 +59,7 @@ def validate(model, sessions, count, device, dtype):
     if books:
         use = code_use(counts)
         record |= {f'val/{name}': value for name, value in use.items()}
-        warning = collapse(use, c.num_codes, counts.sum().item() // books)
+        warning = collapse_warning(use, c.num_codes, counts.sum().item() // books)
         if warning:
             print0(warning)
     else:

@@ -10,7 +10,7 @@ import os
 import re
 from collections import Counter, defaultdict
 
-SEXES = {'m': 'M', 'male': 'M', 'man': 'M', 'f': 'F', 'female': 'F', 'woman': 'F'}
+SEX_OF = {'m': 'M', 'male': 'M', 'man': 'M', 'f': 'F', 'female': 'F', 'woman': 'F'}
 NOT_KNOWN = ('', 'n/a', 'na', 'nan', 'none', 'null', 'unknown', 'missing', '.', '-', '?', 'inf', '-inf')
 COLUMNS = {  # other names of columns, in small letters
     'subject': ('subject', 'participant_id', 'participant', 'subject_id', 'subjectid', 'sub', 'id'),
@@ -124,7 +124,7 @@ def sex_of(text, codes, table, unread):
     """'M', 'F' or '' of a table's text."""
     text = codes.get(text, text)
     if text.lower() in NOT_KNOWN or text.lower() in ('o', 'other'): return ''
-    if text.lower() in SEXES: return SEXES[text.lower()]
+    if text.lower() in SEX_OF: return SEX_OF[text.lower()]
     unread.add(table, 'sex', text, 'not known; say what the values mean, such as --sex_codes=1=M,2=F')
     return ''
 

@@ -24,19 +24,19 @@ sys.path.insert(0, ROOT)
 import model
 from judge import cost, figures
 
-step_flops = cost.step_flops
+vae_flops = cost.vae_flops
 
 @functools.cache
 def flops_of(kind, fields, shape):
     network, config = model.KINDS[kind]
-    return step_flops(network(config(**dict(fields))), shape)
+    return vae_flops(network(config(**dict(fields))), shape)
 
-def cached_step_flops(network, shape):
-    """cost.step_flops, counted once per kind of network in a test process."""
+def cached_vae_flops(network, shape):
+    """cost.vae_flops, counted once per kind of network in a test process."""
     fields = tuple(vars(network.config).items())
     return flops_of(model.model_args(network)['kind'], fields, tuple(shape))
 
-cost.step_flops = cached_step_flops
+cost.vae_flops = cached_vae_flops
 
 def counted_elsewhere(*args):
     """Instead of cost.step_bytes, which takes seconds: tests/test_cost.py has it."""

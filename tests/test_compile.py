@@ -13,7 +13,7 @@ from common import compile_for, compile_whole
 from flow import flow_matching_loss
 from layers import Conv
 from losses import (
-    ModalityClassifier, PatchDiscriminator, adversarial_loss, adversary_loss, alignment_loss, kl_loss,
+    ModalityClassifier, PatchDiscriminator, discriminator_loss, adversary_loss, alignment_loss, kl_loss,
     reconstruction_loss, sid_loss, ssim, vad_loss)
 from model import (GPT, ConvVAE, ConvVAEConfig, FlowUNet, FlowUNetConfig, GPTConfig, NeuroQuant,
                    NeuroQuantConfig)
@@ -192,7 +192,7 @@ def convvae_loss():
         recon = reconstruction_loss(out['x_hat'], x, 0.0)
         latent = kl_loss(out['mu'], out['logvar']) + sid_loss(out['mu']) + vad_loss(out['mu'])
         similarity = 1 - ssim(out['x_hat'], x, size=7).mean()
-        return recon + latent + similarity + adversarial_loss(discriminator(out['x_hat']), True)
+        return recon + latent + similarity + discriminator_loss(discriminator(out['x_hat']), True)
     return net, loss
 
 def flow_loss():

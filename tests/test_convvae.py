@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from judge.cost import step_flops
+from judge.cost import vae_flops
 from layers import Attention, depth_to_space, space_to_depth
 from model import ConvVAE, ConvVAEConfig, from_checkpoint, model_args
 from pretrained import load_maisi_vae, load_sd_vae
@@ -413,4 +413,4 @@ def test_a_checkpoint_brings_the_same_model_back():
         assert torch.equal(ours, theirs)
 
 def test_a_model_of_slices_has_a_cost_of_encoding_and_of_decoding():
-    assert min(step_flops(small(dims=2), (1, 16, 16))) > 0
+    assert min(vae_flops(small(dims=2), (1, 16, 16))) > 0

@@ -15,7 +15,7 @@ from judge import cost
 from latents import encode_conditions
 from model import GPT, GPTConfig, NeuroQuant, NeuroQuantConfig, from_checkpoint, model_args
 from test_train import assert_same_tensors, log_of, training_lines
-from tokens import Tokens, baseline_bits, choose, draw_brains, draw_tokens
+from tokens import Tokens, baseline_bits, choose_tokens, draw_brains, draw_tokens
 
 SMALL = dict(grid=(2, 3, 2), num_codes=16, layers=2, heads=2, width=16)
 
@@ -142,7 +142,7 @@ def test_codes_are_drawn_as_often_as_they_are_likely():
     logits = torch.randn(1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     chances = (torch.arange(1000, dtype=torch.float64)[:, None] + 0.5) / 1000
     for top_k in (0, 3):
-        counts = choose(logits.expand(1000, 8), chances, top_k).flatten().bincount(minlength=8) / 1000
+        counts = choose_tokens(logits.expand(1000, 8), chances, top_k).flatten().bincount(minlength=8) / 1000
         expected = logits[0].softmax(0)
         if top_k:
             expected = torch.where(expected >= expected.topk(3).values[-1], expected, 0.0)

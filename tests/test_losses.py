@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from conftest import Precision
-from losses import (ModalityClassifier, PatchDiscriminator, Product, adversarial_loss, adversary_loss,
+from losses import (ModalityClassifier, PatchDiscriminator, Product, discriminator_loss, adversary_loss,
                     alignment_loss, cov_loss, generator_loss, generator_term, grad_reverse, kl_loss, ms_ssim,
                     perceptual_loss, psnr, random_slices, reconstruction_loss, sid_loss, ssim, vad_loss,
                     var_loss)
@@ -195,16 +195,16 @@ def test_discriminator_equals_monais(dims, parameters):
     x = torch.rand(2, 1, *[32] * dims)
     torch.testing.assert_close(ours(x), theirs(x)[-1], atol=1e-5, rtol=1e-5)
 
-def test_adversarial_losses_equal_their_formulas_and_meet_in_the_middle():
+def test_discriminator_losses_equal_their_formulas_and_meet_in_the_middle():
     logits = torch.tensor([[-2.0, 0.5, 1.0, 3.0]])
-    assert adversarial_loss(logits, True).item() == pytest.approx((9 + 0.25 + 0 + 4) / 4)
-    assert adversarial_loss(logits, False).item() == pytest.approx((4 + 0.25 + 1 + 9) / 4)
-    assert adversarial_loss(logits, True, 'hinge').item() == pytest.approx((3 + 0.5 + 0 + 0) / 4)
-    assert adversarial_loss(logits, False, 'hinge').item() == pytest.approx((0 + 1.5 + 2 + 4) / 4)
-    assert generator_loss(logits) == adversarial_loss(logits, True)
+    assert discriminator_loss(logits, True).item() == pytest.approx((9 + 0.25 + 0 + 4) / 4)
+    assert discriminator_loss(logits, False).item() == pytest.approx((4 + 0.25 + 1 + 9) / 4)
+    assert discriminator_loss(logits, True, 'hinge').item() == pytest.approx((3 + 0.5 + 0 + 0) / 4)
+    assert discriminator_loss(logits, False, 'hinge').item() == pytest.approx((0 + 1.5 + 2 + 4) / 4)
+    assert generator_loss(logits) == discriminator_loss(logits, True)
     assert generator_loss(logits, 'hinge').item() == pytest.approx(-2.5 / 4)
     with pytest.raises(ValueError):
-        adversarial_loss(logits, True, 'wasserstein')
+        discriminator_loss(logits, True, 'wasserstein')
 
 class Sees(torch.nn.Module):
     """A discriminator of `dims` dimensions that says its dims of whatever it sees."""

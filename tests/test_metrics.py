@@ -9,7 +9,7 @@ import torch
 from scipy import linalg, ndimage
 
 from judge.metrics import (
-    channel_cosine, channels_in_use, code_use, dice, effective_rank, explained_variance, fidelity,
+    channel_cosine, channels_in_use, code_row, dice, effective_rank, explained_variance, fidelity,
     frechet_distance, frechet_parts, latent_geometry, moments, region_volumes_mm3, summarise, tsne)
 from judge.references import PrincipalComponents, dct_codec, sessions_with
 from judge.report import diversity_table
@@ -173,10 +173,10 @@ def test_a_gaussians_entropy_is_that_of_its_rounded_values(brains):
 # ---------------------------------------------------------------- codes
 
 def test_perplexity_of_two_codes_used_alike_is_2():
-    assert code_use(np.array([[5, 5, 0, 0]])) == {'used': 2, 'perplexity': pytest.approx(2), 'tokens': 10}
+    assert code_row(np.array([[5, 5, 0, 0]])) == {'used': 2, 'perplexity': pytest.approx(2), 'tokens': 10}
 
 def test_code_use_is_the_mean_over_codebooks():
-    use = code_use(np.array([[9, 0], [2, 2]]))
+    use = code_row(np.array([[9, 0], [2, 2]]))
     assert use == {'used': 1.5, 'perplexity': pytest.approx(1.5), 'tokens': 13}
 
 # ---------------------------------------------------------------- geometry of the latent

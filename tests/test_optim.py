@@ -8,8 +8,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn as nn
 
-from optim import (
-    MeanGradients, Muon, make_optimizers, orthogonal, resume, take_step, update_average)
+from common import resume
+from optim import MeanGradients, Muon, make_optimizers, orthogonal, take_step, update_average
 
 # ---------------------------------------------------------------- orthogonal steps
 

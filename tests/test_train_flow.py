@@ -11,8 +11,9 @@ import torch
 
 from common import load_checkpoint, save_checkpoint
 from conftest import TINY, make_tiny_data, play, play_two, refuses
+from judge.novelty import nearest
 from judge.sets import generated_files
-from latents import Latents, encode_conditions, nearest
+from latents import Latents, encode_conditions
 from losses import ms_ssim
 from model import ConvVAE, ConvVAEConfig, encoder_hash, from_checkpoint, model_args
 from test_train import assert_same_tensors, log_of, training_lines

@@ -182,7 +182,7 @@ def load_maisi_unet(state_dict):
 
     Accepts a bare state dict or one under 'unet' or 'unet_state_dict', with scale_factor and global_mean
     beside it where it is DeCo's. Same velocity, data - noise, of the same x_t: our t is their timestep t' as
-    1 - t'/1000.
+    1 - t'/1000. Their class of unknown modality, 0, is also our last, which stands for "not known".
     """
     sd = 1 / float(state_dict.get('scale_factor', 1.0))
     mean = float(state_dict.get('global_mean', 0.0))
@@ -199,6 +199,10 @@ def load_maisi_unet(state_dict):
         in_channels=state['conv_in.conv.weight'].shape[1], widths=tuple(widths), res_blocks=blocks,
         attention=tuple(attention), vectors=tuple(state[f'{name}.0.weight'].shape[1] for name in vectors),
         classes=classes))
+    if classes:
+        table = state['class_embedding.weight'].clone()
+        table[-1] = table[0]
+        state['class_embedding.weight'] = table
     join_qkv(state)
     state['latent_sd'] = torch.full_like(model.latent_sd, sd)
     state['latent_mean'] = torch.full_like(model.latent_mean, mean)

@@ -188,12 +188,17 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def revive_dead(self, flat):
-        """Give each dead code a vector of the joined batch, no vector twice. It starts at the mean use."""
+        """Give each dead code a vector of the joined batch, no vector twice. It starts at the mean use.
+
+        A vector of 0 starts none: it is what a residual codebook is left by one that has just begun on it.
+        """
         flat = gather_over_ranks(flat)
         dead = self.cluster_size <= self.revive * self.cluster_size.mean()
-        order = from_first_rank(torch.randperm(len(flat), device=flat.device))[:self.num_codes]
+        order = from_first_rank(torch.randperm(len(flat), device=flat.device))
+        usable = flat.any(1)
+        order = order[(~usable[order]).int().argsort(stable=True)][:self.num_codes]  # those come last
         turn = dead.cumsum(0) - 1  # the n-th dead code takes the n-th vector
-        dead &= turn < len(order)
+        dead &= turn < usable.sum().clamp(max=len(order))
         vector = flat[order[turn.clamp(0, len(order) - 1)]]
         mean_use = self.micro_steps * len(flat) / self.num_codes
         self.codebook.copy_(torch.where(dead[:, None], vector, self.codebook))
@@ -312,14 +317,18 @@ class MultiQuantizer(nn.Module):
         for _ in range(num_codebooks):
             self.parts.append(VectorQuantizer(num_codes, channels, decay, revive=revive))
 
+    def channels_of(self, z, k):
+        """Those that codebook k codes: all, or its part."""
+        return z if self.residual else z.chunk(self.num_codebooks, 1)[k]
+
     def forward(self, z, update=True):
         """As VectorQuantizer's; commit is the mean over the codebooks."""
         z = z.float()
         rest = z
         indices = []
         commit = 0.0
-        for part, channels in zip(self.parts, z.chunk(self.num_codebooks, 1)):
-            _, chosen, distance = part(rest if self.residual else channels, update)
+        for k, part in enumerate(self.parts):
+            _, chosen, distance = part(self.channels_of(rest, k), update)
             indices.append(chosen)
             commit = commit + distance
             if self.residual:
@@ -331,8 +340,8 @@ class MultiQuantizer(nn.Module):
     def nearest_indices(self, z):
         rest = z.float()
         indices = []
-        for part, channels in zip(self.parts, rest.chunk(self.num_codebooks, 1)):
-            indices.append(part.nearest_indices(rest if self.residual else channels))
+        for k, part in enumerate(self.parts):
+            indices.append(part.nearest_indices(self.channels_of(rest, k)))
             if self.residual:
                 rest = rest - part.lookup(indices[-1])
         return torch.stack(indices, 1)

@@ -53,7 +53,7 @@ def scan_bits(gpt, scans, numbers, device, dtype):
     return bits
 
 def baseline_bits(train, held_out, num_codes):
-    """{name: mean bits per token} of tokens held_out (n, N) by frequencies in train (m, N), K codes.
+    """{name: bits per token of each scan, n of them} of held_out (n, N) by frequencies in train (m, N), K codes.
 
     uniform: log2 K. unigram: each code is counted once more than it was seen. position: counts at each place
     alone, and the unigram with the weight of as many counts as the place has codes (Witten and Bell 1991).
@@ -66,9 +66,9 @@ def baseline_bits(train, held_out, num_codes):
     added = (counts > 0).sum(1, keepdim=True)
     position = (counts + added * unigram) / (n + added)
     return {
-        'uniform': math.log2(num_codes),
-        'unigram': -unigram[held_out].log2().mean().item(),
-        'position': -position.gather(1, held_out.T).log2().mean().item(),
+        'uniform': [math.log2(num_codes)] * len(held_out),
+        'unigram': (-unigram[held_out].log2().mean(1)).tolist(),
+        'position': (-position.gather(1, held_out.T).log2().mean(0)).tolist(),
     }
 
 # ---------------------------------------------------------------- sampling

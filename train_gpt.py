@@ -9,6 +9,7 @@ The first start encodes the scans into latents_dir; each is a sample. Writes out
 import copy
 import math
 import os
+import statistics
 import sys
 from functools import partial
 
@@ -128,7 +129,8 @@ if __name__ == '__main__':
     if not val_set:
         print0('no validation split: best.pt will not be written')
     else:
-        baselines = baseline_bits(train_set.tokens, val_set.tokens, codes)
+        of_scans = baseline_bits(train_set.tokens, val_set.tokens, codes)
+        baselines = {name: statistics.fmean(bits) for name, bits in of_scans.items()}
         baseline_text = ', '.join(f'{name} {bits:.3f}' for name, bits in baselines.items())
 
     # ---- model

@@ -203,7 +203,7 @@ class MicroStep:
 def micro_steps(it):
     """What step `it` trains on: a list of MicroSteps."""
     slices = MicroStep('slices', it, 1.0, 1.0)
-    if kind == 'neuroquant' and it >= iters_3d: return [slices]
+    if it >= volumes_end: return [slices]
     what = 'sessions'
     if kind == 'convvae':
         what = 'scans' if dims == 3 else 'slices'
@@ -360,7 +360,7 @@ def load_start():
 
 def rehearse():
     """The micro-step that takes most memory, for step_bytes: all terms, the batch with most voxels."""
-    last = (iters_3d if kind == 'neuroquant' else iters) - 1
+    last = volumes_end - 1
     what, rows, shape = micro_steps(last)[0].what, batch_size, sample_shape
     if kind == 'neuroquant':
         rows = batch_size * len(modalities)
@@ -389,6 +389,7 @@ if __name__ == '__main__':
     savers = (f'batch_size={batch_size} (raise grad_accum for it), batch_size_2d={batch_size_2d}, '
               f'patch={patch} or set checkpointing=True')
     explain_failures(savers)
+    volumes_end = iters_3d if kind == 'neuroquant' else iters  # then slices alone
     if kind == 'neuroquant':
         iters = iters_3d + (iters_2d if joint == 'sequential' else 0)
     stop = min(max_iters or iters, iters)
@@ -503,7 +504,7 @@ if __name__ == '__main__':
 
         log.note(it, terms | {'gradient': grad_norm}, files)
         stopped_by = stop_signal()
-        validates = it % eval_interval == 0 or it in (iters_3d, stop)
+        validates = it % eval_interval == 0 or it in (volumes_end, stop)
         if log.due(it) or validates or stopped_by:
             log.check()
         if log.due(it):
@@ -525,7 +526,7 @@ if __name__ == '__main__':
                 if record['val/psnr_db'] > best_val:
                     best_val = record['val/psnr_db']
                     save('best.pt')
-            if it == iters_3d and joint == 'sequential':
+            if it == volumes_end < iters:
                 best_val = -math.inf  # best.pt is of the last phase
                 save('ckpt_3d.pt')
             save('ckpt.pt')

@@ -41,5 +41,7 @@ def bits_rows(gpts, data_dir, split, device, dtype, seed):
         bits = scan_bits(gpt, judged, tqdm(range(judged.n), 'bits', leave=False), device, dtype)
         subjects = [row['subject'] for row, _ in judged.scans]
         row = {'row': path, 'of': run.name, 'bits': summarise(bits, subjects, seed=seed)}
-        rows.append(row | baseline_bits(train.tokens, judged.tokens, gpt.config.num_codes))
+        for name, values in baseline_bits(train.tokens, judged.tokens, gpt.config.num_codes).items():
+            row[name] = summarise(values, subjects, seed=seed)['mean']
+        rows.append(row)
     return rows

@@ -163,6 +163,8 @@ def test_maisi_unet_weights_give_what_monai_gives(conditioned):
     if conditioned:
         want = theirs(x, 1000 * (1 - t), class_labels=classes, spacing_tensor=spacing)
         v = ours(x, t, {'classes': classes[:, None], 'vectors': [spacing]})
+        unknown = theirs(x, 1000 * (1 - t), class_labels=torch.zeros_like(classes), spacing_tensor=spacing)
+        torch.testing.assert_close(ours(x, t, {'vectors': [spacing]}), unknown, atol=1e-4, rtol=1e-4)
     else:
         want = theirs(x, 1000 * (1 - t))
         v = ours(x, t)

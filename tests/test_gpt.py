@@ -130,11 +130,11 @@ def test_held_out_bits_of_a_markov_chain_are_its_entropy():
 def test_baselines_are_those_counted_by_hand():
     train = torch.tensor([[0, 1], [0, 1], [0, 2]])
     bits = baseline_bits(train, torch.tensor([[0, 3]]), 4)
-    assert bits['uniform'] == 2
-    assert bits['unigram'] == pytest.approx(-(math.log2(4 / 10) + math.log2(1 / 10)) / 2)
+    assert bits['uniform'] == [2]
+    assert bits['unigram'] == [pytest.approx(-(math.log2(4 / 10) + math.log2(1 / 10)) / 2)]
     first = (3 + 1 * 0.4) / 4   # one code was seen there
     second = (0 + 2 * 0.1) / 5  # two were
-    assert bits['position'] == pytest.approx(-(math.log2(first) + math.log2(second)) / 2)
+    assert bits['position'] == [pytest.approx(-(math.log2(first) + math.log2(second)) / 2)]
 
 # ---------------------------------------------------------------- draws
 

@@ -246,6 +246,23 @@ def trained_on(z, codebooks):
 def coded(q, z):
     return q.lookup(q.nearest_indices(z))
 
+def test_a_residual_codebook_starts_on_what_is_left_and_not_on_zeros():
+    """Tokens on which the first codebook has just begun leave nothing."""
+    torch.manual_seed(0)
+    q = make_quantizer(64, 4, num_codebooks=3).train()
+    hold_statistics(q)
+    for _ in range(12):
+        q(torch.randn(1, 4, 100))
+        move_statistics(q)
+    for part in q.parts:
+        assert len(part.codebook.unique(dim=0)) == 64
+
+def test_residual_codebooks_may_be_of_any_number():
+    """Four channels make two or four equal parts, not three."""
+    q = make_quantizer(8, 4, num_codebooks=3).train()
+    _, indices, _ = q(torch.randn(2, 4, 5))
+    assert indices.shape == (2, 3, 5) and q.nearest_indices(torch.randn(2, 4, 5)).shape == (2, 3, 5)
+
 def test_residual_codebooks_code_what_is_left():
     z = torch.randn(64, 4, 2, 2, 2)
     q = trained_on(z, 'residual')

@@ -117,6 +117,15 @@ def test_best_is_of_the_last_phase(tiny_data, tmp_path):
     validations = [line for line in log_of(tmp_path / 'out') if 'val/psnr_db' in line and line['iter'] > 4]
     assert best['best_val'] == max(line['val/psnr_db'] for line in validations)
 
+def test_a_convvae_has_no_phase_of_slices(tiny_data, tmp_path):
+    """Its best.pt is the best of the whole run, also beyond the 100,000 steps of iters_3d's default."""
+    args = ['--kind=convvae', '--latent_dim=3', '--w_ssim=0', '--iters=4', '--eval_interval=1', '--lr=1e-2']
+    train(tiny_data, tmp_path / 'out', *args, '--iters_3d=2', '--ema_decay=0')
+    assert not (tmp_path / 'out' / 'ckpt_3d.pt').exists()
+    scores = [line['val/psnr_db'] for line in log_of(tmp_path / 'out') if 'val/psnr_db' in line]
+    assert len(scores) == 4
+    assert load_checkpoint(tmp_path / 'out' / 'best.pt')['best_val'] == max(scores)
+
 def test_use_of_the_codes_is_that_of_clean_validation_tokens(tiny_data, tmp_path):
     model = from_checkpoint(train(tiny_data, tmp_path / 'out', '--iters_2d=0', '--eval_sessions=-1'))
     val_set = Sessions(tiny_data, ('T1w', 'T2w'), 'val')

@@ -1,9 +1,11 @@
 """What the scripts must agree on: settings, processes and devices, checkpoints, and the log of a run."""
 import csv
 import difflib
+import functools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +13,6 @@ import time
 from ast import literal_eval
 from contextlib import nullcontext
 from datetime import timedelta
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -116,10 +117,12 @@ def start_processes(device):
     if device.startswith('cuda') and not torch.cuda.is_available():
         raise SystemExit(f'--device={device}: this torch sees no CUDA device; use --device=cpu')
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    if 'RANK' not in os.environ: return 0, 1, device
-    if device == 'cuda':
+    alone = 'RANK' not in os.environ
+    if device == 'cuda' and not alone:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device.startswith('cuda:'):
         torch.cuda.set_device(device)
+    if alone: return 0, 1, device
     dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
     return dist.get_rank(), dist.get_world_size(), device
 
@@ -135,7 +138,8 @@ def stop_processes():
 def fill_up(x, rows):
     """x (B, ...) with its first row again and again, (rows, ...)."""
     filler = x[:1].detach().expand(rows - len(x), *x.shape[1:])
-    return torch.cat([x, filler])
+    filled = torch.cat([x, filler])
+    return filled.to(memory_format=torch.channels_last_3d) if x.ndim == 5 else filled  # cat forgets that
 
 def compile_whole(net):
     """Compile what a network does. net.compile() would leave a subclass of nn.Sequential as it is."""
@@ -155,7 +159,7 @@ def compile_for(net, sizes, backend='inductor'):
         n = len(x)
         rows = min((size for size in sizes if size >= n), default=n)
         if rows == n or 1 in x.shape[2:]: return compiled(x, *args)
-        x, args = tree_map(partial(fill_up, rows=rows), (x, args))
+        x, args = tree_map(functools.partial(fill_up, rows=rows), (x, args))
         return compiled(x, *args)[:n]
 
     net.forward = forward
@@ -230,10 +234,10 @@ def autocast(device, dtype):
 def peak_flops(device):
     """Dense bf16 peak of the card in FLOP/s by its data sheet, 0 where it is not known."""
     if not device.startswith('cuda'): return 0.0
-    peaks = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12,
-             'A40': 150e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'A6000': 155e12}
+    peaks = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'A100': 312e12,
+             'L40S': 362e12, 'A40': 150e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'A6000': 155e12}
     name = torch.cuda.get_device_name(device)
-    return next((peak for card, peak in peaks.items() if card in name), 0.0)
+    return next((peak for card, peak in peaks.items() if re.search(rf'\b{card}\b', name)), 0.0)
 
 # ---------------------------------------------------------------- weights and checkpoints
 
@@ -302,49 +306,6 @@ def changes(old, new):
     keys = [key for key in old | new if old.get(key) != new.get(key)]
     return '; '.join(f'{key} {old.get(key)!r} there, {new.get(key)!r} here' for key in keys)
 
-def resume(parts, checkpoint, path):
-    """Load the parts of a run, {key: module, optimiser or None}, from the checkpoint at `path`.
-
-    SystemExit with one line if the run had other parts.
-    """
-    for key, part in parts.items():
-        if bool(part) != bool(checkpoint.get(key)):
-            had = 'without' if part else 'with'
-            raise SystemExit(f'{path}: a run {had} {key}, which cannot change on the way; begin another')
-    for key, part in parts.items():
-        if isinstance(part, torch.optim.Optimizer):
-            resume_optimizer(part, checkpoint[key])
-        elif part:
-            part.load_state_dict(checkpoint[key])
-
-def resume_optimizer(optimizer, state):
-    """Load what an optimiser knows of its weights; its settings stay those it was made with."""
-    settings = [dict(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, settings):
-        group.update(own)
-
-def refuse_changes(checkpoint, config, world, free):
-    """SystemExit that shows every setting that differs from the checkpoint's, without --resume_changed.
-
-    free: names of settings without influence on results, which may differ. batch_size may change if the
-    number of processes does: what counts is the joined batch.
-    """
-    if config['resume_changed']: return
-
-    def of_the_joined_batch(settings, world):
-        joined = {key: settings.get(key) for key in config if key not in free}
-        for key in joined:
-            if key.startswith('batch_size') and key in settings:
-                joined[key] *= world
-        return joined
-
-    old = of_the_joined_batch(checkpoint['config'], checkpoint['world'])
-    new = of_the_joined_batch(config, world)
-    if old != new:
-        raise SystemExit('--init_from=resume goes on with one run, but its settings have changed: '
-                         f'{changes(old, new)}; restore them, or add --resume_changed=True to go on')
-
 # ---------------------------------------------------------------- output folder and log
 
 def make_out_dir(path):
@@ -383,6 +344,16 @@ def read_log(out_dir):
     except FileNotFoundError:
         return []
 
+def log_until(out_dir, it, validated):
+    """Lines of log.jsonl up to iteration `it`; that of a validation at `it` only if validated."""
+    kept = []
+    for line in read_log(out_dir):
+        record = json.loads(line)
+        is_validation = any(key.startswith('val/') for key in record)
+        if record['iter'] < it or record['iter'] == it and (validated or not is_validation):
+            kept.append(line)
+    return kept
+
 def duration(seconds):
     """Such as 40 s, 12 min or 3 h 20 min."""
     if seconds < 90: return f'{seconds:.0f} s'
@@ -393,22 +364,23 @@ class StepLog:
     """The bookkeeping of a training loop: clocks, counters, the line of a step, the records of log.jsonl.
 
     out_dir gets config.py, the settings, and log.jsonl, a JSON line per record. Records after iteration `it`
-    are dropped first: those steps will be taken again. Only the first process writes. interval: steps between
-    lines. total: iterations of the whole run. wandb_project: also sends records to wandb if it is not ''.
-    config's tensorboard also writes them for it, to out_dir/tensorboard.
+    are dropped first, since those steps will be taken again; that of a validation at `it` too, unless
+    validated. Only the first process writes. interval: steps between lines. total: iterations of the whole
+    run. wandb_project: also sends records to wandb if it is not ''. config's tensorboard also writes them for
+    it, to out_dir/tensorboard.
     """
-    def __init__(self, out_dir, config, wandb_project, interval, it, total, device, world):
+    def __init__(self, out_dir, config, wandb_project, interval, it, total, device, world, validated=True):
         self.out_dir, self.interval, self.device, self.world = out_dir, interval, device, world
         self.total = total
         self.first_it = it + 1
         self.recent = []  # of steps whose values nobody has looked at: a look waits for the GPU
         self.writes = not dist.is_initialized() or dist.get_rank() == 0
+        git_commit()  # that of the start: the source may change while the run goes on
         self.wandb, self.board = None, None
         if self.writes:
             settings = ''.join(f'{key} = {value!r}\n' for key, value in config.items())
             write_text(os.path.join(out_dir, 'config.py'), settings)
-            kept = [line for line in read_log(out_dir) if json.loads(line)['iter'] <= it]
-            write_text(os.path.join(out_dir, 'log.jsonl'), ''.join(kept))
+            write_text(os.path.join(out_dir, 'log.jsonl'), ''.join(log_until(out_dir, it, validated)))
             if wandb_project:
                 self.wandb = start_wandb(wandb_project, out_dir, config)
             if config.get('tensorboard'):
@@ -522,8 +494,9 @@ def start_tensorboard(out_dir, it):
         raise SystemExit('--tensorboard=True needs tensorboard: pip install tensorboard, or leave it off')
     return SummaryWriter(os.path.join(out_dir, 'tensorboard'), purge_step=it + 1)  # those come again
 
+@functools.cache
 def git_commit():
-    """Short commit of the source, with + when it was edited; '' outside a repository."""
+    """Short commit of the source when first asked, with + if it was edited; '' outside a repository."""
     here = os.path.dirname(os.path.abspath(__file__))
     command = ['git', 'describe', '--always', '--dirty=+', '--exclude=*']
     try:

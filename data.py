@@ -40,7 +40,7 @@ def prepare_absent(data_dir, flags):
         raise SystemExit(f'{data_dir}: prepare.py {flags} did not finish')
 
 def read_folder(folder):
-    """The rows of subjects.tsv of one prepared folder as dicts, with 'folder' added; and dataset.json.
+    """The rows of subjects.tsv of one prepared folder as dicts, with folder and voxel_mm; and dataset.json.
 
     SystemExit with one line if the folder is not prepared data or a subject is in two splits.
     """
@@ -55,13 +55,21 @@ def read_folder(folder):
     except json.JSONDecodeError:
         raise SystemExit(f'{folder}: dataset.json is not JSON; run prepare.py again')
     split_of = {}
+    _, voxel_mm = box_of(dataset)
     for row in rows:
-        row['folder'] = folder
+        row |= {'folder': folder, 'voxel_mm': voxel_mm}
         first = split_of.setdefault(row['subject'], row['split'])
         if first != row['split']:
             raise SystemExit(f"{folder}: subject {row['subject']} is in two splits "
                              f"({first} and {row['split']}); fix subjects.tsv")
     return rows, dataset
+
+def read_checksums(folder):
+    """What prepare.py wrote in checksums.json, {file: CRC-32}; {} without one."""
+    path = os.path.join(folder, 'checksums.json')
+    if not os.path.exists(path): return {}
+    with open(path) as f:
+        return json.load(f)
 
 def box_of(dataset):
     """Of dataset.json: how scans got into their box, as arguments of nifti.conform; and its voxels in mm."""
@@ -72,9 +80,9 @@ def read_index(data_dir, modalities, split=None):
     """Rows of subjects.tsv of one split (None: all) with at least one of the modalities; and dataset.json.
 
     data_dir: a folder, or several with commas between, made with the same settings. A row is a session: a
-    dict of the columns, with file names under the modalities ('' where missing), and 'folder'. A subject that
-    several folders have is called 'folder/subject'. SystemExit with one line if a folder is not prepared
-    data, a modality is missing everywhere, a subject is in two splits, or no session is left.
+    dict of the columns, with file names under the modalities ('' where missing), folder and voxel_mm. A
+    subject that several folders have is called 'folder/subject'. SystemExit with one line if a folder is not
+    prepared data, a modality is missing everywhere, a subject is in two splits, or no session is left.
     """
     data_dir = str(data_dir)
     folders = data_dir.split(',')
@@ -115,38 +123,6 @@ def tell_subjects_apart(rows):
 def has_split(data_dir, modalities, split):
     """Whether any session with one of the modalities is in that split."""
     return any(row['split'] == split for row in read_index(data_dir, modalities)[0])
-
-def fingerprint(data_dir):
-    """{what: checksum} of dataset.json and of every session's row: by it a resumed run knows its data."""
-    checksums, folders = {}, data_dir.split(',')
-    for k, folder in enumerate(folders):
-        prefix = f'data set {k + 1}: ' if len(folders) > 1 else ''
-        with open(os.path.join(folder, 'dataset.json'), 'rb') as f:
-            checksums[f'{prefix}dataset.json'] = zlib.crc32(f.read())
-        with open(os.path.join(folder, 'subjects.tsv'), newline='') as f:
-            for row in csv.DictReader(f, delimiter='\t'):
-                checksums[f"{prefix}{row['subject']} {row['session']}"] = zlib.crc32(repr(row).encode())
-    return checksums
-
-def refuse_other_data(old, data_dir, path):
-    """SystemExit that says what differs if data_dir is not what the run of the checkpoint at `path` has seen.
-
-    old: the fingerprint that this checkpoint holds.
-    """
-    new = fingerprint(data_dir)
-    differences = {
-        'changed': [name for name in old if name in new and old[name] != new[name]],
-        'gone': [name for name in old if name not in new],
-        'new': [name for name in new if name not in old],
-    }
-    parts = []
-    for kind, names in differences.items():
-        if names:
-            more = ', ...' if len(names) > 3 else ''
-            parts.append(f'{len(names)} {kind} ({", ".join(names[:3])}{more})')
-    if parts:
-        raise SystemExit(f'--init_from=resume: {data_dir} is not what {path} was trained on: '
-                         f'{"; ".join(parts)}; restore it, or begin a new run')
 
 # ---------------------------------------------------------------- files and random numbers
 
@@ -299,15 +275,8 @@ class Sessions:
             raise SystemExit(f"{path}: no label map of {row['subject']} to draw images from ({e})")
 
     def checksums(self):
-        """{folder: what prepare.py wrote in its checksums.json, {file: CRC-32}; {} without one}."""
-        known = {}
-        for folder in {row['folder'] for row in self.rows}:
-            path = os.path.join(folder, 'checksums.json')
-            known[folder] = {}
-            if os.path.exists(path):
-                with open(path) as f:
-                    known[folder] = json.load(f)
-        return known
+        """{folder: what read_checksums says of it}."""
+        return {folder: read_checksums(folder) for folder in {row['folder'] for row in self.rows}}
 
     def verify(self, count=8):
         """SystemExit if a volume is missing, or one of `count` random ones is spoilt (checksums.json)."""

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import (git_commit, load_checkpoint, load_like, make_out_dir, print0, refuse_changes, resume,
-                    wait_for_all, write_text)
-from data import Sessions, box_of, draw, fingerprint, open_npy, random, read_index, refuse_other_data
+from common import git_commit, load_checkpoint, load_like, make_out_dir, wait_for_all, write_text
+from data import Sessions, box_of, draw, open_npy, random, read_index
 from model import Autoencoder, encoder_hash, from_checkpoint, model_args
+from resume import best_so_far, fingerprint, load_parts, refuse_changes, refuse_other_data
 from scans import people
 from scans.nifti import save_npy
 
@@ -66,13 +66,14 @@ def run_state(parts, config, world, latents):
     return {
         **{key: part.state_dict() if part else None for key, part in parts.items()},
         'model_args': model_args(parts['model']), 'config': config, 'world': world, 'data': latents.box,
-        'voxel_mm': latents.voxel_mm, 'fingerprint': fingerprint(config['data_dir']),
+        'voxel_mm': latents.voxel_mm, 'fingerprint': latents.fingerprint,
         'encoder_hash': latents.encoder_hash, 'latent_shape': latents.shape,
         'conditions': latents.conditions, 'git_commit': git_commit()}
 
 def go_on(path, made_by, config, world, parts):
-    """Load the checkpoint of a run on latents into its parts; returns its iteration and best validation.
+    """Load the checkpoint of a run on latents into its parts.
 
+    returns its iteration, its best validation, and whether it was validated at that iteration
     made_by: encoder_hash of the latents. parts: as in run_state. SystemExit with one line if the run is of
     another network, autoencoder, data set or an earlier version, or, without --resume_changed, if a setting
     has changed that is not in NOT_RESULTS.
@@ -84,9 +85,9 @@ def go_on(path, made_by, config, world, parts):
         raise SystemExit(f'{path}: of an earlier version, not to be resumed; begin anew in another out_dir')
     refuse_changes(checkpoint, config, world, NOT_RESULTS)
     refuse_other_data(checkpoint['fingerprint'], config['data_dir'], path)
-    resume(parts, checkpoint, path)
-    print0(f"resumed {path} at iteration {checkpoint['iter_num']}")
-    return checkpoint['iter_num'], checkpoint['best_val']
+    load_parts(parts, checkpoint, path)
+    best_val = best_so_far(checkpoint, config, 'eval_scans', math.inf)
+    return checkpoint['iter_num'], best_val, checkpoint.get('validated', True)
 
 # ---------------------------------------------------------------- encoding
 
@@ -184,6 +185,7 @@ class Latents:
             facts = json.load(f)
         self.shape, self.encoder_hash = tuple(facts['shape']), facts['encoder_hash']
         self.box, self.voxel_mm = box_of(dataset)
+        self.fingerprint = fingerprint(str(data_dir))
         modality_indices = range(len(self.modalities))
         self.scans = [(row, m) for row in self.rows for m in modality_indices if row.get(self.modalities[m])]
         self.n = len(self.scans)

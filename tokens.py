@@ -53,7 +53,7 @@ def scan_bits(gpt, scans, numbers, device, dtype):
     return bits
 
 def baseline_bits(train, held_out, num_codes):
-    """{name: bits per token of each scan, n of them} of held_out (n, N) by frequencies in train (m, N), K codes.
+    """{name: bits per token of each scan} of held_out (n, N), by frequencies in train (m, N), of K codes.
 
     uniform: log2 K. unigram: each code is counted once more than it was seen. position: counts at each place
     alone, and the unigram with the weight of as many counts as the place has codes (Witten and Bell 1991).

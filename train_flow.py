@@ -153,11 +153,27 @@ def draw_samples():
     row = [(f'sample {i}', volume) for i, volume in enumerate(x[:, 0].numpy())]
     views(os.path.join(out_dir, f'samples_{it:06d}.png'), [row])
 
-def save(name):
-    """Write everything that a resumed run and sample.py need."""
+def save(name, validated=True):
+    """Write everything that a resumed run and sample.py need; one not validated is, when resumed."""
     if rank: return
     state = run_state(parts, config, world, train_set)
-    save_checkpoint(os.path.join(out_dir, name), state | {'iter_num': it, 'best_val': best_val})
+    save_checkpoint(os.path.join(out_dir, name), state | {
+        'iter_num': it, 'best_val': best_val, 'validated': validated})
+
+def validate_and_save():
+    """What follows on step `it` every eval_interval steps and at the end."""
+    global best_val
+    if val_set:
+        record = {'iter': it} | validate()
+        log.write(record)
+        print0(f'iter {it:,}/{stop:,}: val/loss {record["val/loss"]:.4f}')
+        if rank == 0:
+            curves(os.path.join(out_dir, 'curves.png'), log.tabulate())
+        if record['val/loss'] < best_val:
+            best_val = record['val/loss']
+            save('best.pt')
+    save('ckpt.pt')
+    log.restart(it)
 
 def make_model():
     """The U-Net of the settings, with the training set's statistics; SystemExit if there is none."""
@@ -215,9 +231,9 @@ if __name__ == '__main__':
     optimizers = make_optimizers(parameters, muon, lr, (beta1, beta2), 1e-8, 0.0)
     parts = {'model': raw_model, 'ema': ema, 'optimizer': optimizers[0],
              'muon': optimizers[1] if muon else None}
-    it, best_val = 0, math.inf
+    it, best_val, validated = 0, math.inf, True
     if init_from == 'resume':
-        it, best_val = go_on(f'{out_dir}/ckpt.pt', train_set.encoder_hash, config, world, parts)
+        it, best_val, validated = go_on(f'{out_dir}/ckpt.pt', train_set.encoder_hash, config, world, parts)
     say_memory(globals(), ('raw_model',), optimizers, [autoencoder, ema], rehearse, savers)
     if compile:
         compile_whole(raw_model)
@@ -226,9 +242,11 @@ if __name__ == '__main__':
 
     # ---- loop
     gradients = MeanGradients(parameters)
-    log = StepLog(out_dir, config, wandb_project, log_interval, it, stop, device, world)
+    log = StepLog(out_dir, config, wandb_project, log_interval, it, stop, device, world, validated)
     stop_signal = catch_signals()
     raw_model.train()
+    if not validated:
+        validate_and_save()
     batches = prefetch(make_batch, range(it, stop), device)
     while it < stop:
         batch = log.next_batch(batches)
@@ -255,19 +273,9 @@ if __name__ == '__main__':
         if log.due(it):
             log.step(it, terms, grad_norm, get_lr(it - 1))
         if stopped_by:
-            save('ckpt.pt')  # a validation may be cut short
+            save('ckpt.pt', not validates)  # a validation may be cut short
         if validates:
-            if val_set:
-                record = {'iter': it} | validate()
-                log.write(record)
-                print0(f'iter {it:,}/{stop:,}: val/loss {record["val/loss"]:.4f}')
-                if rank == 0:
-                    curves(os.path.join(out_dir, 'curves.png'), log.tabulate())
-                if record['val/loss'] < best_val:
-                    best_val = record['val/loss']
-                    save('best.pt')
-            save('ckpt.pt')
-            log.restart(it)
+            validate_and_save()
         if sample_interval and it % sample_interval == 0 and rank == 0:
             draw_samples()
         if stopped_by:

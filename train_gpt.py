@@ -92,11 +92,28 @@ def rehearse():
     tokens = torch.zeros(batch_size, raw_model.length, dtype=torch.int64)
     mean_nats(raw_model, tokens, train_set.cond([0] * batch_size), device, dtype).backward()
 
-def save(name):
-    """Write everything that a resumed run and sample.py need."""
+def save(name, validated=True):
+    """Write everything that a resumed run and sample.py need; one not validated is, when resumed."""
     if rank: return
     state = run_state(parts, config, world, train_set)
-    save_checkpoint(os.path.join(out_dir, name), state | {'iter_num': it, 'best_val': best_val})
+    save_checkpoint(os.path.join(out_dir, name), state | {
+        'iter_num': it, 'best_val': best_val, 'validated': validated})
+
+def validate_and_save():
+    """What follows on step `it` every eval_interval steps and at the end."""
+    global best_val
+    if val_set:
+        record = {'iter': it} | validate()
+        log.write(record)
+        print0(f'iter {it:,}/{stop:,}: held-out bits per token {record["val/bits"]:.3f} '
+               f'({baseline_text})')
+        if rank == 0:
+            curves(os.path.join(out_dir, 'curves.png'), log.tabulate())
+        if record['val/bits'] < best_val:
+            best_val = record['val/bits']
+            save('best.pt')
+    save('ckpt.pt')
+    log.restart(it)
 
 # ---------------------------------------------------------------- the run
 
@@ -146,9 +163,9 @@ if __name__ == '__main__':
     parameters = list(raw_model.parameters())
     optimizer = adamw(parameters, lr, (beta1, beta2), 1e-8, weight_decay)
     parts = {'model': raw_model, 'ema': ema, 'optimizer': optimizer}
-    it, best_val = 0, math.inf
+    it, best_val, validated = 0, math.inf, True
     if init_from == 'resume':
-        it, best_val = go_on(f'{out_dir}/ckpt.pt', train_set.encoder_hash, config, world, parts)
+        it, best_val, validated = go_on(f'{out_dir}/ckpt.pt', train_set.encoder_hash, config, world, parts)
     flops = 3 * gpt_flops(raw_model)  # a backward pass costs two forward ones
     say_memory(globals(), ('raw_model',), [optimizer], [autoencoder, ema], rehearse, savers)
     print0(f'{flops * batch_size * world / 1e9:.1f} GFLOP per step, on {device} x {world}')
@@ -157,9 +174,11 @@ if __name__ == '__main__':
 
     # ---- loop
     gradients = MeanGradients(parameters)
-    log = StepLog(out_dir, config, wandb_project, log_interval, it, stop, device, world)
+    log = StepLog(out_dir, config, wandb_project, log_interval, it, stop, device, world, validated)
     stop_signal = catch_signals()
     raw_model.train()
+    if not validated:
+        validate_and_save()
     make_batch = partial(train_set.batch, batch_size=batch_size, p_drop=p_drop)
     batches = prefetch(make_batch, range(it, stop), device)
     while it < stop:
@@ -184,20 +203,9 @@ if __name__ == '__main__':
         if log.due(it):
             log.step(it, terms, grad_norm, optimizer.param_groups[0]['lr'])
         if stopped_by:
-            save('ckpt.pt')  # a validation may be cut short
+            save('ckpt.pt', not validates)  # a validation may be cut short
         if validates:
-            if val_set:
-                record = {'iter': it} | validate()
-                log.write(record)
-                print0(f'iter {it:,}/{stop:,}: held-out bits per token {record["val/bits"]:.3f} '
-                       f'({baseline_text})')
-                if rank == 0:
-                    curves(os.path.join(out_dir, 'curves.png'), log.tabulate())
-                if record['val/bits'] < best_val:
-                    best_val = record['val/bits']
-                    save('best.pt')
-            save('ckpt.pt')
-            log.restart(it)
+            validate_and_save()
         if stopped_by:
             end_by_signal(stopped_by, it)
     print0(f'done: {out_dir}/ckpt.pt')

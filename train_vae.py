@@ -19,12 +19,10 @@ import torch
 
 from common import (StepLog, autocast, catch_signals, compile_for, compile_whole, configure, end_by_signal,
                     explain_failures, git_commit, load_like, make_out_dir, print0, refuse_below_one,
-                    refuse_changes, refuse_overwriting, resume, save_checkpoint, start_processes,
-                    stop_processes, wait_for_all)
-from data import (Sessions, fingerprint, generators, has_split, prefetch, prepare_absent, refuse_other_data,
-                  say_sessions, torch_seed)
+                    refuse_overwriting, save_checkpoint, start_processes, stop_processes, wait_for_all)
+from data import Sessions, generators, has_split, prefetch, prepare_absent, say_sessions, torch_seed
 from judge import figures
-from judge.cost import blank_batch, say_cost, say_memory, vae_flops
+from judge.cost import blank_batch, say_cost, say_memory, training_flops, vae_flops
 from judge.validate import brief, say_probes, validate
 from losses import (ModalityClassifier, PatchDiscriminator, adversary_loss, alignment_loss, cov_loss,
                     discriminator_term, generator_term, kl_loss, perceptual_loss, reconstruction_loss,
@@ -33,6 +31,7 @@ from model import from_settings, model_args
 from optim import MeanGradients, adamw, cosine, make_optimizers, take_step, update_average
 from pretrained import LPIPS
 from quantize import hold_statistics, move_statistics, perplexity
+from resume import best_so_far, fingerprint, load_parts, refuse_changes, refuse_other_data
 from synth import TISSUE, is_random, redraw
 
 # ---------------------------------------------------------------- settings; NeuroQuant's by default
@@ -323,15 +322,35 @@ def train_mode():
     if freeze_encoder and hasattr(raw_model, 'quantizer'):
         raw_model.quantizer.eval()  # the codebook is the encoder's
 
-def save(name):
-    """Write everything that a resumed run needs."""
+def save(name, validated=True):
+    """Write everything that a resumed run needs; the first that one not validated does is validate."""
     if rank: return
     save_checkpoint(os.path.join(out_dir, name), {
         'model': raw_model.state_dict(),
         **{key: part.state_dict() if part else None for key, part in parts.items()},
         'model_args': model_args(raw_model), 'config': config, 'world': world, 'data': train_set.box,
-        'fingerprint': fingerprint(data_dir), 'voxel_mm': train_set.voxel_mm, 'iter_num': it,
-        'best_val': best_val, 'git_commit': git_commit()})
+        'fingerprint': data_seen, 'voxel_mm': train_set.voxel_mm, 'iter_num': it, 'best_val': best_val,
+        'validated': validated, 'git_commit': git_commit()})
+
+def validate_and_save():
+    """What follows on step `it` every eval_interval steps and at a phase's end."""
+    global best_val
+    if val_set:
+        averaged = (ema or raw_model).eval()
+        record, shown = validate(averaged, val_set, eval_sessions, device, dtype)
+        train_mode()
+        log.write({'iter': it} | record)
+        print0(f'iter {it:,}/{stop:,}: {brief(record)}')
+        if rank == 0:
+            figures.run_so_far(out_dir, log.tabulate(), shown, it)
+        if record['val/psnr_db'] > best_val:
+            best_val = record['val/psnr_db']
+            save('best.pt')
+    if it == volumes_end < iters:
+        best_val = -math.inf  # best.pt is of the last phase
+        save('ckpt_3d.pt')
+    save('ckpt.pt')
+    log.restart(it)
 
 # ---------------------------------------------------------------- parts of the start
 
@@ -371,13 +390,6 @@ def rehearse():
     n_pairs = rows * (len(modalities) - 1) if what == 'sessions' else 0
     learn(blank_batch(rows, shape, n_pairs), MicroStep(what, 0, 1.0, 1.0), last)
 
-def step_cost(step, batch, terms):
-    """FLOP of a micro-step on this process; a backward pass counts as two forward passes."""
-    encode, decode = forward_flops[step.what]
-    n = len(batch['x'])
-    n_cross = len(batch['pairs']) if 'cross' in terms else 0
-    return 3 * (n * encode + (n + n_cross) * decode)
-
 # ---------------------------------------------------------------- the run
 
 if __name__ == '__main__':
@@ -402,6 +414,7 @@ if __name__ == '__main__':
     wait_for_all()
     train_set = Sessions(data_dir, modalities, 'train', temperature, seed, rank, world, brain_patches)
     train_set.verify()
+    data_seen = fingerprint(data_dir)
     val_set = Sessions(data_dir, modalities, 'val') if has_split(data_dir, modalities, 'val') else None
     say_sessions(train_set, val_set)
     sample_shape = train_set.patch_size(patch)
@@ -444,11 +457,11 @@ if __name__ == '__main__':
     parts = {'ema': ema, 'classifier': classifier, 'optimizer': optimizers[0],
              'muon': optimizers[1] if muon else None, 'discriminators': discriminators,
              'discriminator_optimizer': discriminator_optimizer}
-    it, best_val = 0, -math.inf
+    it, best_val, validated = 0, -math.inf, True
     if resumed:
-        it, best_val = resumed['iter_num'], resumed['best_val']
-        resume(parts, resumed, f'{out_dir}/ckpt.pt')
-        print0(f'resumed {out_dir}/ckpt.pt at iteration {it}')
+        it, validated = resumed['iter_num'], resumed.get('validated', True)
+        best_val = best_so_far(resumed, config, 'eval_sessions', best_val)
+        load_parts(parts, resumed, f'{out_dir}/ckpt.pt')
     del resumed
     model = raw_model
     compute_terms = neuroquant_terms if kind == 'neuroquant' else convvae_terms
@@ -472,9 +485,11 @@ if __name__ == '__main__':
 
     # ---- loop
     gradients = MeanGradients(model_weights, classifier_weights, gan_weights)
-    log = StepLog(out_dir, config, wandb_project, log_interval, it, stop, device, world)
+    log = StepLog(out_dir, config, wandb_project, log_interval, it, stop, device, world, validated)
     stop_signal = catch_signals()
     train_mode()
+    if not validated:
+        validate_and_save()
     batches = prefetch(make_batch, (step for i in range(it, stop) for step in micro_steps(i)), device)
     while it < stop:
         torch.manual_seed(torch_seed(seed, 32, it))  # the quantiser draws alike on every process
@@ -492,7 +507,8 @@ if __name__ == '__main__':
                 terms[name] = terms.get(name, 0.0) + step.log_weight * term.detach()
             files += batch['files']
             counted = 'slices' if step.what == 'slices' else 'volumes'
-            log.count(counted, len(batch['x']), step_cost(step, batch, new_terms))
+            cost = training_flops(forward_flops[step.what], batch, new_terms)
+            log.count(counted, len(batch['x']), cost)
         gradients.finish()
         grad_norm = take_step(optimizers, model_weights, rate, grad_clip)
         if discriminators and it >= discriminator_start:
@@ -512,25 +528,9 @@ if __name__ == '__main__':
                 terms['perplexity'] = perplexity(raw_model.quantizer.step_counts)
             log.step(it, terms, grad_norm, rate)
         if stopped_by:
-            save('ckpt.pt')  # a validation may be cut short
+            save('ckpt.pt', not validates)  # a validation may be cut short
         if validates:
-            if val_set:
-                averaged = ema or raw_model
-                averaged.eval()
-                record, shown = validate(averaged, val_set, eval_sessions, device, dtype)
-                train_mode()
-                log.write({'iter': it} | record)
-                print0(f'iter {it:,}/{stop:,}: {brief(record)}')
-                if rank == 0:
-                    figures.run_so_far(out_dir, log.tabulate(), shown, it)
-                if record['val/psnr_db'] > best_val:
-                    best_val = record['val/psnr_db']
-                    save('best.pt')
-            if it == volumes_end < iters:
-                best_val = -math.inf  # best.pt is of the last phase
-                save('ckpt_3d.pt')
-            save('ckpt.pt')
-            log.restart(it)
+            validate_and_save()
         if stopped_by:
             end_by_signal(stopped_by, it)
     if rank == 0 and kind == 'neuroquant' and val_set:

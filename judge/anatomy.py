@@ -70,7 +70,7 @@ def add_anatomy(run, scan, x_hat, segment, column, by):
     of the brain. After a reason nothing of that modality is segmented. column: of given label maps; '' for
     the segmenter's of the scan. by: see structure_volumes.
     """
-    results, voxel_mm = run.anatomy[scan.modality], run.sessions.voxel_mm
+    results, voxel_mm = run.anatomy[scan.modality], scan.row['voxel_mm']
     if results and 'reason' in results[-1]: return
     try:
         if scan.truth is None:

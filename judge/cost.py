@@ -34,6 +34,16 @@ def vae_flops(model, shape):
     _, decode = count_flops(twin.decode, z, *film)
     return encode, decode
 
+def training_flops(forward, batch, terms):
+    """FLOP of a training step of a batch on this process; a backward pass counts as two forward passes.
+
+    forward: vae_flops of one volume or slice. terms: those of the loss; a cross term decodes every pair.
+    """
+    encode, decode = forward
+    n = len(batch['x'])
+    n_cross = len(batch['pairs']) if 'cross' in terms else 0
+    return 3 * (n * encode + (n + n_cross) * decode)
+
 def unet_flops(model, shape):
     """FLOP of one forward pass of a FlowUNet on a (C,d,h,w) latent."""
     with torch.device('meta'):

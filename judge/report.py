@@ -185,28 +185,33 @@ def fidelity_tables(results):
         lines += ['', '95 % bootstrap interval of each mean, by subject', '',
                   *markdown_table(['model', *head], intervals)]
     differences = [row for row in results.get('compared', ()) if row['fidelity']]
-    compared = [[row['name'], *cells(row, change)] for row in differences]
-    if compared:
+    if differences:
+        labels, n = labels_with_n(differences)
+        compared = [[label, *cells(row, change)] for label, row in zip(labels, differences)]
         first = differences[0]['than']
-        title = f'Difference from {first}, scan by scan: mean and 95 % interval, by subject'
+        title = f'Difference from {first}, scan by scan, {n} subjects: mean and 95 % interval, by subject'
         lines += ['', title, '', *markdown_table(['model', *head], compared)]
     for note in results.get('notes', ()):
         lines += ['', note]
     return lines
 
 def labels_with_n(rows):
-    """The rows' names, each with its own number of subjects where they differ; and the largest number."""
-    counts = []  # {modality: subjects} of each row
-    for row in rows:
-        scored = {modality: scores for modality, scores in row['fidelity'].items() if scores}
-        counts.append({modality: scores['psnr_whole']['n_subjects'] for modality, scores in scored.items()})
-    numbers_of_subjects = set()
-    for count in counts:
-        numbers_of_subjects |= set(count.values())
-    labels = [row['name'] for row in rows]
-    if len(numbers_of_subjects) > 1:
-        labels = [f'{label}, n = {count_text(count)}' for label, count in zip(labels, counts)]
-    return labels, max(numbers_of_subjects)
+    """The rows' names, with numbers of subjects, or else of sessions, where they differ.
+
+    returns these, and the largest number of subjects
+    """
+    names, counts = [row['name'] for row in rows], {}
+    for key in ('n_subjects', 'n_sessions'):
+        counts[key] = []  # {modality: how many} of each row
+        for row in rows:
+            scored = {modality: scores for modality, scores in row['fidelity'].items() if scores}
+            counts[key].append({modality: scores['psnr_whole'][key] for modality, scores in scored.items()})
+    numbers = {key: set().union(*[count.values() for count in counts[key]]) for key in counts}
+    most = max(numbers['n_subjects'])
+    for key, unit in (('n_subjects', ''), ('n_sessions', ' sessions')):
+        if len(numbers[key]) > 1:
+            return [f'{name}, n = {count_text(count)}{unit}' for name, count in zip(names, counts[key])], most
+    return names, most
 
 def count_text(count):
     """{modality: subjects} as text: one number where all are the same."""
@@ -431,9 +436,10 @@ def add_facts(facts, results):
         if run.get('ckpt', row['ckpt']) != row['ckpt']:
             raise SystemExit(f"two runs are called {name}: {run['ckpt']} and {row['ckpt']}; "
                              'rename one folder, or give a --runs that holds one of them')
-        if (run.get('source'), run.get('iter')) != (source, row['iter']):
+        state = source, row['iter'], row.get('weights')
+        if run.get('state') != state:
             run.clear()
-        run |= {'ckpt': row['ckpt'], 'dft': row['dft'], 'source': source, 'iter': row['iter']}
+        run |= {'ckpt': row['ckpt'], 'dft': row['dft'], 'source': source, 'state': state}
         runs[row['name']] = run
         for modality, metrics in row['fidelity'].items():
             for key, summary in metrics.items():

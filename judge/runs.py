@@ -112,13 +112,20 @@ class Scan:
     features: dict = None      # see sets.slice_features
     truth: object = None       # its anatomy.Segmentation
 
+def weights_hash(model):
+    """16 hex digits that name a model's weights."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
 def model_row(run, seed):
     """What table.json says of a run; what sets, anatomy and probes say has rows of its own."""
     model, checkpoint, shape = run.model, run.checkpoint, run.sessions.shape
     style = model.style_bits()
     return {
         'name': run.name, 'ckpt': run.path, 'iter': checkpoint['iter_num'],
-        'git_commit': checkpoint['git_commit'], 'f': f'{model.factor}x',
+        'git_commit': checkpoint['git_commit'], 'weights': weights_hash(model), 'f': f'{model.factor}x',
         'latent': 'x'.join(map(str, model.latent_shape(shape))),
         'bits': f'{model.bits_per_volume(shape):.0f}' + (f' + {style}' if style else ''),
         'num_codes': getattr(model.config, 'num_codes', None),

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from tqdm import trange
 
 from common import load_checkpoint, save_checkpoint
-from data import Sessions, box_at, fingerprint, has_split, random, to_device
+from data import Sessions, box_at, has_split, random, to_device
 from judge.anatomy import Segmentation
 from judge.metrics import dice
 from layers import Conv, ResConv, double, halve
 from optim import cosine, make_optimizers, take_step
+from resume import fingerprint
 from synth import TISSUE, redraw
 
 PATCH = (48, 48, 48)  # that it learns from: whole volumes would take hours on a CPU
@@ -145,7 +146,7 @@ def held_out_dice(segmenter, sessions, count=20):
         i, m = sessions.scans[k]
         truth = sessions.labels(i)
         there = [label for label in np.unique(truth) if label]
-        found = segmenter(sessions.volume(i, m), sessions.voxel_mm).labels
+        found = segmenter(sessions.volume(i, m), sessions.rows[i]['voxel_mm']).labels
         scores.append(np.nanmean(list(dice(found, truth, there).values())))
     return float(np.mean(scores)), len(scores)
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench import blind_to_slices
-from common import compile_for, compile_whole
+from common import compile_for, compile_whole, fill_up
 from flow import flow_matching_loss
 from layers import Conv
 from losses import (
@@ -75,7 +75,7 @@ def graphs_of(call, monkeypatch):
 def test_rows_that_fill_a_batch_up_change_neither_result_nor_gradient(monkeypatch, rows):
     monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='eager'))
     net = randomised(NeuroQuant(NEUROQUANT)).encoder
-    x = torch.rand(rows, 1, 32, 32, 32)
+    x = torch.rand(rows, 1, 32, 32, 32).to(memory_format=torch.channels_last_3d)
     results = []
     for compiled in (False, True):
         if compiled:
@@ -85,6 +85,14 @@ def test_rows_that_fill_a_batch_up_change_neither_result_nor_gradient(monkeypatc
         y.square().sum().backward()
         results.append([y.detach(), *[p.grad.clone() for p in net.parameters()]])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize('channels', [1, 4])
+@pytest.mark.parametrize('rows', [1, 2, 3])
+def test_a_batch_that_was_filled_up_lies_in_memory_as_a_full_one(rows, channels):
+    full = torch.rand(4, channels, 5, 6, 7).to(memory_format=torch.channels_last_3d)
+    filled = fill_up(full[:rows], 4)
+    assert filled.stride() == full.stride()
+    assert torch.equal(filled[:rows], full[:rows]) and torch.equal(filled[3], full[0])
 
 def test_nothing_is_compiled_for_validation(monkeypatch):
     net = NeuroQuant(NEUROQUANT).encoder.eval()

@@ -13,9 +13,9 @@ import torch
 import data
 from conftest import TINY, play, refuses
 from data import (
-    Sessions, augmented, fingerprint, generators, open_npy, prefetch, random, read_index, to_device,
-    torch_seed)
+    Sessions, augmented, generators, open_npy, prefetch, random, read_index, to_device, torch_seed)
 from prepare import stored
+from resume import fingerprint
 from scans.nifti import scale_intensity
 from synth import GROUPS, deformed, redraw, scale_like_prepared, smooth_fields
 
@@ -435,6 +435,16 @@ def test_equal_subjects_of_two_folders_are_two_people(tiny_data, tmp_path, secon
     assert [row['T1w'] for row in rows if row['subject'].endswith('sub-00')] == 2 * ['sub-00_ses-01_T1w.npy']
     checksums = fingerprint(both)
     assert {name: checksums[f'data set 1: {name}'] for name in before} == before
+
+def test_a_session_has_the_voxels_of_its_own_data_set(tiny_data, tmp_path):
+    """With resize each data set has its own."""
+    other = copy_of(tiny_data, tmp_path / 'other', 100)
+    for folder, mm in ((tiny_data, 1.0), (other, 1.3)):
+        facts = json.loads((folder / 'dataset.json').read_text())
+        (folder / 'dataset.json').write_text(json.dumps(facts | {'voxel_mm': [mm] * 3}))
+    rows, _ = read_index(f'{tiny_data},{other}', MODALITIES)
+    assert {(row['folder'], *row['voxel_mm']) for row in rows} == {
+        (str(tiny_data), 1.0, 1.0, 1.0), (str(other), 1.3, 1.3, 1.3)}
 
 def test_subjects_of_one_folder_keep_their_names(tiny_data):
     assert read_index(tiny_data, MODALITIES)[0][0]['subject'] == 'sub-00'

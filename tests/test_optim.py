@@ -8,8 +8,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn as nn
 
-from common import resume
 from optim import MeanGradients, Muon, make_optimizers, orthogonal, take_step, update_average
+from resume import load_parts
 
 # ---------------------------------------------------------------- orthogonal steps
 
@@ -110,7 +110,7 @@ def test_a_resumed_optimiser_knows_the_weights_and_keeps_its_own_settings():
     net, new = nn.Linear(3, 16), nn.Linear(3, 16)
     old = as_parts(net, moved(net, True))
     parts = as_parts(new, moved(new, True, beta1=0.5, weight_decay=0.3))
-    resume(parts, states(old), 'ckpt.pt')
+    load_parts(parts, states(old) | {'iter_num': 1}, 'ckpt.pt')
     assert torch.equal(new.weight, net.weight)
     assert parts['optimizer'].param_groups[0]['betas'] == (0.5, 0.99)
     assert parts['muon'].param_groups[0]['weight_decay'] == 0.3
@@ -122,7 +122,7 @@ def test_a_run_does_not_change_its_optimisers_on_the_way(before):
     net = nn.Linear(3, 16)
     old = states(as_parts(net, moved(net, before)))
     with pytest.raises(SystemExit, match=f'ckpt.pt: a run {"with" if before else "without"} muon'):
-        resume(as_parts(net, moved(net, not before)), old, 'ckpt.pt')
+        load_parts(as_parts(net, moved(net, not before)), old, 'ckpt.pt')
 
 # ---------------------------------------------------------------- gradients of several processes
 

@@ -18,13 +18,13 @@ def test_mean_gfid_of_the_paper_is_that_of_its_planes():
         assert sum(paper[4:7]) / 3 == pytest.approx(paper[7], abs=0.0011)
 
 def write(folder, run, dft='no', psnr=31.25, lpips='random', fid_slices='all', split='test',
-          data_dir='data/x', iteration=100, name='', call='', **judges):
+          data_dir='data/x', iteration=100, weights='a', name='', call='', **judges):
     """The table.json of a run with a row of its own and one of a reference; judges: other lists of rows.
 
     name: that of its row. call: tells the files of several calls on one run apart.
     """
     scores = {'psnr_whole': {'mean': psnr}, 'ssim_uniform_whole': {'mean': 95.5}, 'lpips_sum': {'mean': 0.5}}
-    row = {'name': name or run, 'ckpt': f'{folder}/{run}.pt', 'iter': iteration, 'dft': dft,
+    row = {'name': name or run, 'ckpt': f'{folder}/{run}.pt', 'iter': iteration, 'dft': dft, 'weights': weights,
            'fidelity': {'T1w': scores}, 'geometry': {'cos_raw': 0.25, 'effective_rank': 3.5}}
     results = {'split': split, 'data_dir': data_dir, 'settings': {'lpips': lpips, 'fid_slices': fid_slices},
                'rows': [row, {'name': 'blur'}], **judges}
@@ -104,8 +104,8 @@ def test_distances_of_all_slices_alone_stand_beside_the_papers(tmp_path, slices,
 
 @pytest.mark.parametrize('changed, cell', [
     ({}, '2 (6.426)'), ({'data_dir': 'data/y'}, '(6.426)'), ({'split': 'val'}, '(6.426)'),
-    ({'iteration': 200}, '(6.426)')])
-def test_a_row_holds_numbers_of_one_data_set_split_and_iteration(tmp_path, changed, cell):
+    ({'iteration': 200}, '(6.426)'), ({'weights': 'b'}, '(6.426)')])
+def test_a_row_holds_numbers_of_one_data_set_split_and_network(tmp_path, changed, cell):
     """The distance is of an earlier call; it stays only where the later one judges the same."""
     first = write(tmp_path, 'maisi/ckpt', call='1', frechet=[rfid('maisi/ckpt')],
                   frechet_features='RadImageNet')
@@ -133,11 +133,11 @@ def test_an_unknown_table_is_refused_with_those_there_are():
 
 # ---------------------------------------------------------------- the tables of a call
 
-def scored(name, **subjects):
-    """A row of a table of reconstructions; subjects: how many of each modality."""
+def scored(name, visits=1, **subjects):
+    """A row of a table of reconstructions; subjects: how many of each modality, each with some visits."""
     fidelity = {}
     for modality, n in subjects.items():
-        summary = {'mean': 30.0, 'sd': 1.0, 'ci95': [29.0, 31.0], 'n_subjects': n}
+        summary = {'mean': 30.0, 'sd': 1.0, 'ci95': [29.0, 31.0], 'n_subjects': n, 'n_sessions': visits * n}
         fidelity[modality] = {key: summary for key in METRICS}
     return {'name': name, 'f': '', 'latent': '', 'bits': '', 'dft': '', 'fidelity': fidelity}
 
@@ -152,6 +152,10 @@ def test_rows_of_other_numbers_of_subjects_say_theirs():
     names = names_in_table(*rows)
     assert names.count('nq/best, n = 14 T1w and 12 T2w') == 2
     assert names.count('kl/best, n = 14') == names.count('blur, n = 3') == 2
+
+def test_rows_of_as_many_subjects_and_other_numbers_of_sessions_say_theirs():
+    names = names_in_table(scored('nq/best', T1w=4, visits=2), scored('blur', T1w=4))
+    assert names.count('nq/best, n = 8 sessions') == names.count('blur, n = 4 sessions') == 2
 
 def test_rows_of_one_number_of_subjects_have_plain_names():
     assert names_in_table(scored('nq/best', T1w=14, T2w=14), scored('blur', T1w=14)).count('blur') == 2

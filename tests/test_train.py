@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import judge.validate
 import optim
 from common import load_checkpoint, save_checkpoint
 from conftest import ROOT, TINY, curves, play, play_two, progress, read_until, refuses, run, start
@@ -213,6 +214,29 @@ def test_a_signal_in_the_step_of_a_validation_does_not_lose_it(tiny_data, tmp_pa
     assert stopped.returncode == 128 + signal.SIGTERM
     play('train_vae.py', *args, '--max_iters=4', '--init_from=resume')
     assert [record['iter'] for record in log_of(tmp_path / 'out') if 'val/psnr_db' in record] == [2, 4]
+
+def test_a_validation_that_was_killed_comes_first_after_a_resume(tiny_data, tmp_path, monkeypatch):
+    """A cluster sends SIGTERM, and soon SIGKILL; here at the end of the volumes."""
+    whole = train(tiny_data, tmp_path / 'a')
+    args = [*TINY, *SHORT, f'--data_dir={tiny_data}', f'--out_dir={tmp_path}/b']
+    taken = []
+    def terminated_at_the_fourth(optimizers, parameters, rate, grad_clip):
+        taken.append(rate)
+        if len(taken) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(optimizers, parameters, rate, grad_clip)
+    def killed(*args):
+        raise SystemExit('killed')
+    step = optim.take_step
+    with monkeypatch.context() as patches:
+        patches.setattr(optim, 'take_step', terminated_at_the_fourth)
+        patches.setattr(judge.validate, 'validate', killed)
+        assert 'killed' in run('train_vae.py', *args).stderr
+    assert not (tmp_path / 'b' / 'ckpt_3d.pt').exists()
+    parts = train(tiny_data, tmp_path / 'b', '--init_from=resume')
+    assert_same_tensors(whole, parts)
+    assert parts['best_val'] == whole['best_val'] and (tmp_path / 'b' / 'ckpt_3d.pt').exists()
+    assert log_of(tmp_path / 'b') == log_of(tmp_path / 'a')
 
 @pytest.mark.parametrize('tuning', [False, True])
 def test_resume_with_discriminators_gives_the_same_bits(tuning, tiny_data, tmp_path):

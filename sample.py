@@ -12,16 +12,16 @@
 In Python: Codec, which encodes and decodes files and arrays.
 
 A scan goes through the steps of prepare.py into the model's box and back onto its own grid: a viewer overlays
-input and output voxel by voxel. What does not fit the box comes back as 0, and so does the background of the
-input unless --mask=False. --input and --output may be folders: every scan below the one goes to the same name
-below the other, unless that is there already; torchrun shares the scans out. A folder that prepare.py wrote
-will do too: its volumes are taken as they are, and what becomes of them stays on the model's box. generate
-writes volumes (with NeuroQuant one per modality, aligned), latents.npy, montage.png and nearest.md. tokens
-writes a .json beside, which names modality and encoder for the way back. complete generates too, but keeps
-the first half of a scan's tokens, which is its left, and lets a GPT draw the others. export writes averaged
-weights alone, with what builds the model and its box: as .pt, or as .safetensors with a .json beside.
+input and output voxel by voxel. What does not fit the box comes back as background, and so does the input's
+background unless --mask=False. --input and --output may be folders: every scan below the one goes to the same
+name below the other, of translate with the new modality in it, unless that is there already; torchrun shares
+the scans out. A folder that prepare.py wrote will do too: its volumes are taken as they are, and what becomes
+of them stays on their box. generate writes volumes (with NeuroQuant one per modality, aligned), latents.npy,
+montage.png and nearest.md. tokens writes a .json beside, which names modality and encoder for the way back.
+complete generates too, but keeps the first half of a scan's tokens, which is its left, and lets a GPT draw
+the others. export writes averaged weights alone, with what builds the model and its box: as .pt, or as
+.safetensors with a .json beside.
 """
-import json
 import os
 import sys
 import time
@@ -32,19 +32,21 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common import (autocast, configure, load_checkpoint, make_out_dir, print0, save_weights,
-                    start_processes, stop_processes, write_text)
-from data import random, read_folder
+                    start_processes, stop_processes)
+from data import box_of, random, read_folder
 from flow import sample
 from judge.figures import views
 from judge.novelty import COMPARED, compare_with_training
+from judge.runs import other_data
 from latents import encode_conditions, value_of
 from losses import psnr
 from model import GPT, Autoencoder, FlowUNet, NeuroQuant, encoder_hash, from_checkpoint
 from scans import nifti
-from scans.boxed import Scan, Stored, box_grid, is_prepared, is_stored, named_modality
+from scans.boxed import (MASK, Scan, Stored, box_grid, is_prepared, is_stored, named_modality, renamed,
+                         something_else)
 from scans.files import every_scan, stem
 from slabs import slabwise
-from tokens import draw_brains
+from tokens import about_tokens, draw_brains, own_modality, read_tokens, save_codes, save_tokens
 
 # ---------------------------------------------------------------- settings
 mode = 'reconstruct'      # or translate, tokens, latents (float16), generate, complete, export
@@ -53,7 +55,7 @@ input = ''                # .nii or .nii.gz, a folder of them or of prepared dat
 output = ''
 source = ''               # modality of the input; '': what its name says, else the model's first
 target = ''               # modality that comes out; '': of tokens their scan's, of translate another one
-mask = True               # the input's background is 0 in the output too; False: what the decoder made of it
+mask = True               # the input's background is the output's too; False: what the decoder made of it
 like = ''                 # scan whose grid a volume from tokens gets; '' for the box itself, centred at 0 mm
 # of generate, complete; sample i of a seed is the same however many are drawn and whichever decoder shows it
 n = 4
@@ -76,6 +78,8 @@ def check_settings():
     if mode not in MODES: raise SystemExit(f'--mode={mode}: one of {", ".join(MODES)}')
     if not output or (not input and mode not in ('generate', 'export')):
         raise SystemExit('give --input=FILE and --output=FILE; generate wants --output=DIR, complete both')
+    if os.path.exists(input) and os.path.exists(output) and os.path.samefile(input, output):
+        raise SystemExit(f'--output={output}: that is the input; choose another')
     if mode == 'export':
         if not output.endswith(('.pt', '.safetensors')):
             raise SystemExit(f'--output={output}: must end in .pt or .safetensors')
@@ -140,15 +144,20 @@ def placed(x):
 def open_scan(path, checkpoint):
     """A scan with its modality; a stored one's name tells that, whatever --source is."""
     box = checkpoint['data']
-    if is_stored(path): return Stored(path, box['shape'], checkpoint['voxel_mm'])
+    if is_stored(path): return Stored(path, box['shape'])
     scan = Scan(path, box)
     modalities = checkpoint['config'].get('modalities', ('',))  # a GPT takes any
     scan.modality = source or named_modality(path, modalities) or modalities[0]
+    other = something_else(path, modalities)
+    if other and scan.modality and not source:
+        print(f'{path}: by its name {other}, which this model does not know; taken as {scan.modality}')
     return scan
 
 def stored_volumes(checkpoint):
     """Paths of the volumes of the prepared --input that the model knows."""
-    rows, _ = read_folder(input)
+    rows, dataset = read_folder(input)
+    for note in other_data(ckpt, checkpoint, input, *box_of(dataset)):
+        print0(note)
     names = checkpoint['config']['modalities']
     paths = [os.path.join(input, row[name]) for row in rows for name in names if row.get(name)]
     if not paths: raise SystemExit(f'{input}: no volume of {", ".join(names)}')
@@ -166,11 +175,15 @@ def reconstruct(model, checkpoint, input, output):
 
 def translate(model, checkpoint, input, output):
     scan = open_scan(input, checkpoint)
-    others = [modality for modality in model.config.modalities if modality != scan.modality]
-    wanted = target or (others or [scan.modality])[0]
+    wanted = target_of(scan.modality, model.config.modalities)
     translated = model.translate(placed(scan.box), scan.modality, wanted)
     scan.write(output, translated, own_scale=False, mask=mask)
     return f'{scan.modality} as {wanted}, intensities in [0,1]: {output}'
+
+def target_of(modality, modalities):
+    """What a scan of a modality becomes: --target, or else the first other one."""
+    others = [other for other in modalities if other != modality]
+    return target or (others or [modality])[0]
 
 def tokens(model, checkpoint, input, output):
     """Tokens of a scan; back to a volume if the input holds tokens."""
@@ -178,9 +191,7 @@ def tokens(model, checkpoint, input, output):
         return from_tokens(model, checkpoint, input, output)
     scan = open_scan(input, checkpoint)
     indices = model.tokens(placed(scan.box))[0].cpu().numpy().astype(np.int32)
-    save_codes(output, indices)
-    about = {'modality': scan.modality, 'encoder_hash': encoder_hash(model)}
-    write_text(about_tokens(output), json.dumps(about) + '\n')
+    save_tokens(output, indices, scan.modality, encoder_hash(model))
     return f'{indices.size} tokens of {model.config.num_codes} codes, shape {indices.shape}: {output}'
 
 def latents(model, checkpoint, input, output):
@@ -191,37 +202,10 @@ def latents(model, checkpoint, input, output):
     save_codes(output, mean)
     return f'latent of shape {mean.shape}, float16: {output}'
 
-def save_codes(path, array):
-    try:
-        nifti.save_npy(path, array)
-    except OSError as e:
-        raise ValueError(f'{path}: cannot write ({e.strerror or e})')
-
-def about_tokens(path):
-    """The file beside tokens that says which modality and encoder they come from."""
-    return path.removesuffix('.npy') + '.json'
-
-def own_modality(model, path):
-    """The modality of the scan behind tokens; '' if nothing beside them says so.
-
-    ValueError if another encoder made them.
-    """
-    try:
-        with open(about_tokens(path)) as f:
-            about = json.load(f)
-        made_by, modality = about['encoder_hash'], about['modality']
-    except FileNotFoundError:
-        return ''
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f'{about_tokens(path)}: unreadable ({e}); delete it and give --target')
-    if made_by != encoder_hash(model):
-        raise ValueError(f'{path}: tokens of another encoder than that of {ckpt}')
-    return modality
-
 def from_tokens(model, checkpoint, input, output):
     shape = checkpoint['data']['shape']
     indices = read_tokens(model, shape, input)
-    modality = target or own_modality(model, input)
+    modality = target or own_modality(input, encoder_hash(model))
     if not modality and getattr(model.config, 'film', False):
         raise ValueError(f'{input}: no {about_tokens(input)} says which modality this is; give --target, '
                          f'one of {", ".join(model.config.modalities)}')
@@ -233,43 +217,41 @@ def from_tokens(model, checkpoint, input, output):
         nifti.write(output, volume[0, 0].cpu().numpy(), box_grid(shape, checkpoint['voxel_mm']))
     return f'{indices.numel()} tokens{" as" * bool(modality)} {modality}: {output}'
 
-def read_tokens(model, shape, input):
-    """The input as (1,d,h,w) int64; ValueError if it holds no tokens of this model for a volume (D,H,W)."""
-    try:
-        indices = np.load(input, allow_pickle=False)
-    except (OSError, EOFError, ValueError) as e:
-        raise ValueError(f'{input}: not a readable .npy file ({e})')
-    c = model.config
-    grid = model.latent_shape(shape)[1:]
-    if c.num_codebooks > 1:
-        grid = (c.num_codebooks, *grid)
-    if indices.dtype.kind not in 'iu' or indices.shape != grid:
-        raise ValueError(f'{input}: integers of shape {grid} are needed, got {indices.dtype} {indices.shape}')
-    low, high = indices.min(), indices.max()
-    if low < 0 or high >= c.num_codes:
-        raise ValueError(f'{input}: tokens {low}..{high}, the model has 0..{c.num_codes - 1}')
-    return torch.from_numpy(indices.astype(np.int64))[None]
-
-def those_to_translate(paths, modalities, notes):
-    """The scans of one modality, --source or the model's first, and those whose name tells none."""
-    wanted = source or modalities[0]
-    kept = [path for path in paths if named_modality(path, modalities) in (wanted, '')]
-    if len(kept) < len(paths):
-        notes.append(f'{len(paths) - len(kept)} scans of another modality than {wanted} are left out; '
-                     '--source names another')
+def scans_below(checkpoint, notes):
+    """Paths of the scans below --input that the model knows, of translate those of one modality alone."""
+    if is_prepared(input):
+        paths = stored_volumes(checkpoint)
+    else:
+        made = os.path.realpath(output) + os.sep  # what an earlier call wrote
+        paths = [path for path in every_scan(input, notes) if not os.path.realpath(path).startswith(made)]
+    modalities = checkpoint['config']['modalities']
+    wanted = source or (modalities[0] if mode == 'translate' else '')
+    kept, left_out = [], {}  # {why: paths}
+    for path in paths:
+        named, other = named_modality(path, modalities), something_else(path, modalities)
+        if other and (other == MASK or not source):
+            left_out.setdefault(f'by name {other}, which this model does not know', []).append(path)
+        elif mode == 'translate' and named not in (wanted, ''):
+            left_out.setdefault(f'of another modality than {wanted}; --source names another', []).append(path)
+        else:
+            kept.append(path)
+    for why, those in left_out.items():
+        notes.append(f'{len(those)} scans are left out, such as {those[0]}: {why}')
     return kept
+
+def target_below(path, modalities):
+    """Where below --output the result of a scan below --input goes."""
+    name = stem(os.path.relpath(path, input).removesuffix('.npy'))
+    if mode == 'translate':
+        modality = source or named_modality(path, modalities) or modalities[0]
+        name = renamed(name, modality, target_of(modality, modalities))
+    return os.path.join(output, name + ('.npy' if mode in ('tokens', 'latents') else '.nii.gz'))
 
 def each_below(model, checkpoint):
     """Every scan of the folder --input, this process's share of them; one that fails is left out."""
-    notes = []
-    paths = stored_volumes(checkpoint) if is_prepared(input) else every_scan(input, notes)
-    if mode == 'translate':
-        paths = those_to_translate(paths, checkpoint['config']['modalities'], notes)
-    ending = '.npy' if mode in ('tokens', 'latents') else '.nii.gz'
-    targets = {}  # each with its scan
-    for path in paths:
-        target_path = os.path.join(output, stem(os.path.relpath(path, input).removesuffix('.npy')) + ending)
-        first = targets.setdefault(target_path, path)
+    notes, targets = [], {}  # targets: each with its scan
+    for path in scans_below(checkpoint, notes):
+        first = targets.setdefault(target_below(path, checkpoint['config']['modalities']), path)
         if first != path:
             notes.append(f'{path}: has the name of {first}; left out')
     for note in notes:
@@ -300,9 +282,9 @@ def export(model, checkpoint):
     kept = ('model_args', 'config', 'data', 'voxel_mm', 'iter_num', 'git_commit', 'encoder_hash',
             'conditions', 'latent_shape')
     checkpoint['config'] |= {key: '' for key in PLACES if key in checkpoint['config']}
-    weights = {}
-    for name, value in model.state_dict().items():
-        weights[name] = value.cpu().to(getattr(torch, dtype)) if value.is_floating_point() else value.cpu()
+    weights = {name: value.cpu() for name, value in model.state_dict().items()}
+    for name, _ in model.named_parameters():  # counts and sums of a codebook would not fit float16
+        weights[name] = weights[name].to(getattr(torch, dtype))
     save_weights(output, weights, {key: checkpoint[key] for key in kept if key in checkpoint})
     print(f'{os.path.getsize(output) / 2 ** 20:.1f} MiB, {dtype}: {output}')
 
@@ -320,26 +302,37 @@ class Codec:
         self.device = device
         self.box = self.checkpoint['data']
 
+    def on_box(self, array):
+        """An array (D,H,W) as a float tensor; ValueError unless it is on the model's box."""
+        volume, shape = torch.as_tensor(array).float(), tuple(self.box['shape'])
+        if volume.shape != shape:
+            raise ValueError(f"an array of shape {tuple(volume.shape)}, the model's box is {shape}")
+        return volume
+
     @torch.no_grad()
     def encode(self, scan):
-        box = Scan(scan, self.box).box if isinstance(scan, (str, os.PathLike)) else torch.as_tensor(scan)
-        x = box.float().to(self.device).view(1, 1, *box.shape[-3:])
+        if isinstance(scan, (str, os.PathLike)):
+            x = Scan(scan, self.box).box
+        else:
+            x = self.on_box(scan)[None, None]
+            if x.min() < 0 or x.max() > 1:
+                raise ValueError(f'an array from {x.min():g} to {x.max():g}; scale it to [0,1], background 0')
+        x = x.to(self.device)
         if hasattr(self.model, 'quantizer'): return self.model.tokens(x)[0]
         return self.model.latent(x)[0]
 
     @torch.no_grad()
     def decode(self, codes, modality=None):
-        codes = codes[None].to(self.device)
+        codes = torch.as_tensor(codes)[None].to(self.device)
         if hasattr(self.model, 'quantizer'):
             x = self.model.from_tokens(codes, modality)
         else:
-            x = self.model.from_latent(codes)
+            x = self.model.from_latent(codes.float())
         D, H, W = self.box['shape']
         return x[0, 0, :D, :H, :W].clamp(0, 1).cpu().numpy()
 
     def write(self, path, volume, like):
-        scan = Scan(like, self.box)
-        scan.write(path, torch.as_tensor(volume)[None, None], own_scale=False)
+        Scan(like, self.box).write(path, self.on_box(volume)[None, None], own_scale=False)
 
 # ---------------------------------------------------------------- new volumes
 

@@ -1,4 +1,5 @@
-"""Scans as tokens: batches of them, their bits without a network, and how a GPT draws new ones."""
+"""Scans as tokens: batches of them, their bits without a network, drawing by a GPT, and files of them."""
+import json
 import math
 
 import numpy as np
@@ -6,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map_only
 
-from common import autocast
+from common import autocast, write_text
 from data import random
 from latents import Latents
+from scans import nifti
 
 class Tokens(Latents):
     """The scans of one split as sequences of tokens (N,), codebook by codebook, each in raster order.
@@ -111,3 +113,56 @@ def choose_tokens(logits, chance, top_k=0):
         logits = logits.masked_fill(logits < least, -math.inf)
     cumulated = logits.softmax(1).cumsum(1)
     return torch.searchsorted(cumulated, chance * cumulated[:, -1:], right=True)
+
+# ---------------------------------------------------------------- tokens as files
+
+def save_codes(path, array):
+    """Tokens or a latent as .npy; ValueError with one line if it cannot be written."""
+    try:
+        nifti.save_npy(path, array)
+    except OSError as e:
+        raise ValueError(f'{path}: cannot write ({e.strerror or e})')
+
+def save_tokens(path, indices, modality, made_by):
+    """Tokens as .npy, and beside them a .json that says whose they are, for the way back."""
+    save_codes(path, indices)
+    about = {'modality': modality, 'encoder_hash': made_by}
+    write_text(about_tokens(path), json.dumps(about) + '\n')
+
+def about_tokens(path):
+    """The file beside tokens that says which modality and encoder they come from."""
+    return path.removesuffix('.npy') + '.json'
+
+def own_modality(path, made_by):
+    """The modality of the scan behind a file of tokens; '' if nothing beside it says so.
+
+    made_by: encoder_hash of the model; ValueError if another encoder made them.
+    """
+    try:
+        with open(about_tokens(path)) as f:
+            about = json.load(f)
+        encoder, modality = about['encoder_hash'], about['modality']
+    except FileNotFoundError:
+        return ''
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(f'{about_tokens(path)}: unreadable ({e}); delete it and give --target')
+    if encoder != made_by:
+        raise ValueError(f'{path}: tokens of another encoder ({encoder}) than this model ({made_by})')
+    return modality
+
+def read_tokens(model, shape, path):
+    """A file as (1,d,h,w) int64; ValueError if it holds no tokens of this model for a volume (D,H,W)."""
+    try:
+        indices = np.load(path, allow_pickle=False)
+    except (OSError, EOFError, ValueError) as e:
+        raise ValueError(f'{path}: not a readable .npy file ({e})')
+    c = model.config
+    grid = model.latent_shape(shape)[1:]
+    if c.num_codebooks > 1:
+        grid = (c.num_codebooks, *grid)
+    if indices.dtype.kind not in 'iu' or indices.shape != grid:
+        raise ValueError(f'{path}: integers of shape {grid} are needed, got {indices.dtype} {indices.shape}')
+    low, high = indices.min(), indices.max()
+    if low < 0 or high >= c.num_codes:
+        raise ValueError(f'{path}: tokens {low}..{high}, the model has 0..{c.num_codes - 1}')
+    return torch.from_numpy(indices.astype(np.int64))[None]

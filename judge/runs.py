@@ -41,13 +41,14 @@ def run_names(paths):
         names.append('/'.join(own[-depth:]))
     return names
 
-def other_data(path, checkpoint, sessions):
+def other_data(path, checkpoint, data_dir, box, voxel_mm):
     """A line for each setting of the data, but their shape, that is not what the checkpoint has learned.
 
-    Voxels count as others from 1 % on: of stretched scans they are a median.
+    box, voxel_mm: of data_dir, see data.box_of. Voxels count as others from 1 % on: of stretched scans they
+    are a median.
     """
     learned = checkpoint['data'] | {'voxel_mm': checkpoint['voxel_mm']}
-    judged = sessions.box | {'voxel_mm': sessions.voxel_mm}
+    judged = box | {'voxel_mm': voxel_mm}
     different = []
     for key in learned:
         tolerance = 0.01 if key == 'voxel_mm' else 1e-6
@@ -57,7 +58,7 @@ def other_data(path, checkpoint, sessions):
     for key in different:
         if key == 'shape' or (key == 'voxel_mm' and 'spacing_mm' in different): continue
         notes.append(f'note: {path} learned {key} {rounded(learned[key])}, '
-                     f'{sessions.data_dir} has {rounded(judged[key])}')
+                     f'{data_dir} has {rounded(judged[key])}')
     return notes
 
 def alike(a, b, tolerance):
@@ -85,7 +86,8 @@ class Run:
 
     def __post_init__(self):
         self.modalities = self.sessions.modalities
-        self.notes = other_data(self.path, self.checkpoint, self.sessions)
+        self.notes = other_data(self.path, self.checkpoint, self.sessions.data_dir, self.sessions.box,
+                                self.sessions.voxel_mm)
         rows = self.sessions.rows
         self.used = chosen(rows, self.n)   # positions in sessions.rows
         self.keys = {key_of(rows[i]) for i in self.used}

@@ -313,7 +313,9 @@ def resample(volume, affine, target_affine, target_shape):
     matrix = to_source[:3, :3]
     if np.allclose(matrix, np.diag(np.diag(matrix)), atol=1e-6):
         matrix = np.diag(matrix)  # axis by axis is much faster
-    return ndimage.affine_transform(volume, matrix, to_source[:3, 3], tuple(target_shape), order=1)
+    # 'constant' gives 0 beyond the outer voxels' centres, where a brain may reach
+    return ndimage.affine_transform(volume, matrix, to_source[:3, 3], tuple(target_shape), order=1,
+                                    mode='grid-constant')
 
 def resample_inside(volume, mask, affine, target_affine, target_shape):
     """volume and bool mask (D,H,W) on another grid, 0 outside.
@@ -334,14 +336,24 @@ def bounds(mask):
     """Three slices: the smallest box that holds a bool mask (D,H,W)."""
     return ndimage.find_objects(mask.astype(np.int8), 1)[0]
 
+def without_specks(mask):
+    """A bool mask (D,H,W) without its parts of less than a hundredth of the largest."""
+    where = bounds(mask)
+    parts, n = ndimage.label(mask[where])
+    sizes = np.bincount(parts.ravel(), minlength=n + 1)
+    sizes[0] = 0
+    clean = np.zeros_like(mask)
+    clean[where] = (sizes >= 0.01 * sizes.max())[parts] & mask[where]
+    return clean
+
 def box_start(mask, shape):
     """Where a box of `shape` starts to hold the mask (negative is padding), and the fraction that it loses.
 
     A smaller brain is centred. A larger one loses its inferior end first: the last axis keeps its top, the
-    others their middle.
+    others their middle. Specks, such as one bright voxel far from the brain, do not count.
     """
     start = []
-    for axis, brain in enumerate(bounds(mask)):
+    for axis, brain in enumerate(bounds(without_specks(mask))):
         n = shape[axis]
         keep_top = axis == 2 and brain.stop - brain.start > n
         start.append(brain.stop - n if keep_top else (brain.start + brain.stop - n) // 2)
@@ -475,12 +487,14 @@ def check_inside(path, placement):
     raise ValueError(f'{path}: {placement.lost:.0%} of its brain lies outside the box of the model; strip '
                      'and crop the scan to its brain, and see whether its voxel sizes are right')
 
-def restore(box, placement, affine, shape, low=0.0, high=1.0):
-    """A box in [0,1] back on a RAS+ grid (affine, shape); 0 where the box is 0 or ends.
+def restore(box, placement, affine, shape, low=0.0, high=1.0, background=0.0):
+    """A box in [0,1] back on a RAS+ grid (affine, shape); `background` where the box is 0 or ends.
 
     low, high: the intensities that 0 and 1 become.
     """
     back = [-s for s in placement.start]
     full = crop_pad(low + box * (high - low), back, placement.grid_shape)
     mask = crop_pad(box > 0, back, placement.grid_shape)
-    return resample_inside(full, mask, placement.affine, affine, shape)[0]
+    volume, inside = resample_inside(full, mask, placement.affine, affine, shape)
+    volume[~inside] = background
+    return volume

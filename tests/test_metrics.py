@@ -151,6 +151,9 @@ def test_components_without_bits_return_the_mean(brains):
     components = PrincipalComponents(Volumes(brains), 0)
     np.testing.assert_allclose(components.code(brains[3], 0), brains.mean(0), atol=1e-5)
 
+def test_one_training_scan_is_all_that_there_is(brains):
+    np.testing.assert_array_equal(PrincipalComponents(Volumes(brains[:1]), 0).code(brains[3], 1e5), brains[0])
+
 def test_components_code_others_with_few_bits_and_never_more_than_allowed(brains):
     components = PrincipalComponents(Volumes(brains[:15]), 0)
     errors = []

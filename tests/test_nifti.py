@@ -150,6 +150,24 @@ def test_a_brain_too_high_loses_its_inferior_end_and_reports_it():
     assert start == [2, 4, 12]  # centred | the middle of 16 kept | the top at 28 kept
     assert lost == pytest.approx(1 - (12 * 16) / (16 * 24))
 
+def test_a_speck_far_from_the_brain_does_not_move_the_box():
+    mask = np.zeros((30, 30, 40), bool)
+    mask[5:15, 2:18, 4:20] = True
+    start, lost = nifti.box_start(mask, (16, 20, 20))
+    mask[29, 29, 39] = True
+    assert nifti.box_start(mask, (16, 20, 20))[0] == start
+    assert lost == 0 and 0 < nifti.box_start(mask, (16, 20, 20))[1] < 1e-3
+
+@pytest.mark.parametrize('thickness', [1.0, 3.0, 6.0])
+def test_a_brain_that_fills_its_field_of_view_keeps_its_end_slices(thickness):
+    volume = np.zeros((40, 40, 12), np.float32)
+    volume[5:35, 5:35] = np.random.default_rng(0).uniform(1, 2, (30, 30, 12))
+    affine = np.diag([1, 1, thickness, 1])
+    (box,), placement = nifti.conform([volume], [affine], (48, 48, 96))
+    assert np.flatnonzero((box > 0).any((0, 1))).size == 12 * thickness
+    back = nifti.restore(box, placement, affine, volume.shape)
+    assert ((back > 0) == (volume > 0)).all()
+
 def test_scans_that_do_not_overlap_are_told_apart():
     far = np.eye(4)
     far[:3, 3] = 500

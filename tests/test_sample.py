@@ -1,4 +1,5 @@
 """sample.py on NIfTI scans as a user runs it, with small autoencoders that are trained once."""
+import json
 import os
 import shutil
 
@@ -133,11 +134,49 @@ def test_scans_are_of_the_modality_that_their_names_say(neuroquant, tmp_path):
 def test_of_a_folder_the_scans_of_one_modality_are_translated(neuroquant, tmp_path):
     folder = tmp_path / 'in'
     folder.mkdir()
-    for name in ('a_T1w', 'a_T2w', 'plain'):
+    for name in ('a_T1w', 'a_T2w', 'a_T2w_mask', 'plain'):
         store(str(folder / f'{name}.nii.gz'), head((26, 40, 28)))
     said = play(*sampling(neuroquant, 'translate', folder, tmp_path / 'out', '--source=T2w'))
-    assert sorted(os.listdir(tmp_path / 'out')) == ['a_T2w.nii.gz', 'plain.nii.gz']
-    assert '1 scans of another modality than T2w' in said
+    assert sorted(os.listdir(tmp_path / 'out')) == ['a_T1w.nii.gz', 'plain_T1w.nii.gz']
+    assert '1 scans are left out, such as' in said and 'of another modality than T2w' in said
+    assert 'a_T2w_mask.nii.gz: by name a mask or label map' in said
+
+def test_what_a_model_does_not_know_is_left_out_or_said(neuroquant, tmp_path):
+    folder = tmp_path / 'in'
+    folder.mkdir()
+    for name in ('a_T1w', 'a_FLAIR'):
+        store(str(folder / f'{name}.nii.gz'), head((26, 40, 28)))
+    said = play(*sampling(neuroquant, 'reconstruct', folder, tmp_path / 'out'))
+    assert os.listdir(tmp_path / 'out') == ['a_T1w.nii.gz']
+    assert '1 scans are left out, such as' in said and 'by name FLAIR' in said
+    said = play(*sampling(neuroquant, 'reconstruct', folder / 'a_FLAIR.nii.gz', tmp_path / 'alone.nii.gz'))
+    assert 'by its name FLAIR, which this model does not know; taken as T1w' in said
+    play(*sampling(neuroquant, 'reconstruct', folder, tmp_path / 'all', '--source=T1w'))
+    assert len(os.listdir(tmp_path / 'all')) == 2
+
+def test_results_below_the_input_are_not_taken_for_scans(neuroquant, tmp_path):
+    store(str(tmp_path / 'a_T1w.nii.gz'), head((26, 40, 28)))
+    play(*sampling(neuroquant, 'reconstruct', tmp_path, tmp_path / 'out'))
+    assert '0 of 1 scans now' in play(*sampling(neuroquant, 'reconstruct', tmp_path, tmp_path / 'out'))
+
+@pytest.mark.parametrize('linked', [False, True])
+def test_the_input_is_never_overwritten(neuroquant, tmp_path, linked):
+    scan, output = tmp_path / 'a_T1w.nii.gz', tmp_path / 'a_T1w.nii.gz'
+    store(str(scan), head((26, 40, 28)))
+    if linked:
+        output = tmp_path / 'link.nii.gz'
+        output.symlink_to(scan)
+    before = scan.read_bytes()
+    assert 'that is the input' in refuses(*sampling(neuroquant, 'translate', scan, output))
+    assert scan.read_bytes() == before
+
+def test_the_background_comes_back_as_it_was(neuroquant, tmp_path):
+    scan = tmp_path / 'a_T1w.nii.gz'
+    volume = head((26, 40, 28))
+    store(str(scan), np.where(volume > 0, volume, -1024).astype(np.float32))
+    play(*sampling(neuroquant, 'reconstruct', scan, tmp_path / 'out.nii.gz'))
+    out = values(tmp_path / 'out.nii.gz')
+    assert (out[values(scan) == -1024] == -1024).all() and (out > -1024).any()
 
 def test_scans_that_would_share_an_output_are_named(neuroquant, tmp_path):
     folder = tmp_path / 'in'
@@ -274,6 +313,15 @@ def test_a_folder_goes_on_where_it_stopped(kl, folder, tmp_path):
     assert latent.dtype == np.float16 and latent.shape == model.latent_shape((32, 48, 32))
     np.testing.assert_allclose(latent, expected, rtol=2e-3, atol=1e-3)
 
+def test_a_prepared_data_set_of_other_voxels_keeps_them(neuroquant, data, tmp_path):
+    other = shutil.copytree(data, tmp_path / 'other')
+    facts = json.loads((other / 'dataset.json').read_text())
+    (other / 'dataset.json').write_text(json.dumps(facts | {'spacing_mm': 2.0, 'voxel_mm': [2.0] * 3}))
+    said = play(*sampling(neuroquant, 'reconstruct', other, tmp_path / 'rec'))
+    out = nib.load(sorted((tmp_path / 'rec').glob('*.nii.gz'))[0])
+    assert out.header.get_zooms() == (2.0, 2.0, 2.0)
+    assert 'learned spacing_mm 1.0' in said
+
 def test_a_prepared_data_set_gives_what_its_volumes_give(neuroquant, tmp_path):
     """Each in its own modality; tokens and latents equal the model's, and a second call makes nothing."""
     checkpoint = load_checkpoint(neuroquant)
@@ -294,4 +342,12 @@ def test_a_prepared_data_set_gives_what_its_volumes_give(neuroquant, tmp_path):
     tokens = Codec(neuroquant).encode(x)
     assert np.array_equal(np.load(tmp_path / 'tokens' / f'{names[1]}.npy'), tokens)
     play(*sampling(neuroquant, 'translate', data, tmp_path / 'translated', '--source=T2w', '--target=T1w'))
-    assert all('T2w' in name for name in os.listdir(tmp_path / 'translated'))
+    assert all('T1w' in name for name in os.listdir(tmp_path / 'translated'))
+
+def test_a_codec_takes_arrays_on_its_box_alone(kl):
+    codec = Codec(kl)
+    for array, words in ((np.zeros((8, 8, 8)), 'of shape'), (np.full((32, 48, 32), 200.0), 'scale it')):
+        with pytest.raises(ValueError, match=words):
+            codec.encode(array)
+    codes = codec.encode(np.zeros((32, 48, 32)))
+    np.testing.assert_allclose(codec.decode(codes.numpy().astype(np.float16)), codec.decode(codes), atol=5e-3)

@@ -276,7 +276,8 @@ class Sessions:
 
     def checksums(self):
         """{folder: what read_checksums says of it}."""
-        return {folder: read_checksums(folder) for folder in {row['folder'] for row in self.rows}}
+        folders = {row['folder'] for row in self.rows}
+        return {folder: read_checksums(folder) for folder in folders}
 
     def verify(self, count=8):
         """SystemExit if a volume is missing, or one of `count` random ones is spoilt (checksums.json)."""

@@ -106,8 +106,11 @@ class PrincipalComponents:
         return np.log2(np.maximum(ENTROPY_SD * self.sd / step, 1)).sum()
 
     def code(self, volume, bits):
-        """volume (D,H,W) after coding with at most so many bits, one step for all coefficients."""
-        if not len(self.sd): return self.mean.reshape(volume.shape)  # one training scan has no components
+        """volume (D,H,W) after coding with at most so many bits, one step for all coefficients.
+
+        One training scan has no components: it is returned itself.
+        """
+        if not len(self.sd): return self.mean.reshape(volume.shape)
         step = step_within(bits, self.bits, self.sd.max() * 1e-9, self.sd.max() * 10)
         basis = self.basis[ENTROPY_SD * self.sd > step]
         coefficients = np.round(basis @ (volume.ravel() - self.mean) / step) * step

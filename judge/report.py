@@ -206,12 +206,15 @@ def labels_with_n(rows):
         for row in rows:
             scored = {modality: scores for modality, scores in row['fidelity'].items() if scores}
             counts[key].append({modality: scores['psnr_whole'][key] for modality, scores in scored.items()})
-    numbers = {key: set().union(*[count.values() for count in counts[key]]) for key in counts}
-    most = max(numbers['n_subjects'])
+    most = max(numbers_in(counts['n_subjects']))
     for key, unit in (('n_subjects', ''), ('n_sessions', ' sessions')):
-        if len(numbers[key]) > 1:
+        if len(numbers_in(counts[key])) > 1:
             return [f'{name}, n = {count_text(count)}{unit}' for name, count in zip(names, counts[key])], most
     return names, most
+
+def numbers_in(counts):
+    """The set of all values of some dicts."""
+    return set().union(*[count.values() for count in counts])
 
 def count_text(count):
     """{modality: subjects} as text: one number where all are the same."""

@@ -24,8 +24,8 @@ def write(folder, run, dft='no', psnr=31.25, lpips='random', fid_slices='all', s
     name: that of its row. call: tells the files of several calls on one run apart.
     """
     scores = {'psnr_whole': {'mean': psnr}, 'ssim_uniform_whole': {'mean': 95.5}, 'lpips_sum': {'mean': 0.5}}
-    row = {'name': name or run, 'ckpt': f'{folder}/{run}.pt', 'iter': iteration, 'dft': dft, 'weights': weights,
-           'fidelity': {'T1w': scores}, 'geometry': {'cos_raw': 0.25, 'effective_rank': 3.5}}
+    row = {'name': name or run, 'ckpt': f'{folder}/{run}.pt', 'iter': iteration, 'weights': weights,
+           'dft': dft, 'fidelity': {'T1w': scores}, 'geometry': {'cos_raw': 0.25, 'effective_rank': 3.5}}
     results = {'split': split, 'data_dir': data_dir, 'settings': {'lpips': lpips, 'fid_slices': fid_slices},
                'rows': [row, {'name': 'blur'}], **judges}
     path = folder / f"{run.replace('/', '_')}{call}"

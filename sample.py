@@ -44,7 +44,7 @@ from model import GPT, Autoencoder, FlowUNet, NeuroQuant, encoder_hash, from_che
 from scans import nifti
 from scans.boxed import (MASK, Scan, Stored, box_grid, is_prepared, is_stored, named_modality, renamed,
                          something_else)
-from scans.files import every_scan, stem
+from scans.files import SUFFIXES, every_scan, stem
 from slabs import slabwise
 from tokens import about_tokens, draw_brains, own_modality, read_tokens, save_codes, save_tokens
 
@@ -215,7 +215,8 @@ def from_tokens(model, checkpoint, input, output):
         Scan(like, checkpoint['data']).write(output, volume, own_scale=False, mask=mask)
     else:
         nifti.write(output, volume[0, 0].cpu().numpy(), box_grid(shape, checkpoint['voxel_mm']))
-    return f'{indices.numel()} tokens{" as" * bool(modality)} {modality}: {output}'
+    what = f'tokens as {modality}' if modality else 'tokens'
+    return f'{indices.numel()} {what}: {output}'
 
 def scans_below(checkpoint, notes):
     """Paths of the scans below --input that the model knows, of translate those of one modality alone."""
@@ -450,6 +451,7 @@ if __name__ == '__main__':
     configure(globals(), sys.argv[1:])
     rank, world, device = start_processes(device)
     check_settings()
+    source, target = (SUFFIXES.get(name.lower(), name) for name in (source, target))  # t1w is T1w
     checkpoint = load_checkpoint(ckpt)
     model = from_checkpoint(checkpoint).to(device)
     check_model(model)

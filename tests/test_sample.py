@@ -110,6 +110,11 @@ def test_tokens_and_back_equal_the_models_translation(neuroquant, scan, tokens, 
     play(*sampling(neuroquant, 'translate', scan, direct))
     np.testing.assert_allclose(values(back), values(direct), atol=1e-5)
 
+def test_modalities_may_be_written_small(neuroquant, scan, tmp_path):
+    for name, args in (('a', ('--source=t1w', '--target=t2w')), ('b', ('--source=T1w', '--target=T2w'))):
+        play(*sampling(neuroquant, 'translate', scan, tmp_path / f'{name}.nii', *args))
+    np.testing.assert_array_equal(values(tmp_path / 'a.nii'), values(tmp_path / 'b.nii'))
+
 def test_tokens_decode_as_their_own_modality(neuroquant, scan, tmp_path):
     play(*sampling(neuroquant, 'tokens', scan, tmp_path / 't2.npy', '--source=T2w'))
     said = play(*sampling(neuroquant, 'tokens', tmp_path / 't2.npy', tmp_path / 'own.nii'))

@@ -34,7 +34,7 @@ from scans.files import printable, tsv
 from scans.folders import find_folder
 from scans.nifti import save_npy
 from scans.people import Unread, person_of, read_people
-from scans.report import rate, report
+from scans.report import copy_doubts, name_doubts, rate, report, shape_warning
 from scans.register import register as register_rigidly
 
 # ---------------------------------------------------------------- settings
@@ -146,15 +146,16 @@ def find_maps():
     for k in range(n):
         subject, path = maps[k % len(maps)]
         sessions.append(Session(subject, f'ses-{k // len(maps):04d}', {'dseg': path}, k))
-    return Finding(sessions, {}, notes, [])
+    return Finding(sessions, {}, notes, name_doubts({subject for subject, _ in maps}))
 
 def find_scans():
     sessions, notes, doubts = [], [], []
     options = {'bids': [entities], 'pattern': [pattern]}.get(source, [])
     scans_of, tree = FINDERS[source](root, notes, *options, doubts=doubts)
-    tables = [tree]
+    tables, subjects = [tree], {subject for subject, _ in scans_of}
+    doubts[:0] = name_doubts(subjects)  # first: of many doubts the report shows 50
     if people:
-        subjects, unread = {subject for subject, _ in scans_of}, Unread()
+        unread = Unread()
         tables.append(read_people(people, columns, sex_codes, subjects, set(scans_of), unread))
         doubts += unread.lines()
     there = sorted({m for scans in scans_of.values() for m in scans})
@@ -452,7 +453,8 @@ def write_index(facts, used, recipe, finding):
     """Write the files about the whole. used: facts of the sessions that have a volume."""
     names = in_order({m for f in used for m in f['files']} - {'dseg'})
     rows = index_rows(used, names, finding.persons)
-    text = printable(report(facts, rows, finding.notes, finding.doubts))
+    doubts = copy_doubts(used, out_dir) + finding.doubts
+    text = printable(report(facts, rows, finding.notes, doubts))
     dataset = recipe | {
         'modalities': names,
         'axes': 'RAS+',
@@ -469,16 +471,6 @@ def write_index(facts, used, recipe, finding):
     size = os.path.getsize(f"{out_dir}/{next(iter(used[0]['checksums']))}")
     print(f'{text}{rate(used, size)}\nwritten to {printable(out_dir)}')
 
-def by_commas(sizes):
-    return ','.join(map(str, sizes))
-
-def warn_of_shape():
-    """A line where the box is none that NeuroQuant takes, with the nearest one."""
-    nearest = tuple(max(32, 16 * int(n / 16 + 0.5)) for n in shape)
-    if nearest != tuple(shape):
-        print(f'warning: --shape={by_commas(shape)}: NeuroQuant takes axes that are multiples of 16, '
-              f'from 32 on (a ConvVAE of 4 or 8); the nearest such box is {by_commas(nearest)}')
-
 def look(finding):
     """Print what is there and what is odd; write a table and contact sheets to out_dir/preflight."""
     rows = [row for rows in run_all(examine_session, finding.sessions) for row in rows]
@@ -493,7 +485,8 @@ def look(finding):
 
 def main():
     check_settings()
-    warn_of_shape()
+    if shape_warning(shape):
+        print(shape_warning(shape))
     finding = find_sessions()
     if dry_run: return look(finding)
     part, parts = parse_shard()

@@ -37,7 +37,8 @@ SITE = re.compile(r'(site|cent(er|re)|hospital|scanner|group|cohort|study|batch)
 DATE = re.compile(r'(?<!\d)((?:19|20)\d\d([-._]?)(?:0\d|1[0-2])\2(?:[0-2]\d|3[01]))'
                   r'(?:\d{6,9}|[T_]\d\d[_:.]\d\d[_:.]\d\d(?:\.\d+)?)?(?!\d)')
 VISIT = re.compile(
-    r'(?<![A-Za-z0-9])(?:(?:ses|session|visit|time|timepoint|tp|scan|followup|fu|baseline|bl|screening|wave|'
+    r'(?<![A-Za-z0-9])(?:ses-[a-z0-9]+|'
+    r'(?:ses|session|visit|time|timepoint|tp|scan|followup|fu|baseline|bl|screening|wave|'
     r'year|month|week|day)[-_ ]?\d+[a-z]?|baseline|bl|screening|followup|'
     # 6m, 12mo, 1 year; but 01M may tell a sex, and of 001_week_2 the week is the visit
     r'(?-i:\d{1,2}[my])|\d{1,3}[-_ ]?(?:mo|months?|yrs?|years?|wks?|weeks?)(?![-_ ]?\d))(?![A-Za-z0-9])',
@@ -53,6 +54,8 @@ KNOWN = [re.compile(pattern) for pattern in (  # subject, and visit where the na
     r'(?P<subject>UPENN-GBM-\d{5})_(?P<session>\d\d)',
     r'(?P<subject>TCGA-\w{2}-\w{4})',
     r'(?P<subject>IXI\d{3})(?=-)')]
+LONGITUDINAL = re.compile(r'(?P<visit>.+)\.long\.(?P<base>.+)')  # FreeSurfer's folder of a visit
+BASE = re.compile('[-_.](?:base|template)$')  # of a person's template, as many name it
 
 # ---------------------------------------------------------------- the words of a name
 
@@ -106,14 +109,52 @@ class Name:
         """The id with # for its digits; '' where it has too few of them to number persons."""
         return re.sub(r'\d', '#', self.id) if len(re.findall(r'\d', self.id)) >= 2 else ''
 
+def relative_to(root, path):
+    return os.path.relpath(path, root).replace(os.sep, '/')
+
+def known_name(text):
+    """The match of the first of KNOWN that a path or name holds, or None."""
+    return next(filter(None, (regex.search(text) for regex in KNOWN)), None)
+
+class Longitudinal:
+    """The folders of FreeSurfer's longitudinal stream among paths: VISIT, VISIT.long.BASE and BASE.
+
+    read_as: {folder: PERSON/ses-X, or the visit's own name where that tells the person}.
+    """
+    def __init__(self, paths, root):
+        self.root, self.bases, self.read_as = root, set(), {}
+        for path in paths:
+            for folder in relative_to(root, path).split('/')[:-1]:
+                match = LONGITUDINAL.fullmatch(folder)
+                if match:
+                    self.bases.add(match['base'])
+                    self.read_as[folder] = self.read_as[match['visit']] = self.visit_of(**match.groupdict())
+
+    def visit_of(self, visit, base):
+        """How the name of a visit's folder is read, so that it is one of its base's person."""
+        person, known = BASE.sub('', base), known_name(visit)
+        if (known['subject'] if known else Name(visit).id) == person: return visit
+        label = re.sub('[^A-Za-z0-9]', '', visit.removeprefix(person))
+        return f"{person}/ses-{label or '01'}"
+
+    def is_template(self, path):
+        """Whether a path is of a person's template, which is an average and no scan of a visit."""
+        folders = ['', *relative_to(self.root, path).split('/')[:-1]]
+        if 'mri' not in folders: return folders[-1] in self.bases
+        folder = folders[folders.index('mri') - 1]
+        is_base = folder in self.bases or BASE.search(folder)
+        return bool(is_base) and folder not in self.read_as
+
 class Found:
-    """A file below root, and what its path says."""
-    def __init__(self, path, root):
+    """A file below root, and what its path says. read_as: of Longitudinal, how names of folders are read."""
+    def __init__(self, path, root, read_as=None):
         self.path = path
-        self.relative = os.path.relpath(path, root).replace(os.sep, '/')
-        *folders, file = map(Name, stem(self.relative).split('/'))
+        self.relative = relative_to(root, path)
+        folders = [(read_as or {}).get(name, name) for name in self.relative.split('/')[:-1]]
+        self.read = '/'.join([*folders, os.path.basename(path)])
+        *folders, file = map(Name, stem(self.read).split('/'))
         self.file, self.folders = file, folders
-        self.known = next(filter(None, (regex.search(self.relative) for regex in KNOWN)), None)
+        self.known = known_name(self.read)
         named = [name for name in (file, *reversed(folders)) if name.modalities]
         self.modality = named[0].modality() if named else ''
         self.home = self.subject = ''
@@ -167,7 +208,7 @@ class Found:
 
     def visit(self):
         """The visit that the path names, as a session; ses-01 where it names none."""
-        match = re.search(r'(?:^|[/_])(ses-[A-Za-z0-9]+)', self.relative)
+        match = re.search(r'(?:^|[/_])(ses-[A-Za-z0-9]+)', self.read)
         if match: return match[1]
         if self.known and self.known.groupdict().get('session'):
             return f"ses-{self.known['session']}"
@@ -179,16 +220,21 @@ class Found:
 
 # ---------------------------------------------------------------- the folder
 
+TEMPLATE = "of FreeSurfer's template (base) of a person, no visit; if it is a visit, rename its folder"
+
 def find_folder(root, notes, doubts=None):
     """Every scan below root with subject and modality in its path.
 
     Such as 01_T1w.nii.gz, 01/t1.nii, train/01/2019-03-04/t1.nii. Where names allow two groupings, the one
     without two files for one scan is taken, and doubts show it.
     """
-    files = []
-    for path in every_scan(root, notes):
-        file = Found(path, root)
-        if file.reason():
+    files, paths = [], every_scan(root, notes)
+    longitudinal = Longitudinal(paths, root)
+    for path in paths:
+        file = Found(path, root, longitudinal.read_as)
+        if longitudinal.is_template(path):
+            notes.append(f'{path}: {TEMPLATE}')
+        elif file.reason():
             notes.append(f'{path}: {file.reason()}')
         else:
             files.append(file)

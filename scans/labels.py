@@ -7,7 +7,8 @@ import numpy as np
 
 from scans import nifti
 from scans.files import clean, every_scan, stem
-from scans.folders import GENERIC, NO_SCAN, Found, better_by_file, mark_persons, tell_apart
+from scans.folders import (
+    GENERIC, NO_SCAN, TEMPLATE, Found, Longitudinal, better_by_file, mark_persons, tell_apart)
 
 # (first, last, structure): the parcels of FreeSurferColorLUT.txt, left and right
 PARCELS = [
@@ -60,8 +61,9 @@ def count_structures(path):
 def subjects_of(paths, root):
     """{path: subject}: the first word of a map's name, or what names and folders say where it names none."""
     groups, subjects = defaultdict(list), {}
+    read_as = Longitudinal(paths, root).read_as
     for path in paths:
-        groups[stem(os.path.basename(path)).split('_')[0]].append(Found(path, root))
+        groups[stem(os.path.basename(path)).split('_')[0]].append(Found(path, root, read_as))
     for word, files in groups.items():
         if set(re.split(r'[+.-]', re.sub(r'\d+$', '', word.lower()))) & NO_SCAN:  # 01/aseg, 01/seg4
             mark_persons(files)
@@ -101,8 +103,12 @@ def with_number(file):
 def find_labelmaps(root, notes):
     """Label maps, one per subject: {subject: path}. Of several, the one with the most structures is taken."""
     paths, paths_of, maps = [], defaultdict(list), {}
-    for path in every_scan(root, notes):
-        if re.search(r'mask|probseg', os.path.basename(path).lower()):
+    every_path = every_scan(root, notes)
+    longitudinal = Longitudinal(every_path, root)
+    for path in every_path:
+        if longitudinal.is_template(path):
+            notes.append(f'{path}: {TEMPLATE}')
+        elif re.search(r'mask|probseg', os.path.basename(path).lower()):
             notes.append(f'{path}: a mask or probabilities by its name, no label map')
         else:
             paths.append(path)

@@ -235,6 +235,10 @@ def collect(rows, table, visits, unread, codes=None):
                 persons.setdefault(subject, {}).setdefault('sex', person['sex'])
     return persons
 
+def whole_number(text):
+    """An id as it was before a spreadsheet made 1.0 of 1."""
+    return re.sub(r'^(\d+)\.0$', r'\1', text)
+
 def subjects_of(ids, subjects):
     """{id: subject} of a table's ids, without those of nobody.
 
@@ -250,8 +254,9 @@ def subjects_of(ids, subjects):
                 names[text] = name
     exact = set(names.values())
     for text in ids:
-        if text in names or not (text.isascii() and text.isdigit()): continue
-        same = by_number[int(text)]
+        number = whole_number(text)
+        if text in names or not (number.isascii() and number.isdigit()): continue
+        same = by_number[int(number)]
         if len(same) == 1 and same[0] not in exact:
             names[text] = same[0]
     return names

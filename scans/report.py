@@ -1,5 +1,13 @@
-"""What prepare.py says in the end of a data set, as text."""
-from collections import Counter
+"""What prepare.py says in the end of a data set, as text; and of its box and its subjects' names."""
+import filecmp
+import re
+from collections import Counter, defaultdict
+
+from scans.folders import SITE
+
+# what may tell visits of a person apart: P001V2, P001_2, P001_B; longer numbers tell persons apart
+VISIT_END = re.compile(r'(.*\d.*?)(?:(?:[-_.]|(?<=\d))(V\d{1,2})|[-_.](\d{1,2}|[A-Z]))', re.IGNORECASE)
+MOST_VISITS = 6  # of a person, where there are fewer persons than that
 
 def counted(pairs):
     return ', '.join(f'{name} {count}' for name, count in pairs)
@@ -9,6 +17,80 @@ def listed(title, items, most=None):
     if not items: return []
     more = len(items) - len(items[:most])
     return [title, *[f'  {item}' for item in items[:most]], *([f'  and {more} more'] if more else [])]
+
+def by_commas(sizes):
+    return ','.join(map(str, sizes))
+
+def shape_warning(shape):
+    """A line where the box is none that NeuroQuant takes, with the nearest one; else ''."""
+    nearest = tuple(max(32, 16 * int(n / 16 + 0.5)) for n in shape)
+    if nearest == tuple(shape): return ''
+    return (f'warning: --shape={by_commas(shape)}: NeuroQuant takes axes that are multiples of 16, '
+            f'from 32 on (a ConvVAE of 4 or 8); the nearest such box is {by_commas(nearest)}')
+
+# ---------------------------------------------------------------- one person under several names
+
+def spelt_plainly(subject):
+    """A subject's name without what spelling changes: sub-P01 and sub-p1, sub-sub01 and sub-1.0 are alike."""
+    text = subject.lower().removeprefix('sub-')
+    text = re.sub(r'^sub(?:ject|j)?[-_]?(?=.)|\.0$', '', text)
+    return re.sub(r'(?<!\d)0+(?=\d)', '', text)
+
+def spelling_doubts(subjects):
+    """A line, in a list, on names that differ in their spelling alone."""
+    groups = defaultdict(list)
+    for subject in sorted(subjects):
+        groups[spelt_plainly(subject)].append(subject)
+    groups = [' = '.join(names) for names in groups.values() if len(names) > 1]
+    if not groups: return []
+    more = f' and {len(groups) - 5} more' if len(groups) > 5 else ''
+    return [f"{'; '.join(groups[:5])}{more}: these names may mean one person; now they count as several, "
+            'and may be in different splits; spell them alike']
+
+def visit_doubts(subjects):
+    """A line, in a list, where most names differ only in an end as visits have: P001_1 and P001_2.
+
+    Not where the end numbers persons: sub_1 and sub_2, or the many persons of each of a few sites.
+    """
+    names_of, ends = defaultdict(list), {}
+    for subject in sorted(subjects):
+        match = VISIT_END.fullmatch(subject.removeprefix('sub-'))
+        if match and not SITE.fullmatch(match[1]):
+            names_of[match[1]].append(subject)
+            ends[subject] = match[2] or match[3]
+    groups = {person: names for person, names in names_of.items() if len(names) > 1}
+    members = [subject for names in groups.values() for subject in names]
+    if 2 * len(members) <= len(subjects): return []
+    if len(names_of) == 1 and any(ends[subject].isdigit() for subject in members): return []
+    if max(map(len, groups.values())) > max(MOST_VISITS, len(names_of)): return []
+    person, names = next(iter(groups.items()))
+    first, second, *_ = names
+    more = f' and {len(members) - 2} more' if len(members) > 2 else ''
+    better = f'{person}_ses-{ends[first]} and {person}_ses-{ends[second]}'
+    return [f'{first}, {second}{more}: these names may mean visits of one person; now they count as '
+            f'persons, and may be in different splits; if they are visits, name them {better}, or give '
+            'a --pattern with {session}, or of a table a column session']
+
+def name_doubts(subjects):
+    """Lines on names of subjects that may mean one person."""
+    return spelling_doubts(subjects) + visit_doubts(subjects)
+
+def copy_doubts(facts, out_dir):
+    """Lines on volumes in out_dir that two subjects share. facts: of sessions."""
+    volumes_of, lines = defaultdict(list), []
+    for f in facts:
+        for name, checksum in f['checksums'].items():
+            volumes_of[checksum].append((f['subject'], name))
+    for (subject, name), *others in volumes_of.values():
+        for other, copy in others:
+            # a checksum may be that of different volumes
+            if other != subject and filecmp.cmp(f'{out_dir}/{name}', f'{out_dir}/{copy}', shallow=False):
+                lines.append(f'{subject} and {other} have the same volume ({name} = {copy}): one person '
+                             'under two names, or a copy; they may be in different splits; name them '
+                             'alike or take one out')
+    return lines
+
+# ---------------------------------------------------------------- the report
 
 def report(facts, rows, notes, doubts=()):
     """The closing report. facts: of all sessions; rows: of subjects.tsv; notes: on files left out.

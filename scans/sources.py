@@ -10,7 +10,8 @@ from collections import defaultdict
 from glob import escape, glob
 
 from scans.files import SUFFIXES, add_scan, clean, every_scan, is_scan, stem
-from scans.people import Unread, Visits, collect, columns_of, read_bids_tables, read_table
+from scans.people import (
+    Unread, Visits, collect, columns_of, read_bids_tables, read_table, whole_number)
 
 # ---------------------------------------------------------------- layouts
 
@@ -95,7 +96,7 @@ def find_csv(table, notes, doubts=None):
         if row['split'] not in ('', 'train', 'val', 'test'):
             raise SystemExit(f"{where}: split {row['split']!r}: train, val or test")
         try:
-            subject = clean('subject', row['subject'], where)
+            subject = clean('subject', whole_number(row['subject']), where)
             session = clean('session', row['session'] or '01', where)
             modality = clean('modality', row['modality'], where)
         except SystemExit as e:

@@ -3,8 +3,10 @@
 Names as cohorts are downloaded are known (KNOWN). Of others, the words of a path are sorted into modality,
 visit, descriptions and the rest, which names the subject.
 """
+import hashlib
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 
 from scans.files import SUFFIXES, add_scan, clean, every_scan, stem
@@ -243,24 +245,53 @@ def find_folder(root, notes, doubts=None):
     for file in files:
         file.assign(by_file)
     doubtful = tell_apart(files)
-    sessions, paths = defaultdict(dict), defaultdict(list)
+    sessions, paths, doubts = defaultdict(dict), defaultdict(list), [] if doubts is None else doubts
+    names = names_of({file.subject for file in files}, doubts)
     for file in files:
         try:
-            subject = clean('subject', name_of(file.subject), file.path)
+            subject = clean('subject', names[file.subject], file.path)
         except SystemExit as e:
             notes.append(str(e))
             continue
         add_scan(sessions, subject, file.visit(), file.modality, file.path, notes)
         if file.subject in doubtful or by_file == 'guess' or file.short >= 0:
             paths[subject].append(file.relative)
-    if doubts is not None and paths:
+    if paths:
         doubts += [f"{subject} <- {', '.join(names)}" for subject, names in paths.items()]
         doubts.append(f'where this is wrong: --source=pattern --pattern={suggested(files[0])}')
     return sessions, {}
 
 def name_of(subject):
-    """A subject's id with the letters alone that a name may have."""
-    return re.sub('^sub_', '', re.sub(r'[^A-Za-z0-9_.+-]+', '-', subject).strip('-_.'))
+    """A subject's id with the letters alone that a name may have: Muller for Müller."""
+    letters = unicodedata.normalize('NFKD', subject)
+    plain = ''.join(letter for letter in letters if not unicodedata.combining(letter))
+    return re.sub('^sub_', '', re.sub(r'[^A-Za-z0-9_.+-]+', '-', plain).strip('-_.'))
+
+def same_id(subject):
+    """An id without what one person's may differ in: sub_ before it, signs around it, composed letters."""
+    return re.sub('^sub_', '', unicodedata.normalize('NFC', subject).strip('-_. '))
+
+def names_of(subjects, doubts):
+    """{id: name}, another one for each person.
+
+    Ids that would share a name, or have none, get a hash of the id, and doubts name them. An id that is a
+    name already keeps it.
+    """
+    ids_of, names = defaultdict(list), {}
+    for subject in sorted(subjects):
+        ids_of[name_of(subject)].append(subject)
+    for name, ids in ids_of.items():
+        unclear = len(set(map(same_id, ids))) > 1 or not name and any(map(same_id, ids))
+        for subject in ids:
+            names[subject] = name
+            if unclear and same_id(subject) != name:
+                digest = hashlib.sha256(same_id(subject).encode('utf-8', 'surrogateescape')).hexdigest()
+                names[subject] = f'{name}-{digest[:6]}'.strip('-')
+        if unclear:
+            kept = ', '.join(f'sub-{names[subject]} <- {subject}' for subject in ids)
+            doubts.append(f'{kept}: the letters that a name may have do not tell these; each now counts as '
+                          'a person; rename what is one person')
+    return names
 
 def collisions(files):
     """How many files want a slot, a modality of a session, that another one has."""

@@ -97,6 +97,31 @@ def test_one_volume_of_two_visits_is_of_one_person(tmp_path):
         add(tmp_path, f'tree/{name}_T1.nii.gz')
     assert 'the same volume' not in prepared('folder', tmp_path / 'tree', tmp_path / 'out')
 
+# ---------------------------------------------------------------- letters of all alphabets
+
+@pytest.mark.parametrize('first, second', [('患者1', '对照1'), ('Müller', 'Möller'), ('José 2', 'Jos 2'),
+                                           ('a b1', 'a-b1'), ('Müller', 'Muller'), ('Søren', 'Słren'),
+                                           ('张三', '李四')])
+def test_different_ids_are_different_persons(tmp_path, first, second):
+    taken, _, _ = found(tmp_path, [f'{first}/T1.nii', f'{second}/T2.nii'])
+    assert len(taken) == 2 and len(set(taken.values())) == 2
+
+def test_ids_that_would_share_a_name_are_shown(tmp_path):
+    taken, _, doubts = found(tmp_path, ['患者1/T1.nii', '对照1/T2.nii'])
+    for file, session in taken.items():
+        assert f"{session.split()[0]} <- {file.split('/')[0]}" in doubts[0]
+
+@pytest.mark.parametrize('folder, other, subject', [
+    ('Müller', 'Möller', 'sub-Muller'), ('a-b1', 'a b1', 'sub-a-b1'), ('Jos 2', 'Jos 3', 'sub-Jos-2'),
+    ('1', '患者1', 'sub-1'), ('sub_1', '患者1', 'sub-1')])
+def test_an_id_keeps_its_name_where_another_has_strange_letters(tmp_path, folder, other, subject):
+    taken, _, _ = found(tmp_path, [f'{folder}/T1.nii', f'{other}/T1.nii'])
+    assert taken[f'{folder}/T1.nii'] == f'{subject} ses-01'
+
+def test_one_id_in_two_unicode_forms_is_one_person(tmp_path):
+    taken, _, doubts = found(tmp_path, ['Müller/T1.nii', 'Müller/T2.nii'])
+    assert set(taken.values()) == {'sub-Muller ses-01'} and not doubts
+
 # ---------------------------------------------------------------- FreeSurfer's longitudinal folders
 
 LONGITUDINAL = {  # the base: its visits, and the sessions they are

@@ -176,8 +176,13 @@ def visit_of(text, names):
     plain = re.sub(r'^ses-?|[^a-z0-9]', '', text.lower())
     same = [name for name in names if re.sub(r'^ses-?|[^a-z0-9]', '', name.lower()) == plain]
     if not same and plain.isdigit():
-        same = [name for name in names if re.sub(r'\D', '', name).lstrip('0') == plain.lstrip('0')]
+        same = [name for name in names if number_in(name) == int(plain)]
     return same[0] if len(same) == 1 else ''
+
+def number_in(name):
+    """The number in a name that holds one, as 1 in sub-001; None where it holds none or several."""
+    numbers = re.findall(r'[0-9]+', name)
+    return int(numbers[0]) if len(numbers) == 1 else None
 
 LATER = re.compile(r'(?i)[a-z]*[-_ ]?0*([2-9]|[1-9]\d)')  # such as ses-02, V2, M12: no first visit
 
@@ -233,6 +238,10 @@ def collect(rows, table, visits, unread, codes=None):
                     unread.add(table, 'subject', subject, hint)
             if 'sex' in person:
                 persons.setdefault(subject, {}).setdefault('sex', person['sex'])
+    for subject in rows_of:
+        keys = [subject, *[(subject, visit) for visit in visits.names.get(subject, ())]]
+        if {persons.get(key, {}).get('sex') for key in keys} >= {'F', 'M'}:
+            unread.add(table, 'subject', subject, 'F at one visit and M at another; each visit keeps its own')
     return persons
 
 def whole_number(text):
@@ -242,12 +251,13 @@ def whole_number(text):
 def subjects_of(ids, subjects):
     """{id: subject} of a table's ids, without those of nobody.
 
-    A number stands for the one subject whose name holds it, as a spreadsheet makes 1 of 001, unless a row
-    has that name itself.
+    A number stands for the one subject whose name ends in it and holds no other, as a spreadsheet makes 1 of
+    001, unless a row has that name itself. In sub-3T the 3 is no person's number.
     """
     by_number, names = defaultdict(list), {}
     for subject in subjects:
-        by_number[int(re.sub(r'\D', '', subject) or -1)].append(subject)
+        if subject[-1].isdigit():
+            by_number[number_in(subject)].append(subject)
     for text in ids:
         for name in (f'sub-{text}', text):
             if name in subjects:
@@ -256,7 +266,7 @@ def subjects_of(ids, subjects):
     for text in ids:
         number = whole_number(text)
         if text in names or not (number.isascii() and number.isdigit()): continue
-        same = by_number[int(number)]
+        same = by_number.get(int(number), [])
         if len(same) == 1 and same[0] not in exact:
             names[text] = same[0]
     return names

@@ -286,6 +286,31 @@ def test_a_number_is_not_a_subject_that_another_row_names(tmp_path):
     assert persons == [('M', '30')]
     assert "1 of 2 rows are of no subject that was found, such as '1'" in lines[0]
 
+@pytest.mark.parametrize('number, subject, fits', [
+    ('12', 'A1-B2', False), ('3', '3T', False), ('1001', '1-001', False), ('7', 'anna', False),
+    ('2', '002', True), ('2.0', '002', True), ('12', 'IXI012', True)])
+def test_a_number_is_the_one_number_at_the_end_of_a_name(tmp_path, number, subject, fits):
+    text = f'subject,sex,age\n{number},F,20\n5,M,30\n'
+    persons, _ = people_of(tmp_path, text, [f'{subject} ses-1', '5 ses-1'])
+    assert persons == [('F', '20') if fits else ('', ''), ('M', '30')]
+
+@pytest.mark.parametrize('session, found', [('0', 'ses-followup'), ('0', 'ses-baseline'), ('12', 'ses-1y2')])
+def test_a_number_of_a_visit_is_the_one_number_in_a_name(tmp_path, session, found):
+    text = f'subject,session,sex,age\n1,{session},F,75\n'
+    persons, lines = people_of(tmp_path, text, [f'1 {found}', '1 ses-9'])
+    assert persons[0] == ('F', '') and 'its age is not used' in lines[0]
+
+def test_a_visit_of_number_0_is_found(tmp_path):
+    persons, _ = people_of(tmp_path, 'subject,session,sex,age\n1,0,F,75\n', ['1 ses-00', '1 ses-9'])
+    assert persons == [('F', '75'), ('F', '')]
+
+def test_two_sexes_of_one_person_are_reported(tmp_path):
+    text = 'subject,session,sex,age\n1,1,F,75\n1,2,M,76\n2,1,F,30\n2,2,F,31\n3,1,F,30\n3,2,n/a,31\n'
+    sessions = [f'{subject} ses-{visit}' for subject in (1, 2, 3) for visit in (1, 2)]
+    persons, lines = people_of(tmp_path, text, sessions)
+    assert persons[:2] == [('F', '75'), ('M', '76')]
+    assert len(lines) == 1 and "'sub-1'" in lines[0] and 'F at one visit and M at another' in lines[0]
+
 def test_rows_of_nobody_and_subjects_without_a_row_are_counted_in_one_line(visits):
     _, lines = known(visits, participants='participant_id\tage\nsub-1\t10\nsub-7\t11\nsub-8\t12\n')
     assert len(lines) == 1 and "2 of 3 rows" in lines[0] and "such as 'sub-7'" in lines[0]

@@ -45,7 +45,12 @@ def find_bids(root, notes, entities=(), doubts=None):
                 notes.append(str(e))
     for special, path, slot in sorted(candidates):
         add_scan(sessions, *slot, path, notes)
-        if special and sessions[slot[0], slot[1]][slot[2]] == path:
+        if sessions[slot[0], slot[1]][slot[2]] != path: continue
+        others = other_owners(os.path.relpath(path, root))
+        if others:
+            doubts.append(f'{path}: named {others}, taken as of {slot[0]} {slot[1]} by its folder; '
+                          'if that is wrong, move it')
+        if special:
             doubts.append(f'{path}: {special} scan, used as there is no plain {slot[2]}')
     unread = Unread()
     persons = read_bids_tables(root, set(sessions), notes, unread)
@@ -53,8 +58,13 @@ def find_bids(root, notes, entities=(), doubts=None):
     return sessions, persons
 
 def bids_files(root, notes):
-    """Files of anat folders, sorted; of a folder that is named as a file, the one scan in it."""
+    """Files of anat folders, sorted; of a folder that is named as a file, the one scan in it.
+
+    What looks like one and lies elsewhere is noted.
+    """
     paths = []
+    for path in sorted(glob(f'{escape(root)}/*')):
+        note_misplaced(path, notes)
     for path in sorted(glob(f'{escape(root)}/sub-*/anat/*') + glob(f'{escape(root)}/sub-*/ses-*/anat/*')):
         if os.path.isdir(path):
             inside = [p for p in sorted(glob(f'{escape(path)}/*')) if is_scan(p, notes)]
@@ -64,6 +74,37 @@ def bids_files(root, notes):
         elif is_scan(path, notes):
             paths.append(path)
     return paths
+
+def note_misplaced(path, notes):
+    """Note structural scans of a file or folder in root that are in no folder sub-*/[ses-*/]anat."""
+    name = os.path.basename(path)
+    files = [path]
+    if os.path.isdir(path) and name.lower().startswith('sub-'):
+        files = []
+        for folder, inner, names in os.walk(path):
+            below = os.path.join(name, os.path.relpath(folder, path))
+            if re.fullmatch(r'sub-[^/]*/(ses-[^/]*/)?anat', below.replace(os.sep, '/')):
+                inner.clear()  # bids_files reads it
+            else:
+                inner.sort()
+                files += [os.path.join(folder, file) for file in sorted(names)]
+    elif glob(f'{escape(path)}/anat') + glob(f'{escape(path)}/ses-*/anat'):
+        notes.append(f'{path}: its name does not begin with sub-, as that of a subject does; rename it')
+    for file in files:
+        suffix = stem(os.path.basename(file)).split('_')[-1].lower()
+        if suffix in SUFFIXES and is_scan(file, []) and not os.path.isdir(file):
+            notes.append(f'{file}: not in a folder sub-*/anat or sub-*/ses-*/anat, in small letters; '
+                         'move it or rename its folders')
+
+def other_owners(relative):
+    """The subject and session that names in a subject's folder tell, where not the folders'; else ''."""
+    subject, *names = relative.split(os.sep)
+    words, others = re.split('[_/]', stem('/'.join(names))), []
+    for folder in (subject, names[0]):
+        kind = folder[:4]
+        if kind in ('sub-', 'ses-'):
+            others += [word for word in words if word.lower().startswith(kind) and word != folder]
+    return ' '.join(dict.fromkeys(others))
 
 def unwanted(words):
     """Why a file with these words is no scan of a brain, '' where it is."""

@@ -154,3 +154,37 @@ def test_label_maps_of_longitudinal_folders_are_of_one_person(tmp_path):
     notes = []
     assert list(labels.find_labelmaps(str(tmp_path), notes)) == ['sub-P01']
     assert any("FreeSurfer's template" in note for note in notes)
+
+# ---------------------------------------------------------------- folders of BIDS
+
+def found_in_bids(root, *names):
+    return found(root, [f'{name}.nii.gz' for name in ('sub-1/anat/sub-1_T1w', *names)], sources.find_bids)
+
+@pytest.mark.parametrize('name', [
+    'Sub-3/anat/Sub-3_T1w', 'sub-4/sub-4_T1w', 'sub-4/ses-1/sub-4_ses-1_FLAIR', 'sub-5/Anat/sub-5_T1w',
+    'sub-5/Ses-1/anat/sub-5_T2w', 'sub-6_T1w', 'sub-7/anat2/x/sub-7_T1w'])
+def test_scans_outside_the_folders_of_bids_are_named(tmp_path, name):
+    taken, notes, doubts = found_in_bids(tmp_path, name)
+    assert len(taken) == 1 and not doubts
+    assert len(notes) == 1 and f'{name}.nii.gz: not in a folder sub-*/anat' in notes[0]
+
+@pytest.mark.parametrize('name', ['P9/anat/P9_T1w', 'P9/ses-1/anat/P9_ses-1_T1w'])
+def test_folders_of_subjects_without_sub_are_named(tmp_path, name):
+    _, notes, _ = found_in_bids(tmp_path, name)
+    assert len(notes) == 1 and f'{tmp_path}/P9: its name does not begin with sub-' in notes[0]
+
+def test_what_bids_keeps_elsewhere_is_not_named(tmp_path):
+    _, notes, doubts = found_in_bids(
+        tmp_path, 'derivatives/x/sub-1/anat/sub-1_T1w', 'sourcedata/sub-1/anat/sub-1_T1w',
+        'sub-1/func/sub-1_task-rest_bold', 'sub-1/dwi/sub-1_dwi', 'sub-1/fmap/sub-1_phasediff',
+        'sub-2/ses-1/anat/sub-2_ses-1_T1w', 'sub-2/ses-1/anat/sub-2_ses-1_run-1_T2w', 'sub-3/anat/sub-3_PD')
+    assert not notes and not doubts
+
+@pytest.mark.parametrize('name, other, session', [
+    ('sub-2/anat/sub-99_T2w', 'sub-99', 'sub-2 ses-01'),
+    ('sub-03/ses-1/anat/sub-03_ses-2_T1w', 'ses-2', 'sub-03 ses-1'),
+    ('sub-03/ses-1/anat/sub-3_ses-2_T1w', 'sub-3 ses-2', 'sub-03 ses-1'),
+    ('sub-4/anat/sub-5_T1w.nii/sub-5_T1w', 'sub-5', 'sub-4 ses-01')])
+def test_a_scan_named_as_anothers_is_its_folders_and_is_shown(tmp_path, name, other, session):
+    taken, _, doubts = found_in_bids(tmp_path, name)
+    assert len(doubts) == 1 and f'named {other}, taken as of {session}' in doubts[0]

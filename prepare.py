@@ -322,13 +322,17 @@ def is_whole(name):
         return False
 
 def earlier_facts(session, made_from):
-    """Facts of an earlier run, if it made whole volumes from the same in the same way; else None."""
+    """Facts of an earlier run, if it made whole volumes from the same in the same way; else None.
+
+    A scan that a command failed on, perhaps for want of memory, is tried again.
+    """
     try:
         with open(facts_path(session)) as f:
             facts = new_facts(session) | json.load(f)  # an earlier version's may lack some
         same = facts['made_from'] == made_from and facts['checksums']
     except (OSError, ValueError, KeyError):
         return None
+    if any('--skullstrip' in line for line in facts['skipped']): return None
     wanted = set(made_modalities() if source in MADE else ())
     whole = wanted <= set(facts['files']) and all(map(is_whole, facts['files'].values()))
     return facts if same and whole else None

@@ -342,6 +342,23 @@ def test_a_command_that_fails_is_reported(heads, tmp_path):
     done = prepare('bids', heads, tmp_path, f'--skullstrip={sys.executable} /nowhere.py {{in}} {{out}}')
     assert refused(done, 'ended with 2')
 
+def test_a_scan_that_a_command_failed_on_is_tried_again(tmp_path):
+    for modality in ('T1w', 'T2w'):
+        add(tmp_path, f'tree/01_{modality}.nii.gz', raw_head(1))
+    (tmp_path / 'strip.py').write_text(STRIP)
+    # it fails on the second scan of the first run
+    (tmp_path / 'once.sh').write_text(f"""cd {tmp_path}
+        echo x >> count
+        [ $(wc -l < count) = 2 ] && exit 137
+        {sys.executable} strip.py $1 $2""")
+    command = f'--skullstrip=bash {tmp_path}/once.sh {{in}} {{out}}'
+    first = prepared('folder', tmp_path / 'tree', tmp_path / 'out', command)
+    assert '1 scans skipped' in first and not table(tmp_path / 'out')[0].get('T2w')
+    assert 'no scan was skipped' in prepared('folder', tmp_path / 'tree', tmp_path / 'out', command)
+    assert table(tmp_path / 'out')[0]['T2w']
+    prepared('folder', tmp_path / 'tree', tmp_path / 'out', command)
+    assert (tmp_path / 'count').read_text() == 4 * 'x\n'  # what is whole is not made again
+
 # ---------------------------------------------------------------- registration
 
 def test_mutual_information_of_equal_images_is_two():

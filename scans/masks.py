@@ -29,14 +29,18 @@ def whole_names(marked_pattern):
     return re.compile(regex.replace(START, r'(?<![^\W_])').replace(END, r'(?![^\W_])'))
 
 def mask_file(pattern, path, root, subject, session, modality):
-    """The one file beside a scan, else below root, that fits a pattern of the setting mask."""
+    """The one file beside a scan, else below root, that fits a pattern of the setting mask.
+
+    root: of a table of scans the table, which stands for its folder.
+    """
+    base = root if os.path.isdir(root) else os.path.dirname(os.path.abspath(root))
     subjects, visits = (subject, subject.removeprefix('sub-')), (session, session.removeprefix('ses-'))
     names, others = {}, set()
     for s in subjects:
         for v in visits:
             name = pattern.format(subject=marked(s), session=marked(v), modality=modality)
             names[re.sub(f'[{START}{END}]', '', name)] = name
-    for folder in (os.path.dirname(path), root):
+    for folder in (os.path.dirname(path), base):
         files = set()
         for name, marked_name in names.items():
             regex = whole_names(os.path.normpath(os.path.join(escape(folder), marked_name)))

@@ -330,6 +330,15 @@ def test_masks_come_from_files_below_root(heads, tmp_path):
     prepared('bids', heads, tmp_path, '--mask={subject}/anat/{subject}_brainmask.nii.gz')
     assert (array(tmp_path, 'sub-01_ses-01_T1w') > 0).sum() == BRAIN.sum()
 
+def test_masks_come_from_files_below_the_folder_of_a_table(heads, tmp_path):
+    tree = tmp_path / 'tree'
+    shutil.copytree(heads, tree / 'scans')
+    row = '01,1,T1w,scans/sub-01/anat/sub-01_T1w.nii.gz'
+    (tree / 's.csv').write_text(f'subject,session,modality,path\n{row}\n')
+    mask = '--mask=scans/{subject}/anat/{subject}_brainmask.nii.gz'
+    prepared('csv', tree / 's.csv', tmp_path / 'out', mask)
+    assert (array(tmp_path / 'out', 'sub-01_ses-1_T1w') > 0).sum() == BRAIN.sum()
+
 def test_masks_come_from_a_command(heads, tmp_path):
     script = tmp_path / 'strip.py'
     script.write_text(STRIP)

@@ -16,14 +16,11 @@ import resource
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from nibabel.affines import voxel_sizes
-from tqdm import tqdm
 
 import synth
 from common import configure, make_out_dir, write_text
@@ -36,6 +33,7 @@ from scans.nifti import save_npy
 from scans.people import Unread, person_of, read_people
 from scans.report import copy_doubts, name_doubts, rate, report, shape_warning
 from scans.register import register as register_rigidly
+from scans.workers import run_in_workers, stop
 
 # ---------------------------------------------------------------- settings
 # what to read
@@ -364,19 +362,7 @@ def use_settings(config):
 
 def run_all(task, sessions):
     """[task(session)] of all sessions, in whatever order; one worker is this process itself."""
-    bar = {'total': len(sessions), 'desc': 'sessions', 'mininterval': 1}
-    if workers == 1: return list(tqdm(map(task, sessions), **bar))
-    os.environ.update(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1')  # one thread for each worker
-    count = os.cpu_count() if workers < 1 else workers
-    with ProcessPoolExecutor(count, initializer=use_settings, initargs=(config,)) as pool:
-        futures = [pool.submit(task, session) for session in sessions]
-        try:
-            return [future.result() for future in tqdm(as_completed(futures), **bar)]
-        except BrokenProcessPool:
-            raise SystemExit('a worker process was killed, most likely for want of memory: lower --workers '
-                             'and start again; what is written stays')
-        finally:
-            pool.shutdown(cancel_futures=True)  # after a failure, what has not begun never will
+    return run_in_workers(task, sessions, workers, use_settings, config)
 
 # ---------------------------------------------------------------- the whole
 
@@ -509,4 +495,7 @@ def main():
 
 if __name__ == '__main__':
     config = configure(globals(), sys.argv[1:])
-    main()
+    try:
+        main()
+    except KeyboardInterrupt as interrupt:
+        stop(out_dir, interrupt.args)

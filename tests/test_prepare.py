@@ -3,8 +3,10 @@ import csv
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 
 import nibabel as nib
 import numpy as np
@@ -462,6 +464,26 @@ def test_a_killed_worker_costs_one_line(monkeypatch):
     monkeypatch.setattr(script, 'config', {}, raising=False)
     with pytest.raises(SystemExit, match='lower --workers'):
         script.run_all(die, [1, 2])
+
+@pytest.mark.parametrize('workers, whom', [(1, 'all'), (2, 'all'), (2, 'one')])
+def test_an_interrupt_costs_one_line_and_leaves_no_half_volume(tmp_path, workers, whom):
+    """By Ctrl-C, which a terminal sends to all processes, or by a signal to prepare.py alone."""
+    command = [sys.executable, 'prepare.py', '--source=phantom', '--n=500', '--shape=48,64,48',
+               f'--out_dir={tmp_path}', f'--workers={workers}']
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
+    while not list(tmp_path.glob('sub-*.npy')):
+        assert process.poll() is None
+        time.sleep(0.02)
+    for pid in (process.pid, 99):
+        (tmp_path / f'.part{pid}_x.npy').write_bytes(b'half')
+    if whom == 'all':
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130 and 'Traceback' not in errors and 'Error' not in errors
+    assert errors.endswith('\nstopped; what is written stays; start again with the same command\n')
+    assert [path.name for path in tmp_path.rglob('*part*')] == ['.part99_x.npy']  # another process has it
 
 @pytest.mark.parametrize('workers', [1, 2])
 def test_a_full_disk_costs_one_line_and_leaves_no_half_volume(tmp_path, workers):

@@ -230,9 +230,9 @@ def find_folder(root, notes, doubts=None):
     Such as 01_T1w.nii.gz, 01/t1.nii, train/01/2019-03-04/t1.nii. Where names allow two groupings, the one
     without two files for one scan is taken, and doubts show it.
     """
-    files, paths = [], every_scan(root, notes)
-    longitudinal = Longitudinal(paths, root)
-    for path in paths:
+    files, every_path = [], every_scan(root, notes)
+    longitudinal = Longitudinal(every_path, root)
+    for path in every_path:
         file = Found(path, root, longitudinal.read_as)
         if longitudinal.is_template(path):
             notes.append(f'{path}: {TEMPLATE}')
@@ -257,7 +257,7 @@ def find_folder(root, notes, doubts=None):
         if file.subject in doubtful or by_file == 'guess' or file.short >= 0:
             paths[subject].append(file.relative)
     if paths:
-        doubts += [f"{subject} <- {', '.join(names)}" for subject, names in paths.items()]
+        doubts += [f"{subject} <- {', '.join(taken)}" for subject, taken in paths.items()]
         doubts.append(f'where this is wrong: --source=pattern --pattern={suggested(files[0])}')
     return sessions, {}
 

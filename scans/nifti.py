@@ -248,9 +248,10 @@ def write(path, volume, native):
         nib.save(like_native(data, native), part)
         os.replace(part, path)
     except (OSError, nib.filebasedimages.ImageFileError) as e:
+        raise ValueError(f'{path}: cannot write ({e})')
+    finally:  # after an error or Ctrl-C
         if os.path.exists(part):
             os.remove(part)
-        raise ValueError(f'{path}: cannot write ({e})')
 
 def like_native(data, native):
     """A NIfTI-1 image of data with the affine, and where they are known the codes, units and description."""
@@ -271,10 +272,9 @@ def save_npy(path, array):
     try:
         np.save(part, array)
         os.replace(part, path)
-    except OSError:
+    finally:  # after an error or Ctrl-C
         if os.path.exists(part):
             os.remove(part)
-        raise
     return zlib.crc32(array)
 
 # ---------------------------------------------------------------- grids

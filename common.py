@@ -136,10 +136,10 @@ def stop_processes():
         dist.destroy_process_group()
 
 def fill_up(x, rows):
-    """x (B, ...) with its first row again and again, (rows, ...)."""
+    """x (B, ...) with its first row again and again, (rows, ...), in the memory order that x has."""
     filler = x[:1].detach().expand(rows - len(x), *x.shape[1:])
-    filled = torch.cat([x, filler])
-    return filled.to(memory_format=torch.channels_last_3d) if x.ndim == 5 else filled  # cat forgets that
+    filled = torch.cat([x, filler])  # which forgets the order channels-last
+    return filled.to(memory_format=torch.channels_last_3d) if x.ndim == 5 and x.stride(1) == 1 else filled
 
 def compile_whole(net):
     """Compile what a network does. net.compile() would leave a subclass of nn.Sequential as it is."""

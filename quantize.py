@@ -195,8 +195,8 @@ class VectorQuantizer(nn.Module):
         flat = gather_over_ranks(flat)
         dead = self.cluster_size <= self.revive * self.cluster_size.mean()
         order = from_first_rank(torch.randperm(len(flat), device=flat.device))
-        usable = flat.any(1)
-        order = order[(~usable[order]).int().argsort(stable=True)][:self.num_codes]  # those come last
+        usable = flat.any(1).int()
+        order = order[usable[order].argsort(descending=True, stable=True)][:self.num_codes]  # zeros come last
         turn = dead.cumsum(0) - 1  # the n-th dead code takes the n-th vector
         dead &= turn < usable.sum().clamp(max=len(order))
         vector = flat[order[turn.clamp(0, len(order) - 1)]]

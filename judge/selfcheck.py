@@ -261,7 +261,7 @@ def check_batches(device):
     yield 'values of a batch that are not those that were made', wrong.item(), 0
 
 def check_graphs(device):
-    """Sessions with gaps, swaps and three planes: graphs of encoder and decoder."""
+    """Sessions with gaps, swaps and three planes: graphs of encoder and decoder, on volumes as in training."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     net = NeuroQuant(replace(SMALL, attn_levels=(3,))).to(device)
@@ -270,7 +270,8 @@ def check_graphs(device):
         compile_for(part, (4, 8), backend='eager')  # which counts the same graphs, in seconds
     for n, swaps in ((4, 0), (3, 0), (2, 0), (4, 4), (4, 2), (3, 2), (3, 1), (2, 2), (3, 3)):
         pairs = torch.randint(n, (swaps, 2), device=device) if swaps else None
-        net(torch.rand(n, 1, 32, 32, 32, device=device), modality[:n], pairs)
+        x = torch.rand(n, 1, 32, 32, 32, device=device).to(memory_format=torch.channels_last_3d)
+        net(x, modality[:n], pairs)
     for axis in range(3):
         x = torch.rand(6, 1, 32, 32, 32, device=device).narrow(2 + axis, 0, 1)
         net(x, modality)

@@ -86,10 +86,11 @@ def test_rows_that_fill_a_batch_up_change_neither_result_nor_gradient(monkeypatc
         results.append([y.detach(), *[p.grad.clone() for p in net.parameters()]])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
+@pytest.mark.parametrize('order', [torch.channels_last_3d, torch.contiguous_format])
 @pytest.mark.parametrize('channels', [1, 4])
 @pytest.mark.parametrize('rows', [1, 2, 3])
-def test_a_batch_that_was_filled_up_lies_in_memory_as_a_full_one(rows, channels):
-    full = torch.rand(4, channels, 5, 6, 7).to(memory_format=torch.channels_last_3d)
+def test_a_batch_that_was_filled_up_lies_in_memory_as_a_full_one(rows, channels, order):
+    full = torch.rand(4, channels, 5, 6, 7).to(memory_format=order)
     filled = fill_up(full[:rows], 4)
     assert filled.stride() == full.stride()
     assert torch.equal(filled[:rows], full[:rows]) and torch.equal(filled[3], full[0])

@@ -79,8 +79,8 @@ def test_names_are_as_long_as_it_takes_to_tell_checkpoints_apart():
 BOX = {'shape': [8, 8, 8], 'spacing_mm': 1.0, 'resize': False, 'percentiles': (0.5, 99.5), 'clip': True}
 
 def notes_on(voxel_mm=(1.0, 1.0, 1.0), **changed):
-    sessions = SimpleNamespace(box=BOX | changed, voxel_mm=list(voxel_mm), data_dir='data/x')
-    return other_data('a.pt', {'data': BOX, 'voxel_mm': (1.0, 1.0, 1.0)}, sessions)
+    learned = {'data': BOX, 'voxel_mm': (1.0, 1.0, 1.0)}
+    return other_data('a.pt', learned, 'data/x', BOX | changed, list(voxel_mm))
 
 def test_data_of_the_learned_settings_need_no_note():
     assert notes_on(shape=[16, 16, 16], percentiles=[0.5, 99.5], percentiles_of='brain') == []

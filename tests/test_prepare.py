@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import nibabel as nib
 import numpy as np
@@ -470,7 +471,10 @@ def test_an_interrupt_costs_one_line_and_leaves_no_half_volume(tmp_path, workers
     """By Ctrl-C, which a terminal sends to all processes, or by a signal to prepare.py alone."""
     command = [sys.executable, 'prepare.py', '--source=phantom', '--n=500', '--shape=48,64,48',
                f'--out_dir={tmp_path}', f'--workers={workers}']
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
+    # a shell's background jobs ignore SIGINT, and so would what they start
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
+                               preexec_fn=heard)
     while not list(tmp_path.glob('sub-*.npy')):
         assert process.poll() is None
         time.sleep(0.02)

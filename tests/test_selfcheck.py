@@ -6,9 +6,10 @@ import pytest
 from judge import selfcheck
 from optim import update_average
 
-FAST = [case for case in selfcheck.CASES if case is not selfcheck.check_scripts]
+FAST = [case for case in selfcheck.CASES if case not in (selfcheck.check_scripts, selfcheck.check_graphs)]
+GRAPHS = pytest.param(selfcheck.check_graphs, marks=pytest.mark.slow)  # a minute of compiling
 
-@pytest.mark.parametrize('case', FAST, ids=lambda case: case.__name__)
+@pytest.mark.parametrize('case', [*FAST, GRAPHS], ids=lambda case: case.__name__)
 def test_a_cpu_passes(case):
     lines = list(case('cpu'))
     assert lines

@@ -261,7 +261,7 @@ def check_batches(device):
     yield 'values of a batch that are not those that were made', wrong.item(), 0
 
 def check_graphs(device):
-    """Sessions with gaps, swaps and three planes: graphs of encoder and decoder, on volumes as in training."""
+    """Sessions with gaps, swaps, three planes: graphs of encoder and decoder, on volumes as in training."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     net = NeuroQuant(replace(SMALL, attn_levels=(3,))).to(device)

@@ -375,9 +375,9 @@ class StepLog:
         self.first_it = it + 1
         self.recent = []  # of steps whose values nobody has looked at: a look waits for the GPU
         self.writes = not dist.is_initialized() or dist.get_rank() == 0
-        git_commit()  # that of the start: the source may change while the run goes on
         self.wandb, self.board = None, None
         if self.writes:
+            git_commit()  # that of the start: the source may change while the run goes on
             settings = ''.join(f'{key} = {value!r}\n' for key, value in config.items())
             write_text(os.path.join(out_dir, 'config.py'), settings)
             write_text(os.path.join(out_dir, 'log.jsonl'), ''.join(log_until(out_dir, it, validated)))

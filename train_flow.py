@@ -154,7 +154,7 @@ def draw_samples():
     views(os.path.join(out_dir, f'samples_{it:06d}.png'), [row])
 
 def save(name, validated=True):
-    """Write everything that a resumed run and sample.py need; one not validated is, when resumed."""
+    """Write what a resumed run and sample.py need; unless validated, the run begins with a validation."""
     if rank: return
     state = run_state(parts, config, world, train_set)
     save_checkpoint(os.path.join(out_dir, name), state | {

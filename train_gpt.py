@@ -93,7 +93,7 @@ def rehearse():
     mean_nats(raw_model, tokens, train_set.cond([0] * batch_size), device, dtype).backward()
 
 def save(name, validated=True):
-    """Write everything that a resumed run and sample.py need; one not validated is, when resumed."""
+    """Write what a resumed run and sample.py need; unless validated, the run begins with a validation."""
     if rank: return
     state = run_state(parts, config, world, train_set)
     save_checkpoint(os.path.join(out_dir, name), state | {

@@ -323,7 +323,7 @@ def train_mode():
         raw_model.quantizer.eval()  # the codebook is the encoder's
 
 def save(name, validated=True):
-    """Write everything that a resumed run needs; the first that one not validated does is validate."""
+    """Write everything that a resumed run needs; unless validated, it begins with a validation."""
     if rank: return
     save_checkpoint(os.path.join(out_dir, name), {
         'model': raw_model.state_dict(),

@@ -19,18 +19,19 @@ def named_modality(path, modalities):
 
     A model may know modalities that prepare.py does not: those are known by the name's last word.
     """
-    name = name_of(path)
+    name = parsed_name(path)
     said = name.modality()
     if said in modalities: return said
     last_word = re.split('[-_. ]', name.text)[-1].lower()
     return next((modality for modality in modalities if modality.lower() == last_word), '')
 
-def name_of(path):
+def parsed_name(path):
+    """What the words of a file's name say, as a folders.Name."""
     return Name(stem(os.path.basename(path)).removesuffix('.npy'))
 
 def something_else(path, modalities):
     """What a file's name says that it is, if that is no scan of these modalities; '' otherwise."""
-    name = name_of(path)
+    name = parsed_name(path)
     if name.no_scan: return MASK
     return '' if named_modality(path, modalities) else name.modality()
 
